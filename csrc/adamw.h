@@ -1,0 +1,99 @@
+// The modulated AdamW update of one element, and the per-tensor numbers it needs.
+//
+// This is the only place in C++ and CUDA where the formula stands. It knows no torch types, so the same lines are compiled by
+// the host compiler and by nvcc; with contraction of a*b+c off (-ffp-contract=off, -fmad=false) and IEEE division and square
+// root, both give the same bits.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define METAADAMW_INLINE __host__ __device__ __forceinline__
+#else
+// Forced, so that each instruction-set clone of a loop (cpu.cpp) compiles its own copy of what is inside it.
+#define METAADAMW_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace metaadamw {
+
+// The hyper-parameters of one tensor, as the caller gives them: float64, before any rounding.
+struct Hyperparameters {
+  double step_size;     // lr * lr_scale
+  double decay_factor;  // d: what the parameter is multiplied with
+  double step;          // k >= 1, this step included
+  double beta1;
+  double beta2;
+  double eps;
+  double grad_scale;  // the gradient is multiplied with it: clipping, unscaling, or -1 to maximize
+};
+
+// The same, folded and rounded once to the type of the arithmetic. Everything that does not change inside a tensor is here,
+// so that the loop over elements has one division and one square root.
+template <typename T>
+struct Scalars {
+  T grad_scale;
+  T momentum_weight;
+  T beta2;
+  T beta2_complement;
+  T step_size;
+  T decay_factor;
+  T inverse_sqrt_bias_correction2;
+  T eps;
+  bool lerp_from_grad;
+};
+
+// base^exponent by repeated squaring. std::pow may differ in its last bit between a CPU's and a GPU's library; this cannot.
+METAADAMW_INLINE double integer_power(double base, double exponent) {
+  double result = 1.0;
+  for (auto bits = static_cast<uint64_t>(exponent); bits != 0; bits >>= 1, base *= base) {
+    if (bits & 1) {
+      result *= base;
+    }
+  }
+  return result;
+}
+
+template <typename T>
+METAADAMW_INLINE Scalars<T> fold(const Hyperparameters& h) {
+  const double bias_correction1 = 1.0 - integer_power(h.beta1, h.step);
+  const double bias_correction2 = 1.0 - integer_power(h.beta2, h.step);
+  Scalars<T> s;
+  s.grad_scale = static_cast<T>(h.grad_scale);
+  // beta1*m + (1-beta1)*g as an interpolation from the heavier end: rounding beta1 itself to float32 would bias the momentum
+  // by 2.4e-7, and from the heavier end beta1 = 0 gives exactly g.
+  s.lerp_from_grad = h.beta1 < 0.5;
+  s.momentum_weight = static_cast<T>(s.lerp_from_grad ? h.beta1 : 1.0 - h.beta1);
+  s.beta2 = static_cast<T>(h.beta2);
+  s.beta2_complement = static_cast<T>(1.0 - h.beta2);  // in float64: 1 - float32(0.999) is off by 1e-5
+  s.step_size = static_cast<T>(h.step_size / bias_correction1);
+  s.decay_factor = static_cast<T>(h.decay_factor);
+  s.inverse_sqrt_bias_correction2 = static_cast<T>(1.0 / std::sqrt(bias_correction2));
+  s.eps = static_cast<T>(h.eps);
+  return s;
+}
+
+// The larger of two, and NaN if either is, as torch.maximum.
+template <typename T>
+METAADAMW_INLINE T nan_maximum(T a, T b) {
+  return a >= b || a != a ? a : b;
+}
+
+// m <- beta1*m + (1-beta1)*g;  v <- beta2*v + (1-beta2)*g^2;  p <- d*p - step_size*m_hat / (sqrt(v_hat) + eps)
+// With amsgrad the running maximum of v replaces v in v_hat.
+template <bool amsgrad, typename T>
+METAADAMW_INLINE void adamw_element(const Scalars<T>& s, T grad, T& param, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) {
+  const T g = grad * s.grad_scale;
+  const T from = s.lerp_from_grad ? g : exp_avg;
+  const T to = s.lerp_from_grad ? exp_avg : g;
+  exp_avg = from + s.momentum_weight * (to - from);
+  exp_avg_sq = s.beta2 * exp_avg_sq + s.beta2_complement * g * g;
+  T v = exp_avg_sq;
+  if constexpr (amsgrad) {
+    v = max_exp_avg_sq = nan_maximum(max_exp_avg_sq, v);
+  }
+  const T denominator = std::sqrt(v) * s.inverse_sqrt_bias_correction2 + s.eps;
+  param = s.decay_factor * param - s.step_size * exp_avg / denominator;
+}
+
+}  // namespace metaadamw

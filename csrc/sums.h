@@ -1,0 +1,29 @@
+// The sums that describe one tensor, in the order of the columns of `optimizer.statistics`.
+//
+// V is the type of one accumulator: float or double in a GPU thread, a vector of lanes on the CPU.
+#pragma once
+
+#include "adamw.h"
+
+namespace metaadamw {
+
+enum Sum { kGradSquared, kGradMomentum, kMomentumSquared, kParamSquared, kSecondMomentSquared, kGradNonzero, kMomentumNonzero };
+constexpr int kSums = 7;
+
+// counts = false leaves the last two untouched: only the `enhanced` features want them.
+template <bool counts, typename V>
+METAADAMW_INLINE void accumulate(V (&sums)[kSums], V g, V m, V p, V v) {
+  sums[kGradSquared] += g * g;
+  sums[kGradMomentum] += g * m;
+  sums[kMomentumSquared] += m * m;
+  sums[kParamSquared] += p * p;
+  sums[kSecondMomentSquared] += v * v;
+  if constexpr (counts) {
+    const V zero = V{};
+    const V one = zero + 1;
+    sums[kGradNonzero] += g != zero ? one : zero;
+    sums[kMomentumNonzero] += m != zero ? one : zero;
+  }
+}
+
+}  // namespace metaadamw

@@ -1,0 +1,87 @@
+"""The hyper-parameters of ``param_groups``, checked, and spread over the tensors as float64 vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def check_hyperparameters(values: Mapping[str, Any]) -> None:
+    """Raises ValueError in the words of ``torch.optim.AdamW``; a NaN is as invalid as a negative number."""
+    lr, betas, eps, weight_decay = values["lr"], values["betas"], values["eps"], values["weight_decay"]
+    for name, x in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1]), ("weight_decay", weight_decay)):
+        if isinstance(x, Tensor) and x.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element")
+    if not lr >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if not eps >= 0.0:
+        raise ValueError(f"Invalid epsilon value: {eps}")
+    for index, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+
+
+class Hyperparameters(NamedTuple):
+    """One [T] float64 vector each; ``sign`` is -1 where maximizing, None if nowhere."""
+
+    lr: Tensor
+    weight_decay: Tensor
+    beta1: Tensor
+    beta2: Tensor
+    eps: Tensor
+    sign: Tensor | None
+
+    def select(self, index: Tensor) -> Hyperparameters:
+        """The rows at these positions."""
+        return Hyperparameters(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
+
+
+class HyperparameterTable:
+    """Follows ``param_groups`` from step to step and rebuilds the vectors only when a value changed.
+
+    A tensor on a device (lr or weight decay) is read there every step, so that a scheduler or a captured graph changes it live;
+    a tensor on the CPU is a number.
+
+    Args:
+        param_group_of: for each of the T tensors the index of its entry of ``param_groups``.
+        device: of the vectors.
+    """
+
+    def __init__(self, param_group_of: Sequence[int], device: torch.device) -> None:
+        self._index = torch.tensor(param_group_of, dtype=torch.long, device=device)
+        self._device = device
+        self._key: list[tuple[Any, ...]] | None = None
+        self._vectors: Hyperparameters | None = None
+
+    def update(self, param_groups: Sequence[Mapping[str, Any]]) -> Hyperparameters:
+        """The vectors for these values, cached while the values stay."""
+        live = [
+            (row, column, group[name])
+            for row, group in enumerate(param_groups)
+            for column, name in enumerate(("lr", "weight_decay"))
+            if isinstance(group[name], Tensor) and group[name].device.type != "cpu"
+        ]
+        key = [
+            (_number(g["lr"]), _number(g["weight_decay"]), *map(float, g["betas"]), g["eps"], g["maximize"])
+            for g in param_groups
+        ]
+        if self._vectors is None or live or key != self._key:
+            rows = [[*values[:5], -1.0 if values[5] else 1.0] for values in key]
+            table = torch.tensor(rows, dtype=torch.float64).to(self._device)
+            for row, column, value in live:
+                table[row, column] = value.reshape(())
+            vectors = table.index_select(0, self._index).t().contiguous().unbind()
+            maximize = any(g["maximize"] for g in param_groups)
+            self._vectors = Hyperparameters(*vectors[:5], vectors[5] if maximize else None)
+            self._key = key
+        return self._vectors
+
+
+def _number(value: float | Tensor) -> float:
+    """A value as a key: tensors elsewhere than on the CPU are read live and do not count."""
+    return 0.0 if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)

@@ -1,0 +1,233 @@
+"""The multi-tensor ops, and the choice of what runs them.
+
+Each op takes lists over T tensors and is one call (one parallel region, one launch) whatever T is. The tensors of one position
+must have the same shape; strides, dtypes (float32, float64, bfloat16, float16) and sizes may differ from tensor to tensor and from
+list to list. float64 tensors are computed in float64, all others in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+Tensors = Sequence[Tensor]
+BACKENDS = ("cpp", "triton", "reference")
+
+
+def _load_extension() -> str | None:
+    """Loads the C++ ops. None if that worked, else why there are none.
+
+    Raises:
+        ImportError: the extension was built from other sources than the ones beside it.
+    """
+    try:
+        from . import _C
+    except ModuleNotFoundError:
+        return (
+            "the C++ extension is not installed (METAADAMW_NO_EXTENSION=1); reinstall without it:"
+            " pip install --no-build-isolation ."
+        )
+    sources = Path(__file__).parent.parent / "csrc"
+    if sources.is_dir():  # an editable install: Python files are live, the extension is not
+        digest = hashlib.sha256()
+        for path in sorted(sources.iterdir()):
+            digest.update(path.read_bytes())
+        if digest.hexdigest() != _C.source_hash:
+            raise ImportError(
+                "metaadamw_fast._C was built from older sources than csrc/: rebuild it with"
+                " `pip install --no-build-isolation -e .` (make does)"
+            )
+    return None
+
+
+_NO_EXTENSION = _load_extension()
+
+
+class CppBackend:
+    """The C++ ops, through the dispatcher."""
+
+    name = "cpp"
+    if _NO_EXTENSION is None:
+        tensor_stats = staticmethod(torch.ops.metaadamw_fast.tensor_stats.default)
+        adamw_update_ = staticmethod(torch.ops.metaadamw_fast.adamw_update_.default)
+
+
+class ReferenceBackend:
+    """Plain eager PyTorch."""
+
+    name = "reference"
+    tensor_stats = staticmethod(reference.tensor_stats)
+    adamw_update_ = staticmethod(reference.adamw_update_)
+
+
+def _unavailable(name: str, device: torch.device) -> str | None:
+    """Why backend ``name`` cannot run on ``device``; None if it can."""
+    if name == "reference":
+        return None
+    if name == "triton":
+        return "the Triton kernels are not part of this version"
+    if _NO_EXTENSION is not None:
+        return _NO_EXTENSION
+    return None if device.type == "cpu" else f"the extension was built for the CPU only, the tensors are on {device.type}"
+
+
+def resolve_backend(name: str, device: torch.device) -> Any:
+    """The backend object that runs on ``device``.
+
+    ``auto`` takes the first of cpp, triton, reference that can run; :func:`backend_report` says which and why. A backend that is
+    chosen by name runs or raises.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the chosen backend cannot run; the message says why.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"Invalid backend: {name!r} (auto, {', '.join(BACKENDS)})")
+    candidates = BACKENDS if name == "auto" else (name,)
+    for candidate in candidates:
+        reason = _unavailable(candidate, device)
+        if reason is None:
+            return CppBackend if candidate == "cpp" else ReferenceBackend
+        if name != "auto":
+            raise RuntimeError(f"backend={name!r} cannot run here: {reason}")
+    raise AssertionError("reference runs everywhere")
+
+
+def backend_report(device: torch.device | str | None = None) -> str:
+    """What ``backend="auto"`` runs on ``device`` (default: the CPU and the accelerator, if there is one), and why not the others."""
+    devices = [torch.device(device)] if device is not None else [torch.device("cpu")]
+    if device is None and torch.accelerator.is_available():
+        devices.append(torch.device(torch.accelerator.current_accelerator() or "cpu"))
+    lines = []
+    for d in devices:
+        lines.append(f"{d}: auto runs {resolve_backend('auto', d).name}")
+        for name in BACKENDS:
+            reason = _unavailable(name, d)
+            lines.append(f"  {name}: {'can run' if reason is None else reason}")
+    return "\n".join(lines)
+
+
+def tensor_stats(
+    grads: Tensors,
+    exp_avgs: Tensors,
+    params: Tensors | None = None,
+    exp_avg_sqs: Tensors | None = None,
+    *,
+    count_nonzero: bool = False,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    """Sums that describe each tensor: MetaAdamW section 3.2.
+
+    Args:
+        grads: T gradients. One without elements where its momentum has some stands for "no gradient" and counts as zeros.
+        exp_avgs: T first moments.
+        params: T parameters, or None to leave their column out.
+        exp_avg_sqs: T second moments, or None to leave their column out.
+        count_nonzero: append the two counts.
+        dtype: of the result, float32 or float64. The sums are accumulated in float64 over blocks of at most 1024 elements; products
+            and sums inside a block are in the arithmetic type.
+        backend: ``auto``, ``cpp`` or ``reference``.
+
+    Returns:
+        [T, S], columns Σg², Σg·m, Σm² (then Σp², Σv² where given, then the non-zeros of g and of m if counted). 0 for an empty
+        tensor. Equal inputs give equal bits, whatever the number of threads.
+
+    Raises:
+        RuntimeError: lists of different lengths, tensors of different shapes or devices, sparse or non-floating tensors.
+    """
+    with torch.no_grad():
+        run = resolve_backend(backend, _device(exp_avgs))
+        return run.tensor_stats(grads, exp_avgs, params, exp_avg_sqs, count_nonzero, dtype)
+
+
+def tensor_dots(xs: Tensors, ys: Tensors, *, dtype: torch.dtype = torch.float32, backend: str = "auto") -> Tensor:
+    """The dot product of each pair of tensors, Σ x·y.
+
+    Args:
+        xs, ys: T tensors each, shapes equal pair by pair.
+        dtype: of the result, float32 or float64.
+        backend: ``auto``, ``cpp`` or ``reference``.
+
+    Returns:
+        [T]. It is a column of :func:`tensor_stats`: both read every element once, so the squares cost nothing.
+    """
+    return tensor_stats(xs, ys, dtype=dtype, backend=backend)[:, 1]
+
+
+def adamw_update_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    step_size: Tensor | float,
+    decay_factor: Tensor | float,
+    *,
+    step: Tensor | float,
+    betas: tuple[Tensor | float, Tensor | float] = (0.9, 0.999),
+    eps: Tensor | float = 1e-8,
+    max_exp_avg_sqs: Tensors | None = None,
+    grad_scale: Tensor | float | None = None,
+    backend: str = "auto",
+) -> None:
+    """AdamW with per-tensor hyper-parameters, in place: MetaAdamW algorithm 1, Loshchilov & Hutter 2019.
+
+    ``m ← β1·m + (1-β1)·g``, ``v ← β2·v + (1-β2)·g²``, ``p ← decay_factor·p - step_size·m̂/(√v̂ + eps)`` with g = grad_scale·grad,
+    m̂ = m/(1-β1^step), v̂ = v/(1-β2^step). Plain AdamW is ``step_size=lr, decay_factor=1 - lr*weight_decay``.
+
+    Args:
+        params, exp_avgs, exp_avg_sqs: T tensors each, written.
+        grads: T tensors, read.
+        step_size: [T] or a number, lr·lr_scale.
+        decay_factor: [T] or a number, 1 - lr·lr_scale·wd_scale·weight_decay.
+        step: [T] or a number, the step count k >= 1, this step included.
+        betas, eps: [T] or a number each.
+        max_exp_avg_sqs: T running maxima of v, written (amsgrad); an entry without elements leaves its tensor plain.
+        grad_scale: [T] or a number: unscaling, clipping, or -1 to maximize.
+        backend: ``auto``, ``cpp`` or ``reference``.
+
+    Raises:
+        RuntimeError: as :func:`tensor_stats`; a written tensor whose elements share memory. Nothing has changed then.
+    """
+    with torch.no_grad():
+        device = _device(params)
+        numbers = (step_size, decay_factor, step, *betas, eps)
+        hyper = [_per_tensor(x, len(params), device) for x in numbers]
+        scale = None if grad_scale is None else _per_tensor(grad_scale, len(params), device)
+        run = resolve_backend(backend, device)
+        run.adamw_update_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper, scale)
+        mark_written(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or ())
+
+
+def mark_written(*lists: Tensors) -> None:
+    """Bumps the version counters, as torch's own in-place ops do: autograd's checks and EMA-like observers rely on it."""
+    for tensors in lists:
+        torch.autograd.graph.increment_version(tensors)
+
+
+def _per_tensor(value: Tensor | float, count: int, device: torch.device) -> Tensor:
+    """A hyper-parameter as contiguous float64 [T]."""
+    return torch.as_tensor(value, dtype=torch.float64, device=device).expand(count).contiguous()
+
+
+def _device(tensors: Tensors) -> torch.device:
+    return tensors[0].device if len(tensors) else torch.device("cpu")
+
+
+if _NO_EXTENSION is None:
+
+    @torch.library.register_fake("metaadamw_fast::tensor_stats")
+    def _(grads, exp_avgs, params, exp_avg_sqs, count_nonzero, dtype):  # type: ignore[no-untyped-def] # noqa: ANN001
+        width = 3 + (params is not None) + (exp_avg_sqs is not None) + 2 * count_nonzero
+        return torch.empty(len(exp_avgs), width, dtype=dtype, device=_device(exp_avgs))
+
+    @torch.library.register_fake("metaadamw_fast::adamw_update_")
+    def _(*args):  # type: ignore[no-untyped-def] # noqa: ANN002
+        return None

@@ -1,0 +1,398 @@
+"""MetaAdamW: states, lists and the step. No arithmetic on elements happens here; see ops.py.
+
+The file is one class, read top to bottom: what it is made of, the step, what can be read, checkpoints.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import checkpoint
+from . import grouping as grouping_
+from .encoder import EncoderConfig, GroupEncoder
+from .features import FeatureConfig, FeatureTable, feature_table, group_features, training_progress
+from .hyperparameters import Hyperparameters, HyperparameterTable, check_hyperparameters
+from .lists import Rows, StateLists
+from .ops import mark_written, resolve_backend
+
+
+class MetaAdamW(Optimizer):
+    """AdamW whose learning rate and weight decay are scaled per parameter group by a small Transformer encoder.
+
+    Zhao & Liu, *MetaAdamW*, arXiv 2605.04055 (2026), algorithm 1. Each step: sums per tensor → features per group → scales per
+    group → ``p ← (1 - lr·lr_scale·wd_scale·λ)·p - lr·lr_scale·m̂/(√v̂ + ε)``. The encoder is trained by a
+    :class:`~metaadamw_fast.MetaLearner`; without one, and from the default identity start, this is AdamW.
+
+    Args:
+        params: parameters, named parameters or param groups, as for any torch optimizer.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as ``torch.optim.AdamW``; lr and weight_decay may be 1-element tensors.
+        capturable: CUDA graph capture; needs parameters on a CUDA device.
+        model: gives names to unnamed parameters and the owning modules to fine-grained grouping.
+        grouping: ``auto`` (fine_grained if names are known), ``param_groups``, ``fine_grained`` (layer type × depth × bias) or a
+            callable ``(name, param) -> hashable``.
+        features: a :class:`~metaadamw_fast.FeatureConfig` or the name of its version.
+        encoder: an :class:`~metaadamw_fast.EncoderConfig`, or a ready :class:`~metaadamw_fast.GroupEncoder` (which then takes
+            this optimizer's ranges and keeps its weights).
+        lr_scale_range, wd_scale_range: width of the interval around 1 in which the scales lie, in [0, 2); 0 and 0 is AdamW.
+        head_init: ``identity`` (all scales exactly 1 until the first meta-update) or ``xavier`` (the paper).
+        total_steps: the training length, for the time feature.
+        seed: of the encoder's start; the global random state is not touched.
+        max_grad_norm: clip the gradients' total 2-norm in the step itself, as ``clip_grad_norm_`` before it would, but without
+            changing ``.grad``.
+        statistics: ``exact``, or ``lagged``: the scales of a step come from the statistics of the step before.
+        variant: ``paper``, or ``released`` for the arithmetic of the authors' code.
+        backend: ``auto``, ``cpp``, ``triton`` or ``reference``; see :func:`metaadamw_fast.backend_report`.
+
+    Raises:
+        ValueError: a hyper-parameter out of range, parameters that are complex, not floating or on several devices, missing names
+            for a grouping that needs them, a feature width that the heads do not divide.
+        RuntimeError: the chosen backend cannot run.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        model: nn.Module | None = None,
+        grouping: grouping_.Grouping = "auto",
+        features: FeatureConfig | str = "basic",
+        encoder: EncoderConfig | GroupEncoder | None = None,
+        lr_scale_range: float = 1.0,
+        wd_scale_range: float = 1.0,
+        head_init: str = "identity",
+        total_steps: int | None = None,
+        seed: int = 0,
+        max_grad_norm: float | None = None,
+        statistics: str = "exact",
+        variant: str = "paper",
+        backend: str = "auto",
+    ) -> None:
+        for name, value, choices in (
+            ("statistics", statistics, ("exact", "lagged")),
+            ("variant", variant, ("paper", "released")),
+        ):
+            if value not in choices:
+                raise ValueError(f"Invalid {name}: {value!r} ({' or '.join(choices)})")
+        if max_grad_norm is not None and not max_grad_norm > 0.0:
+            raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
+        if total_steps is not None and not total_steps > 0:
+            raise ValueError(f"Invalid total_steps: {total_steps}")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        check_hyperparameters(defaults)
+        defaults["betas"] = tuple(float(beta) for beta in betas)
+        self.total_steps = total_steps
+        self.max_grad_norm = max_grad_norm
+        self.variant = variant
+        self.steps_done = 0
+        self.groups: list[grouping_.Group] = []
+        self._statistics_mode = statistics
+        self._model = None if model is None else weakref.ref(model)
+        self._grouping: grouping_.Grouping = grouping
+        self._backend_name = backend
+        self._group_ids: list[int] = []
+        self._scales = None  # type: ignore[assignment]
+        self._built = False
+        super().__init__(params, defaults)
+
+        self._grouping = grouping_.resolve(grouping, self._describe())
+        config = FeatureConfig(features) if isinstance(features, str) else features
+        self._assign_groups()
+        if isinstance(encoder, GroupEncoder):
+            self.encoder = encoder
+            self.encoder.set_ranges(lr_scale_range, wd_scale_range)
+            self.encoder.add_groups(len(self.groups) - len(encoder.group_embeddings))
+        else:
+            self.encoder = GroupEncoder(
+                encoder or EncoderConfig(),
+                config,
+                len(self.groups),
+                lr_scale_range=lr_scale_range,
+                wd_scale_range=wd_scale_range,
+                head_init=head_init,
+                seed=seed,
+            )
+        self._built = True
+        self._build()
+
+    # ------------------------------------------------------------------------------------------------------- construction
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, as ``torch.optim.Optimizer.add_param_group``; groups that exist keep their ids.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        check_hyperparameters({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        try:
+            self._check_params()
+            if self._built:
+                grouping_.resolve(self._grouping, self._describe())
+        except Exception:
+            self.param_groups.pop()
+            raise
+        if "betas" in param_group:
+            self.param_groups[-1]["betas"] = tuple(float(beta) for beta in param_group["betas"])
+        if self._built:
+            before = len(self.groups)
+            self._assign_groups()
+            self.encoder.add_groups(len(self.groups) - before)
+            self._build()
+
+    def _check_params(self) -> None:
+        """Raises ValueError on parameters that no backend can update."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        for p in params:
+            if p.is_complex() or not p.is_floating_point() or p.layout is not torch.strided:
+                raise ValueError(f"MetaAdamW needs dense real floating-point parameters, got {p.dtype}, {p.layout}")
+            if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+                raise ValueError("MetaAdamW cannot update an expanded parameter: its elements share memory")
+        devices = sorted({str(p.device) for p in params})
+        if len(devices) > 1:
+            raise ValueError(f"MetaAdamW needs all parameters on one device, got {', '.join(devices)}")
+        if devices and not devices[0].startswith("cuda") and any(g["capturable"] for g in self.param_groups):
+            raise ValueError(f"capturable=True needs parameters on a CUDA device, got {devices[0]}")
+
+    def _describe(self) -> list[grouping_.Member]:
+        rows = []
+        for index, group in enumerate(self.param_groups):
+            names = group.get("param_names", [None] * len(group["params"]))
+            rows += [(name, param, index) for name, param in zip(names, group["params"], strict=True)]
+        return grouping_.describe(rows, None if self._model is None else self._model())
+
+    def _assign_groups(self) -> None:
+        """Extends groups by the parameters that came since the last call."""
+        self._members = self._describe()
+        self._group_ids += grouping_.assign(self.groups, self._members, self._grouping, len(self._group_ids))
+
+    def _build(self) -> None:
+        """Allocates what is missing and caches everything that only a change of the parameters changes."""
+        device = self._members[0].param.device
+        self._lists = StateLists(self._members, self.state, self.param_groups, device)
+        self._backend = resolve_backend(self._backend_name, device)
+        self._hyperparameters = HyperparameterTable([m.param_group for m in self._members], device)
+        self._group_of = torch.tensor(self._group_ids, dtype=torch.long, device=device)
+        self.encoder.to(device)
+        self._table: FeatureTable | None = None
+        self._lagged: tuple[Tensor, float] | None = None
+        self._grad_norm: Tensor | None = None
+        like = self.encoder.head.weight.detach()
+        scales = like.new_zeros(4, len(self.groups))
+        scales[:2] = 1
+        if self._scales is not None:  # groups that existed before keep what the last step gave them
+            scales[:, : self._scales.shape[1]] = self._scales.detach()
+        self._scales: Tensor = scales
+        self._features = like.new_zeros(len(self.groups), self.encoder.dim)
+        self._statistics = like.new_zeros(len(self._members), 7 if self.encoder.features.enhanced else 5)
+
+    # ------------------------------------------------------------------------------------------------------------ the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One optimization step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a sparse gradient, or tensors that changed shape or device. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._members[0].param.device != self._lists.device:
+            self._check_params()
+            self._build()  # the model moved to another device
+        all_grads = [p.grad for p in self._lists.all.params]
+        rows, grads = self._lists.with_gradients(all_grads)
+        statistics = self._measure(all_grads)
+        hyper = self._hyperparameters.update(self.param_groups)
+        statistics, grad_scale, self._grad_norm = self._transform_gradient(statistics, hyper.sign)
+        t = training_progress(self.steps_done + 1, self.total_steps)
+        if self._statistics_mode == "exact":
+            self._features, self._scales = self._encode(statistics, t)
+        else:
+            used, self._lagged = self._lagged, (statistics, t)
+            if used is not None:
+                self._features, self._scales = self._encode(*used)
+        self._statistics = statistics
+        self._update(rows, grads, hyper, grad_scale)
+        self.steps_done += 1
+        return loss
+
+    def _measure(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """Statistics [T, S] of these gradients and the current state. A missing gradient counts as zeros."""
+        if any(g is not None and g.layout is not torch.strided for g in grads):
+            raise RuntimeError("MetaAdamW does not support sparse gradients")
+        rows, encoder = self._lists.all, self.encoder
+        return self._backend.tensor_stats(  # type: ignore[no-any-return]
+            self._lists.or_absent(grads),
+            rows.exp_avgs,
+            rows.params,
+            rows.exp_avg_sqs,
+            encoder.features.enhanced,
+            encoder.head.weight.dtype,
+        )
+
+    def _transform_gradient(
+        self, statistics: Tensor, sign: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What maximizing (``sign`` [T]) and clipping make of the statistics.
+
+        Returns:
+            The new statistics, the factor [T] on the gradients (None if 1) and the norm before clipping (None without clipping).
+            Σ(cg)² = c²·Σg² and Σ(cg)m = c·Σgm, so there is no second pass over the gradients.
+        """
+        scale, norm = sign, None
+        if self.max_grad_norm is not None:
+            norm = statistics[:, 0].sum().sqrt()
+            clip = (self.max_grad_norm / (norm.double() + 1e-6)).clamp(max=1.0)
+            scale = clip.expand(statistics.shape[0]) if sign is None else sign * clip
+        if scale is None:
+            return statistics, None, norm
+        statistics = statistics.clone()
+        statistics[:, 0] *= scale.square()
+        statistics[:, 1] *= scale
+        return statistics, scale.contiguous(), norm
+
+    def _encode(self, statistics: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """Features [G, D] and scales [4, G]; with their graph if gradients are enabled."""
+        if self._table is None or self._table.template.dtype != statistics.dtype:
+            self._table = feature_table(
+                self._members, self._group_ids, len(self.groups), self.encoder.features, self.encoder.dim, statistics
+            )
+        features = self.encoder.embed(group_features(statistics, self._table, t))
+        return features, self.encoder(features)
+
+    def _update(self, rows: Rows, grads: list[Tensor], hyper: Hyperparameters, grad_scale: Tensor | None) -> None:
+        """The update of these rows with the current scales: step size lr·lr_scale, decay 1 - lr·lr_scale·wd_scale·λ."""
+        scales = self._scales[:2].index_select(1, self._group_of).double()
+        if rows.index is not None:
+            hyper, scales = hyper.select(rows.index), scales.index_select(1, rows.index)
+            grad_scale = None if grad_scale is None else grad_scale[rows.index]
+        step = self._lists.next_steps(rows.index)
+        size = hyper.lr * scales[0]
+        decay = size * scales[1] * hyper.weight_decay
+        if self.variant == "released":
+            decay = decay / (1 - hyper.beta1**step)
+        moments = (rows.exp_avgs, rows.exp_avg_sqs, rows.max_exp_avg_sqs)
+        self._backend.adamw_update_(
+            rows.params, grads, *moments, size, 1 - decay, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale
+        )
+        mark_written(rows.params, rows.exp_avgs, rows.exp_avg_sqs, rows.max_exp_avg_sqs or ())
+        self._lists.count_step(rows.index)
+
+    # ------------------------------------------------------------------------------------------------------- what can be read
+
+    @property
+    def lr_scale(self) -> Tensor:
+        """[G] learning-rate scales of the last step (the paper's alpha); 1 before the first."""
+        return self._scales[0].detach()
+
+    @property
+    def wd_scale(self) -> Tensor:
+        """[G] weight-decay scales of the last step (the paper's beta); 1 before the first."""
+        return self._scales[1].detach()
+
+    @property
+    def flatness_weight(self) -> Tensor:
+        """[G] weights of ‖g2‖² in the alignment objective (lambda1); 0 before the first step."""
+        return self._scales[2].detach()
+
+    @property
+    def alignment_weight(self) -> Tensor:
+        """[G] weights of cos(g1, g2) in the alignment objective (lambda2); 0 before the first step."""
+        return self._scales[3].detach()
+
+    @property
+    def features(self) -> Tensor:
+        """[G, D] features of the last step, before gating and standardisation; 0 before the first."""
+        return self._features
+
+    @property
+    def statistics(self) -> Tensor:
+        """[T, S] sums per tensor of the last step, of the clipped (and with maximize negated) gradient; 0 before the first.
+
+        Columns: Σg², Σg·m, Σm², Σp², Σv², for enhanced features then the non-zeros of g and of m. g is this step's gradient; m, p
+        and v are as the step found them.
+        """
+        return self._statistics
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """0-dim total 2-norm of the last step's gradient, before clipping; 0 before the first step."""
+        return self._statistics[:, 0].sum().sqrt() if self._grad_norm is None else self._grad_norm
+
+    def invalidate_statistics(self) -> None:
+        """Tells that parameters or states were written behind autograd's back (``.data``, numpy).
+
+        This version measures the whole state in every step, so there is nothing to forget; the call is safe and free.
+        """
+
+    # ----------------------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict with one key more, ``metaadamw``: encoder, step count and what else a bitwise resume needs."""
+        return {**super().state_dict(), checkpoint.KEY: checkpoint.extra_state(self)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of MetaAdamW, or of ``torch.optim.AdamW`` (the encoder then stays as it is, with a warning).
+
+        Moments keep their saved dtypes. ``state_dict`` is copied, never changed or referred to.
+
+        Raises:
+            ValueError: a checkpoint of another model, grouping or encoder; the optimizer is unchanged then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, hooked: dict[str, Any]) -> dict[str, Any]:
+            checkpoint.check(self, hooked)
+            loaded.update(hooked)
+            return {"state": {}, "param_groups": hooked["param_groups"]}
+
+        def fill(_: Optimizer) -> None:
+            checkpoint.load_states(self, loaded)
+            self._build()
+            checkpoint.load_extra(self, loaded)
+
+        # After the user's own pre-hooks, which may replace the dict, and before the user's post-hooks, which may read the state.
+        handles = [self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(fill, prepend=True)]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name in ("amsgrad", "maximize", "capturable"):
+                group.setdefault(name, False)

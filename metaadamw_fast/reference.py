@@ -1,0 +1,82 @@
+"""The ops in plain eager PyTorch: oracle, documentation, and the fallback where nothing faster runs.
+
+The signatures are those of the C++ ops. Every line here is a line of the paper: MetaAdamW section 3.2 for the sums,
+algorithm 1 for the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Tensors = Sequence[Tensor]
+
+
+def _arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is, else float32: what bfloat16, float16 and float32 are computed in."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def tensor_stats(
+    grads: Tensors,
+    exp_avgs: Tensors,
+    params: Tensors | None,
+    exp_avg_sqs: Tensors | None,
+    count_nonzero: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Sums per tensor; see :func:`metaadamw_fast.ops.tensor_stats`."""
+    rows = []
+    for t, (grad, exp_avg) in enumerate(zip(grads, exp_avgs, strict=True)):
+        operands = [grad, exp_avg, *(x[t] for x in (params, exp_avg_sqs) if x is not None)]
+        arithmetic = _arithmetic_dtype(*operands)
+        m = exp_avg.to(arithmetic)
+        g = grad.to(arithmetic) if grad.numel() else torch.zeros_like(m)
+        sums = [_sum(g * g), _sum(g * m), _sum(m * m)]
+        sums += [_sum(x.to(arithmetic).square()) for x in operands[2:]]
+        if count_nonzero:
+            sums += [_sum((g != 0).float()), _sum((m != 0).float())]
+        rows.append(torch.stack(sums))
+    width = 3 + (params is not None) + (exp_avg_sqs is not None) + 2 * count_nonzero
+    return torch.stack(rows).to(dtype) if rows else torch.zeros(0, width, dtype=dtype)
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(dtype=torch.float64)
+
+
+def adamw_update_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    max_exp_avg_sqs: Tensors | None,
+    step_size: Tensor,
+    decay_factor: Tensor,
+    step: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    grad_scale: Tensor | None,
+) -> None:
+    """The modulated AdamW update; see :func:`metaadamw_fast.ops.adamw_update_`."""
+    bias_correction1 = 1 - beta1**step
+    bias_correction2 = 1 - beta2**step
+    for t, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        arithmetic = _arithmetic_dtype(param, grad, exp_avg, exp_avg_sq)
+        g = grad.to(arithmetic)
+        if grad_scale is not None:
+            g = g * grad_scale[t]
+        m = beta1[t] * exp_avg.to(arithmetic) + (1 - beta1[t]) * g
+        v = beta2[t] * exp_avg_sq.to(arithmetic) + (1 - beta2[t]) * g * g
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+        if max_exp_avg_sqs is not None and max_exp_avg_sqs[t].numel():
+            v = torch.maximum(max_exp_avg_sqs[t].to(arithmetic), v)
+            max_exp_avg_sqs[t].copy_(v)
+        m_hat = m / bias_correction1[t]
+        v_hat = v / bias_correction2[t]
+        p = decay_factor[t] * param.to(arithmetic) - step_size[t] * m_hat / (v_hat.sqrt() + eps[t])
+        param.copy_(p)
