@@ -1,7 +1,9 @@
-# Every target sets up what it needs in .venv, and does nothing again that is already there.
+# Every target first sets up what it needs in .venv; that is skipped while nothing it depends on has changed.
 #   make demo    train a small vision transformer with AdamW and with MetaAdamW (ARGS="--task etth1 --data DIR")
-#   make test    all tests      make bench   the measured tables      make lint   format, lint, types
-# Another torch: make TORCH="torch==2.12.0"; it must be 2.11 or later.
+#   make test    all tests (ARGS="tests/test_ops.py -k bf16")
+#   make bench   the measured tables
+#   make lint    style, format and types
+# Another torch, 2.11 or later: make TORCH="torch==2.12.0".
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,18 +14,18 @@ SOURCES := $(wildcard csrc/*)
 
 .PHONY: demo test bench lint clean
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(VENV)/.test
+test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(VENV)/.test
+bench: $(VENV)/.ready
 	$(BIN)/python -m bench.step $(ARGS)
 	$(BIN)/python -m bench.encoder
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-disable-gc
+	$(BIN)/python -m pytest bench --benchmark-only
 
-lint: $(VENV)/.lint
+lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -32,17 +34,12 @@ lint: $(VENV)/.lint
 clean:
 	rm -rf $(VENV) build dist *.egg-info metaadamw_fast/_C*.so
 
-# torch before the package, and the build not isolated: see pyproject.toml.
+# torch comes first and the build is not isolated: see pyproject.toml.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" ninja
 	touch $@
 
-$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
-	touch $@
-
-$(VENV)/.demo $(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.built
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$*]"
+$(VENV)/.ready: $(VENV)/.torch setup.py pyproject.toml $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[demo,lint,test]"
 	touch $@

@@ -28,7 +28,7 @@ def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
         "group_ids": list(optimizer._group_ids),
         "encoder": dict(optimizer.encoder.state_dict()),
         "generator": optimizer.encoder.generator.get_state(),
-        "scales": optimizer._scales.detach(),
+        "scales": optimizer._scales,
         "lagged": None if optimizer._lagged is None else list(optimizer._lagged),
     }
 
@@ -68,8 +68,7 @@ def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     for name, value in encoder.items():
         if extra["encoder"][name].shape != value.shape:
             raise ValueError(
-                f"loaded state dict has another encoder: {name} is {tuple(extra['encoder'][name].shape)},"
-                f" here {tuple(value.shape)}"
+                f"loaded state dict has another encoder: {name} is {tuple(extra['encoder'][name].shape)}, here {tuple(value.shape)}"
             )
 
 

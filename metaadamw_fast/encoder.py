@@ -55,8 +55,9 @@ class _Attention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """One pre-norm Transformer encoder layer over G groups: the arithmetic and the state-dict names of
-    ``nn.TransformerEncoderLayer(D, H, Dff, dropout=0, norm_first=True)``, in about half as many operations.
+    """One pre-norm Transformer encoder layer over G groups, in about half the operations of torch's own.
+
+    Arithmetic and state-dict names are those of ``nn.TransformerEncoderLayer(D, H, Dff, dropout=0, norm_first=True)``.
     """
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
@@ -112,7 +113,7 @@ class GroupEncoder(nn.Module):
     ``feature_gates`` [D] when gating, ``group_embeddings.{g}`` [E] for enhanced features.
 
     Args:
-        config: size.
+        config: its size.
         features: which features it will read.
         groups: G, for the group embeddings.
         lr_scale_range, wd_scale_range: in [0, 2), so that a scale stays positive; 0 switches the scale off.
@@ -122,6 +123,10 @@ class GroupEncoder(nn.Module):
     Raises:
         ValueError: a range outside [0, 2), an unknown head_init, or heads that do not divide the feature width.
     """
+
+    _centre: Tensor
+    _base: Tensor
+    _range: Tensor
 
     def __init__(
         self,
@@ -152,13 +157,9 @@ class GroupEncoder(nn.Module):
             self.feature_gates = nn.Parameter(torch.ones(dim))
         self.group_embeddings = nn.ParameterList()
         self.add_groups(groups)
-        self._buffer("_centre", torch.tensor([0.5, 0.5, 0.0, 0.0])[:, None])
-        self._buffer("_base", torch.tensor([1.0, 1.0, 0.0, 0.0])[:, None])
-        self._buffer("_range", torch.ones(4, 1))
+        for name, column in (("_centre", [0.5, 0.5, 0.0, 0.0]), ("_base", [1.0, 1.0, 0.0, 0.0]), ("_range", [1.0] * 4)):
+            self.register_buffer(name, torch.tensor(column)[:, None], persistent=False)
         self.set_ranges(lr_scale_range, wd_scale_range)
-
-    def _buffer(self, name: str, value: Tensor) -> None:
-        self.register_buffer(name, value, persistent=False)
 
     def set_ranges(self, lr_scale_range: float, wd_scale_range: float) -> None:
         """How far the scales may move from 1.
@@ -209,10 +210,9 @@ class GroupEncoder(nn.Module):
             for layer in self.encoder.layers:
                 x = layer(x, attention_bias)
             weight, bias = self.head._parameters.values()
-            base, span = self._base, self._range
             out = linear(x, cast(Tensor, weight), bias).t().sigmoid()
-            scales = torch.addcmul(base, span, out - self._centre)
-            return scales if valid is None else torch.where(valid, scales, base)
+            scales = torch.addcmul(self._base, self._range, out - self._centre)
+            return scales if valid is None else torch.where(valid, scales, self._base)
 
     @staticmethod
     def _valid(features: Tensor) -> Tensor | None:

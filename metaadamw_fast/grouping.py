@@ -111,7 +111,7 @@ def describe(params: Sequence[tuple[str | None, Tensor, int]], model: nn.Module 
     owners: dict[Tensor, nn.Module] = {}
     names: dict[Tensor, str] = {}
     if model is not None:
-        names = {param: name for name, param in reversed(list(model.named_parameters()))}
+        names.update((param, name) for name, param in model.named_parameters())
         for module in model.modules():
             for param in module.parameters(recurse=False):
                 owners.setdefault(param, module)

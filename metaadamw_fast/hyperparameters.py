@@ -67,8 +67,7 @@ class HyperparameterTable:
             if isinstance(group[name], Tensor) and group[name].device.type != "cpu"
         ]
         key = [
-            (_number(g["lr"]), _number(g["weight_decay"]), *map(float, g["betas"]), g["eps"], g["maximize"])
-            for g in param_groups
+            (_number(g["lr"]), _number(g["weight_decay"]), *map(float, g["betas"]), g["eps"], g["maximize"]) for g in param_groups
         ]
         if self._vectors is None or live or key != self._key:
             rows = [[*values[:5], -1.0 if values[5] else 1.0] for values in key]
@@ -77,7 +76,8 @@ class HyperparameterTable:
                 table[row, column] = value.reshape(())
             vectors = table.index_select(0, self._index).t().contiguous().unbind()
             maximize = any(g["maximize"] for g in param_groups)
-            self._vectors = Hyperparameters(*vectors[:5], vectors[5] if maximize else None)
+            lr, weight_decay, beta1, beta2, eps, sign = vectors
+            self._vectors = Hyperparameters(lr, weight_decay, beta1, beta2, eps, sign if maximize else None)
             self._key = key
         return self._vectors
 

@@ -12,9 +12,9 @@ from .grouping import Member
 
 
 class Rows(NamedTuple):
-    """Lists over the tensors that one call updates. ``index`` is None for all T, else the positions of those in them."""
+    """Lists over the tensors that one call updates. ``positions`` is None for all T, else where they stand."""
 
-    index: Tensor | None
+    positions: Tensor | None
     params: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
@@ -82,14 +82,14 @@ class StateLists:
         """The gradients with a tensor without elements for each that is missing."""
         return [self._absent if g is None else g for g in grads]
 
-    def next_steps(self, index: Tensor | None) -> Tensor:
-        """Step counts of the step that comes now, [T'] float64, for the rows of ``index``; nothing is counted yet."""
+    def next_steps(self, positions: Tensor | None) -> Tensor:
+        """Step counts of the step that comes now, [T'] float64, at these positions; nothing is counted yet."""
         steps = self.steps.to(self.device, torch.float64)
-        return (steps if index is None else steps.index_select(0, index)) + 1
+        return (steps if positions is None else steps.index_select(0, positions)) + 1
 
-    def count_step(self, index: Tensor | None) -> None:
-        """Counts a step of these rows."""
-        if index is None:
+    def count_step(self, positions: Tensor | None) -> None:
+        """Counts a step of the tensors at these positions."""
+        if positions is None:
             self.steps += 1
         else:
-            self.steps[index.to(self.steps.device)] += 1
+            self.steps[positions.to(self.steps.device)] += 1

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .features import NORM_FLOOR, training_progress
+from .features import NORM_FLOOR
+from .lookahead import look_ahead
 from .model_state import parameters_replaced, preserved, twice_differentiable
 from .optimizer import MetaAdamW
 from .weighting import TERM_KINDS, clamp_log_vars_, homoscedastic_sum
@@ -124,7 +125,7 @@ class MetaLearner:
     # ---------------------------------------------------------------------------------------------------------- the update
 
     def update(self, batch_a: Any, batch_b: Any, val_batch: Any = None, gap_batch: Any = None) -> MetaReport:
-        """One meta-update. The model, its gradients, buffers and modes, the optimizer's state and the random state stay as they are.
+        """One meta-update. The model, its gradients, buffers, modes, the optimizer's state and the random state stay as they are.
 
         Args:
             batch_a: B1, whose gradient the hypothetical step takes.
@@ -151,7 +152,7 @@ class MetaLearner:
 
             params = self.optimizer._lists.all.params
             loss_a, g1 = _gradient(loss, batch_a, params, create_graph=False)
-            scales, clip, theta = self._look_ahead(g1)
+            scales, clip, theta = look_ahead(self.optimizer, g1)
             g1 = [None if g is None else g * clip for g in g1]
             with parameters_replaced(self.model, dict(zip(params, theta, strict=True))):
                 terms = {}
@@ -173,7 +174,7 @@ class MetaLearner:
             self._descend(total)
         return MetaReport(
             total.detach(),
-            *(terms[name].detach() if name in terms else None for name in TERMS),
+            *(terms[name].detach() if name in terms else None for name in TERMS),  # type: ignore[arg-type, call-arg]
             self.log_vars.detach().clone(),
             scales[0].detach(),
             scales[1].detach(),
@@ -185,65 +186,6 @@ class MetaLearner:
         if len(signs) > 1:
             raise ValueError("a meta-update needs all param groups to maximize, or none")
         return signs.pop()
-
-    def _look_ahead(self, g1: list[Tensor | None]) -> tuple[Tensor, Tensor | float, list[Tensor]]:
-        """Scales [4, G] with their graph, the clip factor on g1, and θ′ as a differentiable function of the scales.
-
-        θ′ = p - lr·lr_scale·(u + wd_scale·λ·p) with u = m̂′/(√v̂′ + ε), for the moments that a step with g1 would leave.
-        """
-        opt = self.optimizer
-        released = opt.variant == "released"
-        rows = opt._lists.all
-        with torch.no_grad():
-            grads = [p.grad for p in rows.params] if released else g1
-            hyper = opt._hyperparameters.update(opt.param_groups)
-            # g1 is the gradient of what is minimized; a .grad that stands has the sign of loss_fn.
-            statistics, grad_scale, _ = opt._transform_gradient(opt._measure(grads), hyper.sign if released else None)
-            step = opt._lists.next_steps(None) - (1 if released else 0)
-            if released:
-                directions = self._stored_directions(step, hyper)
-            else:
-                directions = self._next_directions(g1, step, hyper, grad_scale)
-        _, scales = opt._encode(statistics, training_progress(opt.steps_done + (not released), opt.total_steps))
-        lr_scale, wd_scale = scales[:2].index_select(1, opt._group_of).double().unbind()
-        size = hyper.lr * lr_scale
-        if released:
-            decay = size / (1 - hyper.beta1**step) * wd_scale.detach() * hyper.weight_decay
-        else:
-            decay = size * wd_scale * hyper.weight_decay
-        theta = [
-            p.detach().requires_grad_(p.requires_grad) if u is None else ((1 - d) * p.detach() - s * u).to(p.dtype)
-            for p, u, s, d in zip(rows.params, directions, size.unbind(), decay.unbind(), strict=True)
-        ]
-        return scales, 1.0 if grad_scale is None else grad_scale[0].to(scales.dtype), theta
-
-    def _next_directions(
-        self, g1: list[Tensor | None], step: Tensor, hyper: Any, grad_scale: Tensor | None
-    ) -> list[Tensor | None]:
-        """u of a step with g1, by the update op itself on copies: from p = 0 with step size -1 and no decay it leaves u."""
-        rows, present = self.optimizer._lists.with_gradients(g1)
-        if rows.index is not None:
-            hyper, step = hyper.select(rows.index), step[rows.index]
-            grad_scale = None if grad_scale is None else grad_scale[rows.index]
-        directions = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in rows.params]
-        moments = [None if x is None else [y.clone() for y in x] for x in rows[2:]]
-        ones = torch.ones_like(step)
-        self.optimizer._backend.adamw_update_(
-            directions, present, *moments, -ones, ones, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale
-        )
-        found = iter(directions)
-        return [None if g is None else next(found) for g in g1]
-
-    def _stored_directions(self, step: Tensor, hyper: Any) -> list[Tensor | None]:
-        """u of the released code: from the stored moments and counts; None before the first step of a parameter."""
-        rows = self.optimizer._lists.all
-        bias_correction1 = (1 - hyper.beta1**step).unbind()
-        bias_correction2 = (1 - hyper.beta2**step).unbind()
-        second_moments = rows.exp_avg_sqs if rows.max_exp_avg_sqs is None else rows.max_exp_avg_sqs
-        return [
-            None if k == 0 else (m / bias_correction1[i]) / ((v / bias_correction2[i]).sqrt() + hyper.eps[i])
-            for i, (m, v, k) in enumerate(zip(rows.exp_avgs, second_moments, step.tolist(), strict=True))
-        ]
 
     # -------------------------------------------------------------------------------------------------------- the objective
 

@@ -101,7 +101,7 @@ def resolve_backend(name: str, device: torch.device) -> Any:
 
 
 def backend_report(device: torch.device | str | None = None) -> str:
-    """What ``backend="auto"`` runs on ``device`` (default: the CPU and the accelerator, if there is one), and why not the others."""
+    """What ``backend="auto"`` runs on ``device`` (default: the CPU and the accelerator if any), and why not the others."""
     devices = [torch.device(device)] if device is not None else [torch.device("cpu")]
     if device is None and torch.accelerator.is_available():
         devices.append(torch.device(torch.accelerator.current_accelerator() or "cpu"))
@@ -145,7 +145,8 @@ def tensor_stats(
     """
     with torch.no_grad():
         run = resolve_backend(backend, _device(exp_avgs))
-        return run.tensor_stats(grads, exp_avgs, params, exp_avg_sqs, count_nonzero, dtype)
+        statistics: Tensor = run.tensor_stats(grads, exp_avgs, params, exp_avg_sqs, count_nonzero, dtype)
+        return statistics
 
 
 def tensor_dots(xs: Tensors, ys: Tensors, *, dtype: torch.dtype = torch.float32, backend: str = "auto") -> Tensor:
@@ -224,10 +225,10 @@ def _device(tensors: Tensors) -> torch.device:
 if _NO_EXTENSION is None:
 
     @torch.library.register_fake("metaadamw_fast::tensor_stats")
-    def _(grads, exp_avgs, params, exp_avg_sqs, count_nonzero, dtype):  # type: ignore[no-untyped-def] # noqa: ANN001
+    def _(grads, exp_avgs, params, exp_avg_sqs, count_nonzero, dtype):  # type: ignore[no-untyped-def]
         width = 3 + (params is not None) + (exp_avg_sqs is not None) + 2 * count_nonzero
         return torch.empty(len(exp_avgs), width, dtype=dtype, device=_device(exp_avgs))
 
     @torch.library.register_fake("metaadamw_fast::adamw_update_")
-    def _(*args):  # type: ignore[no-untyped-def] # noqa: ANN002
+    def _(*args):  # type: ignore[no-untyped-def]
         return None

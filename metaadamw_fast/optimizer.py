@@ -90,7 +90,7 @@ class MetaAdamW(Optimizer):
             raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
         if total_steps is not None and not total_steps > 0:
             raise ValueError(f"Invalid total_steps: {total_steps}")
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
@@ -111,7 +111,7 @@ class MetaAdamW(Optimizer):
         self._grouping: grouping_.Grouping = grouping
         self._backend_name = backend
         self._group_ids: list[int] = []
-        self._scales = None  # type: ignore[assignment]
+        self._scales = torch.ones(4, 0)
         self._built = False
         super().__init__(params, defaults)
 
@@ -200,16 +200,15 @@ class MetaAdamW(Optimizer):
         like = self.encoder.head.weight.detach()
         scales = like.new_zeros(4, len(self.groups))
         scales[:2] = 1
-        if self._scales is not None:  # groups that existed before keep what the last step gave them
-            scales[:, : self._scales.shape[1]] = self._scales.detach()
-        self._scales: Tensor = scales
+        scales[:, : self._scales.shape[1]] = self._scales  # groups that existed before keep what the last step gave them
+        self._scales = scales
         self._features = like.new_zeros(len(self.groups), self.encoder.dim)
         self._statistics = like.new_zeros(len(self._members), 7 if self.encoder.features.enhanced else 5)
 
     # ------------------------------------------------------------------------------------------------------------ the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step.
 
         Args:
@@ -259,9 +258,7 @@ class MetaAdamW(Optimizer):
             encoder.head.weight.dtype,
         )
 
-    def _transform_gradient(
-        self, statistics: Tensor, sign: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _transform_gradient(self, statistics: Tensor, sign: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What maximizing (``sign`` [T]) and clipping make of the statistics.
 
         Returns:
@@ -292,10 +289,10 @@ class MetaAdamW(Optimizer):
     def _update(self, rows: Rows, grads: list[Tensor], hyper: Hyperparameters, grad_scale: Tensor | None) -> None:
         """The update of these rows with the current scales: step size lr·lr_scale, decay 1 - lr·lr_scale·wd_scale·λ."""
         scales = self._scales[:2].index_select(1, self._group_of).double()
-        if rows.index is not None:
-            hyper, scales = hyper.select(rows.index), scales.index_select(1, rows.index)
-            grad_scale = None if grad_scale is None else grad_scale[rows.index]
-        step = self._lists.next_steps(rows.index)
+        if rows.positions is not None:
+            hyper, scales = hyper.select(rows.positions), scales.index_select(1, rows.positions)
+            grad_scale = None if grad_scale is None else grad_scale[rows.positions]
+        step = self._lists.next_steps(rows.positions)
         size = hyper.lr * scales[0]
         decay = size * scales[1] * hyper.weight_decay
         if self.variant == "released":
@@ -305,29 +302,29 @@ class MetaAdamW(Optimizer):
             rows.params, grads, *moments, size, 1 - decay, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale
         )
         mark_written(rows.params, rows.exp_avgs, rows.exp_avg_sqs, rows.max_exp_avg_sqs or ())
-        self._lists.count_step(rows.index)
+        self._lists.count_step(rows.positions)
 
     # ------------------------------------------------------------------------------------------------------- what can be read
 
     @property
     def lr_scale(self) -> Tensor:
         """[G] learning-rate scales of the last step (the paper's alpha); 1 before the first."""
-        return self._scales[0].detach()
+        return self._scales[0]
 
     @property
     def wd_scale(self) -> Tensor:
         """[G] weight-decay scales of the last step (the paper's beta); 1 before the first."""
-        return self._scales[1].detach()
+        return self._scales[1]
 
     @property
     def flatness_weight(self) -> Tensor:
         """[G] weights of ‖g2‖² in the alignment objective (lambda1); 0 before the first step."""
-        return self._scales[2].detach()
+        return self._scales[2]
 
     @property
     def alignment_weight(self) -> Tensor:
         """[G] weights of cos(g1, g2) in the alignment objective (lambda2); 0 before the first step."""
-        return self._scales[3].detach()
+        return self._scales[3]
 
     @property
     def features(self) -> Tensor:
@@ -357,7 +354,7 @@ class MetaAdamW(Optimizer):
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict with one key more, ``metaadamw``: encoder, step count and what else a bitwise resume needs."""
+        """Torch's state dict with one key more, ``metaadamw``: encoder, step count and what else a bitwise resume needs."""
         return {**super().state_dict(), checkpoint.KEY: checkpoint.extra_state(self)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

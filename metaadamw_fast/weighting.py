@@ -11,9 +11,7 @@ LOG_VAR_LIMIT = 4.0  # a term can be negative, and then the weighted sum is unbo
 TERM_KINDS = ("regression", "classification")
 
 
-def homoscedastic_sum(
-    terms: Sequence[Tensor], log_vars: Tensor, priorities: Sequence[float], kinds: Sequence[str]
-) -> Tensor:
+def homoscedastic_sum(terms: Sequence[Tensor], log_vars: Tensor, priorities: Sequence[float], kinds: Sequence[str]) -> Tensor:
     """Σ_i ½·exp(-s_i)·L_i + ½·p_i·s_i; twice that for a classification term.
 
     Args:
