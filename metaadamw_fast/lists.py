@@ -47,7 +47,7 @@ class StateLists:
         for p, member, step in zip(params, members, self.steps.unbind(), strict=True):
             names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(param_groups[member.param_group]["amsgrad"])
             for name in names:
-                if name not in state[p]:
+                if name not in state[p] or state[p][name].is_meta:
                     state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state[p][name] = state[p][name].to(device)
             state[p]["step"] = step

@@ -54,7 +54,7 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None]) -> tuple[Tensor, Ten
 def _next_directions(
     opt: MetaAdamW, g1: Sequence[Tensor | None], step: Tensor, hyper: Hyperparameters, grad_scale: Tensor | None
 ) -> list[Tensor | None]:
-    """u of a step with g1, by the update op itself on copies: from p = 0, with step size -1 and no decay, it leaves u in p."""
+    """Returns u of a step with g1, by the update op itself on copies: from p = 0, with step size -1 and no decay."""
     rows, present = opt._lists.with_gradients(g1)
     if rows.positions is not None:
         hyper, step = hyper.select(rows.positions), step[rows.positions]
@@ -68,7 +68,7 @@ def _next_directions(
 
 
 def _stored_directions(opt: MetaAdamW, step: Tensor, hyper: Hyperparameters) -> list[Tensor | None]:
-    """u of the released code: from the stored moments and counts; None before the first step of a parameter."""
+    """Returns u of the released code: from the stored moments and counts; None before the first step of a parameter."""
     rows = opt._lists.all
     maxima = rows.max_exp_avg_sqs or rows.exp_avg_sqs
     second_moments = [x if x.numel() else v for x, v in zip(maxima, rows.exp_avg_sqs, strict=True)]
