@@ -8,6 +8,7 @@ list to list. float64 tensors are computed in float64, all others in float32.
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ def _load_extension() -> str | None:
         ImportError: the extension was built from other sources than the ones beside it.
     """
     try:
-        from . import _C
-    except ModuleNotFoundError:
+        extension = importlib.import_module("metaadamw_fast._C")
+    except ModuleNotFoundError:  # an extension that is there and does not load raises what it has to say
         return (
             "the C++ extension is not installed (METAADAMW_NO_EXTENSION=1); reinstall without it:"
             " pip install --no-build-isolation ."
@@ -39,7 +40,7 @@ def _load_extension() -> str | None:
         digest = hashlib.sha256()
         for path in sorted(sources.iterdir()):
             digest.update(path.read_bytes())
-        if digest.hexdigest() != _C.source_hash:
+        if digest.hexdigest() != extension.source_hash:
             raise ImportError(
                 "metaadamw_fast._C was built from older sources than csrc/: rebuild it with"
                 " `pip install --no-build-isolation -e .` (make does)"

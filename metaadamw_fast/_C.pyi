@@ -1,3 +1,0 @@
-"""The C++ extension: importing it registers the ops of `torch.ops.metaadamw_fast`."""
-
-source_hash: str
