@@ -95,12 +95,18 @@ class EncoderLayer(nn.Module):
         return x + linear(y, cast(Tensor, weight2), bias2)
 
 
-class _Layers(nn.Module):
-    """A list of layers called ``layers``, so that names read ``encoder.layers.0...``."""
+class EncoderStack(nn.Module):
+    """Layers one after the other, under the names of ``torch.nn.TransformerEncoder``."""
 
     def __init__(self, layers: list[EncoderLayer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, attention_bias: Tensor | None = None) -> Tensor:
+        """[G, D] -> [G, D]; see :meth:`EncoderLayer.forward`."""
+        for layer in self.layers:
+            x = layer(x, attention_bias)
+        return x
 
 
 class GroupEncoder(nn.Module):
@@ -146,7 +152,7 @@ class GroupEncoder(nn.Module):
         self.dim = dim
         self.features = features
         self.generator = torch.Generator().manual_seed(seed)
-        self.encoder = _Layers([EncoderLayer(dim, config.heads, config.hidden) for _ in range(config.layers)])
+        self.encoder = EncoderStack([EncoderLayer(dim, config.heads, config.hidden) for _ in range(config.layers)])
         self.head = _Affine(4, dim)
         for name, param in self.named_parameters():
             if param.dim() == 2 and (head_init == "xavier" or not name.startswith("head.")):
@@ -207,8 +213,7 @@ class GroupEncoder(nn.Module):
                 x = x * torch.sigmoid(self.feature_gates)
             if self.features.standardized_columns:
                 x = standardize(x, self.features.standardized_columns, valid)
-            for layer in self.encoder.layers:
-                x = layer(x, attention_bias)
+            x = self.encoder(x, attention_bias)
             weight, bias = self.head._parameters.values()
             out = linear(x, cast(Tensor, weight), bias).t().sigmoid()
             scales = torch.addcmul(self._base, self._range, out - self._centre)

@@ -67,7 +67,8 @@ class HyperparameterTable:
             if isinstance(group[name], Tensor) and group[name].device.type != "cpu"
         ]
         key = [
-            (_number(g["lr"]), _number(g["weight_decay"]), *map(float, g["betas"]), g["eps"], g["maximize"]) for g in param_groups
+            (_number(g["lr"]), _number(g["weight_decay"]), *map(float, g["betas"]), float(g["eps"]), g["maximize"])
+            for g in param_groups
         ]
         if self._vectors is None or live or key != self._key:
             rows = [[*values[:5], -1.0 if values[5] else 1.0] for values in key]

@@ -188,7 +188,7 @@ class MetaAdamW(Optimizer):
 
     def _build(self) -> None:
         """Allocates what is missing and caches everything that only a change of the parameters changes."""
-        device = self._members[0].param.device
+        device = self._members[0].param.device if self._members else torch.device("cpu")
         self._lists = StateLists(self._members, self.state, self.param_groups, device)
         self._backend = resolve_backend(self._backend_name, device)
         self._hyperparameters = HyperparameterTable([m.param_group for m in self._members], device)
@@ -224,6 +224,8 @@ class MetaAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._members:
+            return loss
         if self._members[0].param.device != self._lists.device:
             self._check_params()
             self._build()  # the model moved to another device
