@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -176,8 +176,14 @@ class GroupEncoder(nn.Module):
         for name, value in (("lr_scale_range", lr_scale_range), ("wd_scale_range", wd_scale_range)):
             if not 0.0 <= value < 2.0:
                 raise ValueError(f"Invalid {name}: {value} (must be in [0, 2))")
-        with torch.no_grad():
-            self._range.copy_(torch.tensor([lr_scale_range, wd_scale_range, 1.0, 1.0])[:, None])
+        self.ranges = (lr_scale_range, wd_scale_range)
+        self._range = self._range.new_tensor([*self.ranges, 1.0, 1.0])[:, None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupEncoder:
+        """Moves and casts as any module; the ranges are then rounded anew, not from float32 to float64."""
+        super()._apply(fn, recurse)
+        self.set_ranges(*self.ranges)
+        return self
 
     def add_groups(self, count: int) -> None:
         """Embeddings N(0, 0.1²) for ``count`` more groups; nothing without group embeddings."""
