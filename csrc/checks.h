@@ -120,7 +120,7 @@ std::vector<Row<N>> make_rows(const std::array<List, N>& lists, bool on_cuda) {
       }
       STD_TORCH_CHECK(std::equal(x.sizes().begin(), x.sizes().end(), leader.sizes().begin(), leader.sizes().end()), lists[i].name, "[", t,
                       "] and ", lists[N - 1].name, "[", t, "] differ in shape");
-      if (lists[i].written) {
+      if (lists[i].written && x.numel() != 0) {
         for (int64_t d = 0; d < x.dim(); ++d) {
           STD_TORCH_CHECK(x.stride(d) != 0 || x.size(d) < 2, lists[i].name, "[", t,
                           "] is expanded: several of its elements share one place in memory, so it cannot be updated");
@@ -147,7 +147,7 @@ std::vector<int64_t> chunk_offsets(const std::vector<Row<N>>& rows) {
 
 // A [T] float64 tensor of hyper-parameters.
 inline const double* hyperparameter(const Tensor& x, const char* name, int64_t tensors) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double && x.dim() == 1 && x.size(0) == tensors && x.is_contiguous(), name,
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double && x.dim() == 1 && x.size(0) == tensors && x.is_contiguous() && x.is_cpu(), name,
                   " must be a contiguous float64 tensor of shape [", tensors, "]");
   return static_cast<const double*>(x.data_ptr());
 }

@@ -7,7 +7,7 @@ statistics of lagged mode. ``torch.optim.AdamW`` ignores it, so checkpoints load
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
         if key not in state_dict:
             raise ValueError(f"loaded state dict has no {key!r}: it is not an optimizer checkpoint, or it is truncated")
     saved, own = state_dict["param_groups"], optimizer.param_groups
+    for index, group in enumerate(saved):
+        _check_keys(group, ("params", "lr", "betas", "eps", "weight_decay"), f"parameter group {index}")
     if len(saved) != len(own):
         raise ValueError(f"loaded state dict has {len(saved)} parameter groups, the optimizer has {len(own)}")
     for index, (a, b) in enumerate(zip(saved, own, strict=True)):
@@ -48,9 +50,11 @@ def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
                 f" {len(b['params'])} in the optimizer"
             )
     for position, (param, values) in enumerate(_states(optimizer, state_dict)):
-        if values and not {"step", "exp_avg", "exp_avg_sq"} <= values.keys():
-            raise ValueError(f"state of parameter {position} in the loaded state dict lacks step, exp_avg or exp_avg_sq")
+        if values:
+            _check_keys(values, ("step", "exp_avg", "exp_avg_sq"), f"the state of parameter {position}")
         for name in MOMENTS:
+            if name in values and not values[name].is_floating_point():
+                raise ValueError(f"{name} of parameter {position} in the loaded state dict is {values[name].dtype}")
             if name in values and values[name].shape != param.shape:
                 raise ValueError(
                     f"{name} of parameter {position} has shape {tuple(values[name].shape)} in the loaded state dict,"
@@ -59,8 +63,11 @@ def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     if KEY not in state_dict:
         return
     extra = state_dict[KEY]
+    _check_keys(extra, extra_state(optimizer).keys(), KEY)
     if list(extra["group_ids"]) != optimizer._group_ids:
         raise ValueError("loaded state dict groups the parameters differently: same model, grouping and order are needed")
+    if extra["scales"].shape != optimizer._scales.shape:
+        raise ValueError(f"loaded state dict has scales of shape {tuple(extra['scales'].shape)}")
     encoder = optimizer.encoder.state_dict()
     if extra["encoder"].keys() != encoder.keys():
         differing = sorted(extra["encoder"].keys() ^ encoder.keys())
@@ -70,6 +77,12 @@ def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"loaded state dict has another encoder: {name} is {tuple(extra['encoder'][name].shape)}, here {tuple(value.shape)}"
             )
+
+
+def _check_keys(values: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
+    missing = [key for key in keys if key not in values]
+    if missing:
+        raise ValueError(f"{where} in the loaded state dict lacks {', '.join(missing)}")
 
 
 def load_states(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:

@@ -181,7 +181,7 @@ class GroupEncoder(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupEncoder:
         """Moves and casts as any module; the ranges are then rounded anew, not from float32 to float64."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.set_ranges(*self.ranges)
         return self
 

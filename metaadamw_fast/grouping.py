@@ -158,7 +158,7 @@ def _group_of(member: Member, grouping: Grouping, deepest: int) -> Group:
 def assign(groups: list[Group], members: Sequence[Member], grouping: Grouping, first: int = 0) -> list[int]:
     """Puts ``members[first:]`` into groups, appending to ``groups`` in order of first appearance.
 
-    Groups that exist keep their ids and their members.
+    Groups that exist keep their ids and their members. Nothing changes if the grouping raises.
 
     Returns:
         The group id of each of ``members[first:]``.
@@ -166,8 +166,9 @@ def assign(groups: list[Group], members: Sequence[Member], grouping: Grouping, f
     ids = {group.key: i for i, group in enumerate(groups)}
     deepest = max_layer(members)
     group_ids = []
-    for position, member in enumerate(members[first:], first):
-        group = _group_of(member, grouping, deepest)
+    found = [_group_of(member, grouping, deepest) for member in members[first:]]
+    hash(tuple(group.key for group in found))  # raises TypeError while nothing has changed
+    for position, (member, group) in enumerate(zip(members[first:], found, strict=True), first):
         if group.key not in ids:
             ids[group.key] = len(groups)
             groups.append(group)

@@ -24,6 +24,8 @@ def check_hyperparameters(values: Mapping[str, Any]) -> None:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
     if not weight_decay >= 0.0:
         raise ValueError(f"Invalid weight_decay value: {weight_decay}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
 
 
 class Hyperparameters(NamedTuple):

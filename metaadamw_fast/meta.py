@@ -261,8 +261,17 @@ class MetaLearner:
         """Restores what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: the meta-optimizer's state does not fit.
+            ValueError: the meta-optimizer's state does not fit, or something is missing; nothing has changed then.
         """
+        missing = [key for key in ("log_vars", "meta_optimizer", "updates") if key not in state_dict]
+        if missing:
+            raise ValueError(f"loaded state dict of the meta-learner lacks {', '.join(missing)}")
+        params = [p for group in self.meta_optimizer.param_groups for p in group["params"]]
+        for index, values in state_dict["meta_optimizer"]["state"].items():
+            for name, value in values.items():
+                wrong = isinstance(value, Tensor) and value.dim() > 0
+                if wrong and (index >= len(params) or value.shape != params[index].shape):
+                    raise ValueError(f"meta-optimizer: {name} of parameter {index} has shape {tuple(value.shape)}")
         self.meta_optimizer.load_state_dict(state_dict["meta_optimizer"])
         with torch.no_grad():
             self.log_vars.copy_(state_dict["log_vars"])

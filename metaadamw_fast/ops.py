@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .checks import check_stats, check_update
 
 Tensors = Sequence[Tensor]
 BACKENDS = ("cpp", "triton", "reference")
@@ -146,6 +147,8 @@ def tensor_stats(
     """
     with torch.no_grad():
         run = resolve_backend(backend, _device(exp_avgs))
+        if not len(exp_avgs):
+            run = ReferenceBackend  # without a tensor, torch's dispatcher does not know where to go
         statistics: Tensor = run.tensor_stats(grads, exp_avgs, params, exp_avg_sqs, count_nonzero, dtype)
         return statistics
 
@@ -200,11 +203,10 @@ def adamw_update_(
     """
     with torch.no_grad():
         device = _device(params)
-        numbers = (step_size, decay_factor, step, *betas, eps)
-        hyper = [_per_tensor(x, len(params), device) for x in numbers]
-        scale = None if grad_scale is None else _per_tensor(grad_scale, len(params), device)
+        numbers = (step_size, decay_factor, step, *betas, eps, grad_scale)
+        hyper = [None if x is None else _per_tensor(x, len(params), device) for x in numbers]
         run = resolve_backend(backend, device)
-        run.adamw_update_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper, scale)
+        run.adamw_update_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper)
         mark_written(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or ())
 
 
@@ -227,9 +229,10 @@ if _NO_EXTENSION is None:
 
     @torch.library.register_fake("metaadamw_fast::tensor_stats")
     def _(grads, exp_avgs, params, exp_avg_sqs, count_nonzero, dtype):  # type: ignore[no-untyped-def]
+        check_stats(grads, exp_avgs, params, exp_avg_sqs, dtype)
         width = 3 + (params is not None) + (exp_avg_sqs is not None) + 2 * count_nonzero
         return torch.empty(len(exp_avgs), width, dtype=dtype, device=_device(exp_avgs))
 
     @torch.library.register_fake("metaadamw_fast::adamw_update_")
-    def _(*args):  # type: ignore[no-untyped-def]
-        return None
+    def _(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper):  # type: ignore[no-untyped-def]
+        check_update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper)

@@ -118,6 +118,7 @@ class MetaAdamW(Optimizer):
         self._grouping = grouping_.resolve(grouping, self._describe())
         config = FeatureConfig(features) if isinstance(features, str) else features
         self._assign_groups()
+        resolve_backend(backend, self._device())  # before a ready encoder is touched
         if isinstance(encoder, GroupEncoder):
             self.encoder = encoder
             self.encoder.set_ranges(lr_scale_range, wd_scale_range)
@@ -147,16 +148,14 @@ class MetaAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_params()
+            before = len(self.groups)
             if self._built:
-                grouping_.resolve(self._grouping, self._describe())
+                self._assign_groups()
         except Exception:
             self.param_groups.pop()
             raise
-        if "betas" in param_group:
-            self.param_groups[-1]["betas"] = tuple(float(beta) for beta in param_group["betas"])
+        self.param_groups[-1]["betas"] = tuple(float(beta) for beta in self.param_groups[-1]["betas"])
         if self._built:
-            before = len(self.groups)
-            self._assign_groups()
             self.encoder.add_groups(len(self.groups) - before)
             self._build()
 
@@ -168,6 +167,8 @@ class MetaAdamW(Optimizer):
                 raise ValueError(f"MetaAdamW needs dense real floating-point parameters, got {p.dtype}, {p.layout}")
             if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
                 raise ValueError("MetaAdamW cannot update an expanded parameter: its elements share memory")
+        if len(set(params)) < len(params):
+            raise ValueError("MetaAdamW got a parameter group with duplicate parameters")
         devices = sorted({str(p.device) for p in params})
         if len(devices) > 1:
             raise ValueError(f"MetaAdamW needs all parameters on one device, got {', '.join(devices)}")
@@ -181,14 +182,19 @@ class MetaAdamW(Optimizer):
             rows += [(name, param, index) for name, param in zip(names, group["params"], strict=True)]
         return grouping_.describe(rows, None if self._model is None else self._model())
 
+    def _device(self) -> torch.device:
+        return self._members[0].param.device if self._members else torch.device("cpu")
+
     def _assign_groups(self) -> None:
-        """Extends groups by the parameters that came since the last call."""
-        self._members = self._describe()
-        self._group_ids += grouping_.assign(self.groups, self._members, self._grouping, len(self._group_ids))
+        """Extends groups by the parameters that came since the last call; changes nothing if the grouping raises."""
+        members = self._describe()
+        grouping_.resolve(self._grouping, members)
+        self._group_ids += grouping_.assign(self.groups, members, self._grouping, len(self._group_ids))
+        self._members = members
 
     def _build(self) -> None:
         """Allocates what is missing and caches everything that only a change of the parameters changes."""
-        device = self._members[0].param.device if self._members else torch.device("cpu")
+        device = self._device()
         self._lists = StateLists(self._members, self.state, self.param_groups, device)
         self._backend = resolve_backend(self._backend_name, device)
         self._hyperparameters = HyperparameterTable([m.param_group for m in self._members], device)
@@ -233,16 +239,17 @@ class MetaAdamW(Optimizer):
         rows, grads = self._lists.with_gradients(all_grads)
         statistics = self._measure(all_grads)
         hyper = self._hyperparameters.update(self.param_groups)
-        statistics, grad_scale, self._grad_norm = self._transform_gradient(statistics, hyper.sign)
+        statistics, grad_scale, grad_norm = self._transform_gradient(statistics, hyper.sign)
         t = training_progress(self.steps_done + 1, self.total_steps)
-        if self._statistics_mode == "exact":
-            self._features, self._scales = self._encode(statistics, t)
-        else:
-            used, self._lagged = self._lagged, (statistics, t)
-            if used is not None:
-                self._features, self._scales = self._encode(*used)
-        self._statistics = statistics
-        self._update(rows, grads, hyper, grad_scale)
+        features, scales = self._features, self._scales
+        used: tuple[Tensor, float] | None = (statistics, t)
+        if self._statistics_mode == "lagged":
+            used = self._lagged
+        if used is not None:
+            features, scales = self._encode(*used)
+        self._update(rows, grads, hyper, scales, grad_scale)
+        self._features, self._scales, self._statistics, self._grad_norm = features, scales, statistics, grad_norm
+        self._lagged = (statistics, t) if self._statistics_mode == "lagged" else None
         self.steps_done += 1
         return loss
 
@@ -288,9 +295,9 @@ class MetaAdamW(Optimizer):
         features = self.encoder.embed(group_features(statistics, self._table, t))
         return features, self.encoder(features)
 
-    def _update(self, rows: Rows, grads: list[Tensor], hyper: Hyperparameters, grad_scale: Tensor | None) -> None:
-        """The update of these rows with the current scales: step size lr·lr_scale, decay 1 - lr·lr_scale·wd_scale·λ."""
-        scales = self._scales[:2].index_select(1, self._group_of).double()
+    def _update(self, rows: Rows, grads: list[Tensor], hyper: Hyperparameters, scales: Tensor, grad_scale: Tensor | None) -> None:
+        """The update of these rows with these scales [4, G]: step size lr·lr_scale, decay 1 - lr·lr_scale·wd_scale·λ."""
+        scales = scales[:2].index_select(1, self._group_of).double()
         if rows.positions is not None:
             hyper, scales = hyper.select(rows.positions), scales.index_select(1, rows.positions)
             grad_scale = None if grad_scale is None else grad_scale[rows.positions]

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_stats, check_update
+
 Tensors = Sequence[Tensor]
 
 
@@ -28,6 +30,7 @@ def tensor_stats(
     dtype: torch.dtype,
 ) -> Tensor:
     """Sums per tensor; see :func:`metaadamw_fast.ops.tensor_stats`."""
+    check_stats(grads, exp_avgs, params, exp_avg_sqs, dtype)
     rows = []
     for t, (grad, exp_avg) in enumerate(zip(grads, exp_avgs, strict=True)):
         operands = [grad, exp_avg, *(x[t] for x in (params, exp_avg_sqs) if x is not None)]
@@ -62,6 +65,8 @@ def adamw_update_(
     grad_scale: Tensor | None,
 ) -> None:
     """The modulated AdamW update; see :func:`metaadamw_fast.ops.adamw_update_`."""
+    hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
+    check_update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyperparameters)
     bias_correction1 = 1 - beta1**step
     bias_correction2 = 1 - beta2**step
     for t, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):

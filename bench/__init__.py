@@ -1,0 +1,1 @@
+"""Benchmarks: one measured table per claim. `python -m bench.step`, `python -m bench.encoder`."""

@@ -1,0 +1,116 @@
+"""The sides of the step benchmark: optimizers on the same parameters and gradients, each with its own state."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.shapes import named_shapes
+
+LR, WEIGHT_DECAY = 1e-4, 1e-2
+Named = list[tuple[str, torch.nn.Parameter]]
+
+
+class Workload:
+    """Random parameters and two sets of gradients.
+
+    Two, because a training step brings new gradient tensors: whoever remembers pointers has to look again, and
+    the cosine of gradient and momentum does not sit at 1. All optimizers share parameters and gradients (the
+    memory would not do otherwise) and so do the same work in every round.
+    """
+
+    def __init__(self, model: str, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = named_shapes(model)
+        # 0.02 is the usual initial scale of weights; gradients of 1e-3 stay far from subnormal squares.
+        self.named: Named = [
+            (name, torch.nn.Parameter(torch.randn(shape, generator=generator).mul_(0.02))) for name, shape in shapes
+        ]
+        self.gradients: list[list[Tensor]] = [
+            [torch.randn(shape, generator=generator).mul_(1e-3) for _, shape in shapes] for _ in range(2)
+        ]
+        self.parameters = [p for _, p in self.named]
+        self.numel = sum(p.numel() for p in self.parameters)
+        self.use_gradients(0)
+
+    def use_gradients(self, i: int) -> None:
+        """Gives every parameter its gradient of set i mod 2."""
+        for p, g in zip(self.parameters, self.gradients[i % 2], strict=True):
+            p.grad = g
+
+
+@dataclass
+class Contender:
+    """One optimizer with everything the table says about it."""
+
+    name: str
+    step: Callable[[], object]
+    optimizer: torch.optim.Optimizer
+    words: int | None  # elements read + written per parameter element; None: not counted
+
+    def warm_up(self, workload: Workload, steps: int = 3) -> None:
+        """Takes a few steps, so that no state is zero, and makes sure that they move parameters and moments."""
+        last = workload.parameters[-1]
+        before = last.detach().clone()
+        for i in range(steps):
+            workload.use_gradients(i)
+            self.step()
+        state = self.optimizer.state[last]
+        if torch.equal(before, last) or not all(bool(state[k].any()) for k in ("exp_avg", "exp_avg_sq")):
+            raise RuntimeError(f"{self.name}: the step left its parameters or its state as they were")
+
+
+def torch_fused(workload: Workload) -> Contender:
+    """Reads p, g, m, v; writes p, m, v."""
+    optimizer = torch.optim.AdamW(workload.named, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+    return Contender("torch fused", optimizer.step, optimizer, 7)
+
+
+def torch_foreach(workload: Workload) -> Contender:
+    """One pass per operation. p*=: 2, lerp m: 3, v*=: 2, addcmul v: 3, sqrt: 2, div: 2, add eps: 2, addcdiv p: 4."""
+    optimizer = torch.optim.AdamW(workload.named, lr=LR, weight_decay=WEIGHT_DECAY, foreach=True)
+    return Contender("torch foreach", optimizer.step, optimizer, 20)
+
+
+def torch_clip_fused(workload: Workload) -> Contender:
+    """The norm reads g, clipping reads and writes g, the update takes 7.
+
+    The bound is far above the norm: the coefficient is 1, torch multiplies all the same, and the gradients that the
+    other sides see stay as they are.
+    """
+    optimizer = torch.optim.AdamW(workload.named, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(workload.parameters, max_norm=1e30)
+        optimizer.step()
+
+    return Contender("clip_grad_norm_ + fused", step, optimizer, 10)
+
+
+def ours(workload: Workload, backend: str = "cpp", words: int | None = 11) -> Contender:
+    """Exact statistics read p, g, m, v; the update reads them again and writes p, m, v.
+
+    The head starts from Xavier, not at the identity: every scale differs from 1 and no short cut is possible.
+    """
+    from metaadamw_fast import MetaAdamW  # here, so that torch alone can be timed without the library
+
+    optimizer = MetaAdamW(
+        workload.named, lr=LR, weight_decay=WEIGHT_DECAY, backend=backend, grouping="fine_grained", head_init="xavier"
+    )
+    return Contender(f"MetaAdamW {backend}", optimizer.step, optimizer, words)
+
+
+def ours_reference(workload: Workload) -> Contender:
+    """The plain PyTorch backend; the number of its passes is no claim, so no words are counted."""
+    return ours(workload, backend="reference", words=None)
+
+
+BASE = torch_fused
+CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
+    "fused": torch_fused,
+    "foreach": torch_foreach,
+    "clip": torch_clip_fused,
+    "ours": ours,
+    "reference": ours_reference,
+}

@@ -1,0 +1,127 @@
+"""The whole step against torch.optim.AdamW: milliseconds, ratio, bytes and bandwidth.
+
+    python -m bench.step [--models minigpt-1.7m gpt2-124m] [--threads N] [--evict] [--json FILE]
+
+Ratios are medians of the ratios within a round, with their quartiles and the 95 % interval of the median; see
+bench/timing.py. Bytes per element are counted, not measured: words read + written times 4. `of copy` and `of in place`
+are the bandwidth from these bytes as a share of two measured ones (timing.Memory). A model whose four words per
+parameter fit the last-level cache is marked: its bandwidth is not the memory's. With --evict every step starts with
+cold caches, as after a large forward and backward pass.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from bench import timing
+from bench.optimizers import CONTENDERS, Contender, Workload
+from bench.shapes import MODELS
+
+WORD = 4  # bytes: everything here is float32
+REFERENCE_LIMIT = 2**24  # parameters; above, the reference backend would take most of the run and tell nothing
+
+
+def measure(model: str, sides: list[str], seconds: float, memory: timing.Memory, evict: bool) -> dict[str, Any]:
+    """Times all sides on one model; returns what the table prints."""
+    workload = Workload(model)
+    if workload.numel > REFERENCE_LIMIT:
+        sides = [side for side in sides if side != "reference"]
+    contenders: list[Contender] = [CONTENDERS[side](workload) for side in sides]
+    for contender in contenders:
+        contender.warm_up(workload)
+    before = memory.bandwidths()
+    times = timing.interleaved(
+        {c.name: c.step for c in contenders},
+        seconds=seconds,
+        before_round=workload.use_gradients,
+        before_call=memory.copy if evict else None,
+    )
+    after = memory.bandwidths()  # again: neighbours come and go
+    bandwidth = {name: before[name] + after[name] for name in before}
+    base = contenders[0].name
+    rows = []
+    for contender in contenders:
+        spread = times.spread(contender.name)
+        row: dict[str, Any] = {
+            "optimizer": contender.name,
+            "seconds": asdict(spread),
+            "ratio": asdict(times.ratio(contender.name, base)),
+        }
+        if contender.words is not None:
+            rate = contender.words * WORD * workload.numel / spread.median
+            row["bytes_per_element"] = contender.words * WORD
+            row["bytes_per_second"] = rate
+            row["share"] = {name: rate / statistics.median(rates) for name, rates in bandwidth.items()}
+        rows.append(row)
+    return {
+        "model": model,
+        "tensors": len(workload.parameters),
+        "parameters": workload.numel,
+        "caches": caches(workload, evict),
+        "rounds": times.note(),
+        "bandwidth": {name: asdict(timing.Spread.of(rates)) for name, rates in bandwidth.items()},
+        "rows": rows,
+    }
+
+
+def caches(workload: Workload, evict: bool) -> str:
+    """Where a step finds its data."""
+    if evict:
+        return "evicted before every step"
+    fits = 4 * WORD * workload.numel <= timing.cache_bytes()
+    return "fits the last-level cache" if fits else "larger than the last-level cache"
+
+
+def show(table: dict[str, Any]) -> None:
+    """Prints one model's table."""
+    print(
+        f"\n{table['model']}: {table['tensors']} tensors, {table['parameters']:,} parameters, {table['caches']}\n{table['rounds']}"
+    )
+    for name, rate in table["bandwidth"].items():
+        print(f"{name}: {rate['median'] / 1e9:.1f} GB/s [{rate['q1'] / 1e9:.1f}, {rate['q3'] / 1e9:.1f}]")
+    heads = (f"{'optimizer':<24}{'ms':>9}{'ratio':>7}", f"{'quartiles':<14}", f"{'95 % of median':<14}")
+    print(*heads, f"{'B/elem':>7}{'GB/s':>7}{'of copy':>9}{'of in place':>12}", sep="  ")
+    for row in table["rows"]:
+        ratio = row["ratio"]
+        counted = f"{'-':>7}{'-':>7}{'-':>9}{'-':>12}"
+        if "share" in row:
+            share = row["share"]
+            counted = f"{row['bytes_per_element']:>7}{row['bytes_per_second'] / 1e9:>7.1f}"
+            counted += f"{share['copy']:>9.0%}{share['in place']:>12.0%}"
+        cells = [f"{row['optimizer']:<24}{row['seconds']['median'] * 1e3:>9.3f}{ratio['median']:>7.2f}"]
+        cells += [f"{f'[{ratio[a]:.2f}, {ratio[b]:.2f}]':<14}" for a, b in (("q1", "q3"), ("low95", "high95"))]
+        print(*cells, counted, sep="  ")
+
+
+def main() -> None:
+    """Reads the options, measures and prints one table per model."""
+    parser = argparse.ArgumentParser(description="One optimizer step, against torch.optim.AdamW(fused=True).")
+    parser.add_argument("--models", nargs="+", default=["minigpt-1.7m", "gpt2-124m"], choices=list(MODELS))
+    parser.add_argument("--optimizers", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--seconds", type=float, default=25.0, help="of interleaved timing per model")
+    parser.add_argument("--threads", type=int, help="default: torch's own")
+    parser.add_argument("--evict", action="store_true", help="start every step with cold caches")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    # Ratios are against the first side, so it is always there.
+    sides = ["fused", *(side for side in options.optimizers if side != "fused")]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
+    memory = timing.Memory()
+    tables = []
+    for model in options.models:
+        tables.append(measure(model, sides, options.seconds, memory, options.evict))
+        show(tables[-1])
+    if options.json:
+        run = {"torch": torch.__version__, "threads": torch.get_num_threads(), "tables": tables}
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(run, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

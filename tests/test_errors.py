@@ -1,0 +1,316 @@
+"""Bad input raises the named error, with a message that says what is wrong, before anything has changed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from metaadamw_fast import EncoderConfig, FeatureConfig, MetaAdamW, MetaLearner, ops
+
+from .cases import everything, same, set_gradients, two_layers, unchanged
+
+NAN, INF = float("nan"), float("inf")
+DUPLICATES = pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+
+
+def parameter(**options):
+    return nn.Parameter(torch.ones(3, **options), requires_grad=False)
+
+
+ONE, ON_META, COMPLEX, INTEGER = parameter(), parameter(device="meta"), parameter(dtype=torch.cfloat), parameter(dtype=torch.int64)
+EXPANDED, SPARSE, NOT_A_LEAF = (
+    nn.Parameter(torch.ones(1).expand(3)),
+    nn.Parameter(torch.eye(3).to_sparse()),
+    nn.Parameter(torch.ones(3)) * 2,
+)
+
+# ------------------------------------------------------------------------------------------------------------ the constructor
+
+HYPERPARAMETERS = [
+    *({name: value} for name in ("lr", "eps", "weight_decay") for value in (-1.0, NAN, -INF)),
+    *({"betas": betas} for betas in ((1.0, 0.9), (-0.1, 0.9), (NAN, 0.9), (0.9, 1.0), (0.9, -0.1), (0.9, NAN), (0.9, 1.5))),
+    {"betas": (torch.tensor(0.9), 0.999)},
+    {"betas": (torch.tensor([0.9]), torch.tensor(1.0))},
+    {"lr": torch.tensor([1e-3, 1e-3])},
+    {"lr": torch.tensor(-1.0)},
+    {"weight_decay": torch.tensor(-1.0)},
+    {"lr": -1.0, "betas": (2.0, 2.0), "eps": -1.0, "weight_decay": -1.0},
+]
+
+
+@pytest.mark.parametrize("arguments", HYPERPARAMETERS, ids=str)
+def test_hyperparameters_fail_as_in_torch(arguments):
+    with pytest.raises(ValueError, match=r".") as theirs:
+        torch.optim.AdamW([ONE], **arguments)
+    with pytest.raises(ValueError, match=r".") as ours:
+        MetaAdamW([ONE], **arguments)
+    _, opt = two_layers()
+    with unchanged(opt), pytest.raises(ValueError, match=r".") as added:
+        opt.add_param_group({"params": [("new", parameter())], **arguments})
+    assert str(ours.value) == str(added.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("params", [[], ONE, [3], [NOT_A_LEAF], [("a", ONE), parameter()], [{"params": [ONE]}, {"params": [ONE]}]])
+def test_parameter_lists_fail_as_in_torch(params):
+    with pytest.raises((ValueError, TypeError)) as theirs:
+        torch.optim.AdamW(params)
+    with pytest.raises(theirs.type) as ours:
+        MetaAdamW(params)
+    assert str(ours.value) == str(theirs.value)
+
+
+CONSTRUCTOR = [
+    *(({name: x}, f"Invalid {name}: {x}") for name in ("lr_scale_range", "wd_scale_range") for x in (-0.1, 2.0, NAN, INF)),
+    *(({name: "no"}, f"Invalid {name}: 'no'") for name in ("grouping", "variant", "statistics", "backend", "head_init")),
+    ({"features": "no"}, "Invalid feature version: 'no'"),
+    ({"grouping": "fine_grained"}, "needs the parameters' names"),
+    ({"grouping": lambda name, param: name}, "needs the parameters' names"),
+    ({"features": FeatureConfig(dim=9), "encoder": EncoderConfig(heads=2)}, "2 heads do not divide the feature dim 9"),
+    ({"features": FeatureConfig(dim=4)}, "Invalid feature dim: 4, basic features need at least 6"),
+    ({"features": FeatureConfig("enhanced", dim=12), "encoder": EncoderConfig(heads=1)}, "need at least 14"),
+    *(({"max_grad_norm": x}, "Invalid max_grad_norm") for x in (0.0, -1.0, NAN)),
+    *(({"total_steps": x}, "Invalid total_steps") for x in (0, -5)),
+    ({"capturable": True}, "capturable=True needs parameters on a CUDA device"),
+    ({"params": [COMPLEX]}, "real floating-point"),
+    ({"params": [INTEGER]}, "real floating-point"),
+    ({"params": [SPARSE]}, "dense"),
+    ({"params": [EXPANDED]}, "expanded"),
+    ({"params": [ONE, ON_META]}, "one device, got cpu, meta"),
+    ({"params": [ONE, ONE]}, "duplicate"),
+]
+
+
+@DUPLICATES
+@pytest.mark.parametrize(("arguments", "message"), CONSTRUCTOR, ids=[message for _, message in CONSTRUCTOR])
+def test_constructor(arguments, message):
+    random_state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        MetaAdamW(**{"params": [parameter()], **arguments})
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("size", [{"layers": -1}, {"heads": 0}, {"hidden": 0}], ids=str)
+def test_size_of_the_encoder(size):
+    with pytest.raises(ValueError, match="Invalid encoder size"):
+        EncoderConfig(**size)
+
+
+def test_a_backend_that_cannot_run_says_why():
+    x = [torch.ones(3)]
+    for call in (lambda: MetaAdamW([ONE], backend="triton"), lambda: ops.tensor_stats(x, x, backend="triton")):
+        with pytest.raises(RuntimeError, match=r"backend='triton' cannot run here: .*Triton"):
+            call()
+    with pytest.raises(ValueError, match="Invalid backend: 'no'"):
+        ops.adamw_update_(x, x, x, x, 0.1, 1.0, step=1, backend="no")
+
+
+@pytest.mark.parametrize("arguments", [{"backend": "triton"}, {"wd_scale_range": 3.0}, {"capturable": True}], ids=str)
+def test_a_ready_encoder_survives_a_failed_constructor(arguments):
+    model, opt = two_layers(features="enhanced")
+    features = torch.rand(len(opt.groups), opt.encoder.dim)
+    before = copy.deepcopy(opt.encoder.state_dict()), opt.encoder(features)
+    params = [{"params": [p]} for p in model.parameters()]  # more groups than the encoder knows
+    with pytest.raises((ValueError, RuntimeError)):
+        MetaAdamW(params, grouping="param_groups", encoder=opt.encoder, **{"lr_scale_range": 0.25, **arguments})
+    assert same((opt.encoder.state_dict(), opt.encoder(features)), before)
+
+
+# --------------------------------------------------------------------------------------------------- groups, gradients, steps
+
+GROUPS = {
+    "complex": ({"params": [("a", COMPLEX)]}, ValueError, "real floating-point"),
+    "integer": ({"params": [("a", INTEGER)]}, ValueError, "real floating-point"),
+    "expanded": ({"params": [("a", EXPANDED)]}, ValueError, "expanded"),
+    "another device": ({"params": [("a", ON_META)]}, ValueError, "one device, got cpu, meta"),
+    "duplicate": ({"params": [("a", ONE), ("b", ONE)]}, ValueError, "duplicate"),
+    "not a leaf": ({"params": [("a", NOT_A_LEAF)]}, ValueError, "non-leaf"),
+    "no name": ({"params": [ONE]}, ValueError, "names"),
+    "capturable": ({"params": [("a", ONE)], "capturable": True}, ValueError, "capturable"),
+    "grouping that raises": ({"params": [("a", ONE), ("raises", parameter())]}, KeyError, "raises"),
+    "grouping that is not hashable": ({"params": [("a", ONE), ("list", parameter())]}, TypeError, "unhashable"),
+}
+
+
+@DUPLICATES
+@pytest.mark.parametrize("name", GROUPS)
+def test_add_param_group(name):
+    group, error, message = GROUPS[name]
+    special = {"raises": lambda: {}["raises"], "list": list}
+    options = {"grouping": lambda name, param: special.get(name, lambda: name)()}
+    _, opt = two_layers(**options)
+    with unchanged(opt, **options), pytest.raises(error, match=message):
+        opt.add_param_group(group)
+
+
+def test_a_parameter_cannot_be_added_twice():
+    model, opt = two_layers()
+    with unchanged(opt), pytest.raises(ValueError, match="more than one parameter group"):
+        opt.add_param_group({"params": [("again", model[0].weight)]})
+
+
+SPOILED = {
+    "sparse gradient": (lambda p: setattr(p, "grad", p.grad.to_sparse()), "sparse"),
+    "gradient of another shape": (lambda p: setattr(p.grad, "data", torch.ones(7, 5)), "shape|size"),
+    "parameter of another shape": (lambda p: setattr(p, "data", torch.ones(1, 4)), "shape|size"),
+    "expanded parameter": (lambda p: setattr(p, "data", torch.ones(2, 1).expand(2, 4)), "expanded|single memory location"),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("options", [{}, {"statistics": "lagged", "max_grad_norm": 1.0}], ids=["exact", "lagged and clipped"])
+@pytest.mark.parametrize("name", SPOILED)
+def test_step(name, options, backend):
+    spoil, message = SPOILED[name]
+    model, opt = two_layers(backend=backend, **options)
+    param = model[1].weight  # [2, 4], not the first one
+    set_gradients(opt, 2)
+    with unchanged(opt, backend=backend, **options):
+        data, grad, grad_data = param.data, param.grad, param.grad.data
+        spoil(param)
+        with pytest.raises(RuntimeError, match=message):
+            opt.step()
+        param.data, grad.data = data, grad_data
+        param.grad = grad
+
+
+def test_a_closure_that_raises():
+    _, opt = two_layers()
+    with unchanged(opt), pytest.raises(ZeroDivisionError):
+        opt.step(lambda: 1 / 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def edited(f):
+    """A checkpoint of the same optimizer two steps later, spoiled by ``f``."""
+
+    def make():
+        _, other = two_layers(amsgrad=True)
+        for seed in (7, 8):
+            set_gradients(other, seed)
+            other.step()
+        state = copy.deepcopy(other.state_dict())
+        f(state)
+        return state
+
+    return make
+
+
+def of_another(**options):
+    return lambda: two_layers(**options)[1].state_dict()
+
+
+CHECKPOINTS = {
+    "another model": (lambda: MetaAdamW(nn.Linear(5, 5).named_parameters()).state_dict(), "parameter"),
+    "another shape": (edited(lambda d: d["state"][3].update(exp_avg=torch.ones(7))), "shape"),
+    "another grouping": (of_another(grouping="param_groups"), "groups the parameters differently"),
+    "another depth": (of_another(encoder=EncoderConfig(layers=3)), "another encoder"),
+    "another width": (of_another(encoder=EncoderConfig(hidden=8)), "another encoder"),
+    "other features": (of_another(features="enhanced"), "another encoder"),
+    "gates": (of_another(features=FeatureConfig(gating=True)), "another encoder"),
+    "nothing": (dict, "state"),
+    "no groups in it": (edited(lambda d: d["param_groups"].clear()), "parameter groups"),
+    "fewer parameters": (edited(lambda d: d["param_groups"][0]["params"].pop()), "parameters"),
+    "encoder without head": (edited(lambda d: d["metaadamw"]["encoder"].pop("head.bias")), "head.bias"),
+    "scales of more groups": (edited(lambda d: d["metaadamw"].update(scales=torch.ones(4, 9))), "scales"),
+    "integer moment": (edited(lambda d: d["state"][3].update(exp_avg=torch.ones(2, dtype=torch.int64))), "exp_avg"),
+    **{f"no {key}": (edited(lambda d, key=key: d.pop(key)), key) for key in ("state", "param_groups")},
+    **{
+        f"moments without {key}": (edited(lambda d, key=key: d["state"][3].pop(key)), key)
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    },
+    **{
+        f"group without {key}": (edited(lambda d, key=key: d["param_groups"][0].pop(key)), key)
+        for key in ("params", "lr", "betas", "eps")
+    },
+    **{
+        f"metaadamw without {key}": (edited(lambda d, key=key: d["metaadamw"].pop(key)), key)
+        for key in ("steps_done", "group_ids", "encoder", "generator", "scales", "lagged")
+    },
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_load_state_dict(name):
+    make, message = CHECKPOINTS[name]
+    state = make()
+    kept = copy.deepcopy(state)
+    _, opt = two_layers(amsgrad=True)
+    with unchanged(opt, amsgrad=True), pytest.raises(ValueError, match=message):
+        opt.load_state_dict(state)
+    assert same(state, kept)
+
+
+# ------------------------------------------------------------------------------------------------------------ the meta-learner
+
+BATCH = torch.linspace(-1, 1, 12).reshape(4, 3)
+
+
+def mean_square(model, batch):
+    return model(batch).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        *(({name: "no"}, ValueError, f"Invalid {name}: 'no'") for name in ("objective", "balance", "hvp", "gap_at")),
+        *(
+            ({name: (1.0, 1.0)}, ValueError, f"{name} needs one entry per term")
+            for name in ("priorities", "term_kinds", "fixed_weights")
+        ),
+        ({"term_kinds": ("regression", "regression", "no")}, ValueError, "Invalid term_kinds"),
+        ({"lr": -1.0}, ValueError, "Invalid learning rate"),
+        ({"hvp": "finite_difference"}, NotImplementedError, "finite-difference"),
+        ({"scaler": object()}, NotImplementedError, "scaling"),
+        ({"model": nn.Linear(3, 2)}, ValueError, "0.weight is not a parameter of the model"),
+    ],
+    ids=str,
+)
+def test_meta_learner(options, error, message):
+    model, opt = two_layers()
+    with unchanged(opt), pytest.raises(error, match=message):
+        MetaLearner(**{"optimizer": opt, "model": model, "loss_fn": mean_square, **options})
+
+
+@pytest.mark.parametrize("calls", [1, 3])  # the call of loss_fn that goes wrong: the later one is at the look-ahead parameters
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda model, batch: model(batch), "must return a scalar tensor, got .4, 2."),
+        (lambda model, batch: 1.0, "must return a scalar tensor, got float"),
+        (lambda model, batch: mean_square(model, batch).detach(), "no gradient"),
+        (None, "val_batch"),
+    ],
+    ids=["not scalar", "not a tensor", "no gradient", "no validation batch"],
+)
+def test_meta_update(loss, message, calls):
+    model, opt = two_layers()
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append(batch)
+        return loss(model, batch) if loss and len(seen) >= calls else mean_square(model, batch)
+
+    meta = MetaLearner(opt, model, loss_fn)
+    if calls == 3 and "gradient" in message:
+        pytest.skip("the third evaluation is not differentiated by itself")
+    before = copy.deepcopy(meta.state_dict())
+    with unchanged(opt), pytest.raises(ValueError, match=message):
+        meta.update(BATCH, BATCH, BATCH if loss else None)
+    assert same(meta.state_dict(), before)
+
+
+def test_meta_learner_of_another_encoder_or_truncated():
+    model, opt = two_layers()
+    meta = MetaLearner(opt, model, mean_square)
+    meta.update(BATCH, BATCH, BATCH)
+    before = copy.deepcopy(meta.state_dict())
+    other = MetaLearner(*reversed(two_layers(encoder=EncoderConfig(layers=3))), mean_square)
+    other.update(BATCH, BATCH, BATCH)
+    states = [other.state_dict(), *({k: v for k, v in other.state_dict().items() if k != key} for key in before)]
+    for state in states:
+        with pytest.raises(ValueError, match=r"."):
+            meta.load_state_dict(state)
+        assert same(meta.state_dict(), before)
