@@ -80,12 +80,15 @@ void set_layout(Row<N>& row, const std::array<const Tensor*, N>& tensors) {
 }
 
 inline void check_tensor(const Tensor& x, const char* list, size_t index, bool on_cuda) {
-  STD_TORCH_CHECK(x.layout() == torch::headeronly::Layout::Strided, list, "[", index, "] is sparse: only dense tensors are supported");
-  STD_TORCH_CHECK(on_cuda ? x.is_cuda() : x.is_cpu(), list, "[", index, "] is on another device than the first tensor of the lists");
+  STD_TORCH_CHECK(x.layout() == torch::headeronly::Layout::Strided, list, "[", index,
+                  "] is sparse: only dense tensors are supported");
+  STD_TORCH_CHECK(on_cuda ? x.is_cuda() : x.is_cpu(), list, "[", index,
+                  "] is on another device than the first tensor of the lists");
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  list, "[", index, "] has dtype ", torch::headeronly::toString(dtype),
-                  ": only float32, float64, bfloat16 and float16 are supported");
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, list,
+      "[", index, "] has dtype ", torch::headeronly::toString(dtype),
+      ": only float32, float64, bfloat16 and float16 are supported");
 }
 
 struct List {
@@ -118,8 +121,8 @@ std::vector<Row<N>> make_rows(const std::array<List, N>& lists, bool on_cuda) {
       if (lists[i].may_be_absent && x.numel() == 0) {
         continue;
       }
-      STD_TORCH_CHECK(std::equal(x.sizes().begin(), x.sizes().end(), leader.sizes().begin(), leader.sizes().end()), lists[i].name, "[", t,
-                      "] and ", lists[N - 1].name, "[", t, "] differ in shape");
+      STD_TORCH_CHECK(std::equal(x.sizes().begin(), x.sizes().end(), leader.sizes().begin(), leader.sizes().end()), lists[i].name,
+                      "[", t, "] and ", lists[N - 1].name, "[", t, "] differ in shape");
       if (lists[i].written && x.numel() != 0) {
         for (int64_t d = 0; d < x.dim(); ++d) {
           STD_TORCH_CHECK(x.stride(d) != 0 || x.size(d) < 2, lists[i].name, "[", t,
@@ -147,8 +150,8 @@ std::vector<int64_t> chunk_offsets(const std::vector<Row<N>>& rows) {
 
 // A [T] float64 tensor of hyper-parameters.
 inline const double* hyperparameter(const Tensor& x, const char* name, int64_t tensors) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double && x.dim() == 1 && x.size(0) == tensors && x.is_contiguous() && x.is_cpu(), name,
-                  " must be a contiguous float64 tensor of shape [", tensors, "]");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double && x.dim() == 1 && x.size(0) == tensors && x.is_contiguous() && x.is_cpu(),
+                  name, " must be a contiguous float64 tensor of shape [", tensors, "]");
   return static_cast<const double*>(x.data_ptr());
 }
 

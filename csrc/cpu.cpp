@@ -24,13 +24,14 @@
 namespace metaadamw {
 namespace {
 
-constexpr int kBlock = 1024;  // elements; five float64 buffers of it fill 40 KiB
+constexpr int kBlock = 1024;    // elements; five float64 buffers of it fill 40 KiB
 constexpr int kPrefetch = 512;  // elements ahead: four read streams are more than the hardware follows well; 13 % on a Xeon
-constexpr int kLanes = 16;    // of one accumulator, on every instruction set: sums do not depend on the machine
+constexpr int kLanes = 16;      // of one accumulator, on every instruction set: sums do not depend on the machine
 
 // ---------------------------------------------------------------------------------------------- operands in and out of blocks
 
-// Calls run(offset in the operand, first element, number of elements) for each innermost run of the elements [begin, begin + count).
+// Calls run(offset in the operand, first element, number of elements) for each innermost run of the elements [begin, begin +
+// count).
 template <typename Run>
 void for_each_run(const Shape& shape, const Operand& x, int64_t begin, int count, const Run& run) {
   const int64_t inner = shape.size[shape.dims - 1];
@@ -42,21 +43,21 @@ void for_each_run(const Shape& shape, const Operand& x, int64_t begin, int count
   }
 }
 
-#define METAADAMW_CONVERSIONS(T, S, name)                                                  \
-  METAADAMW_CLONES void load_##name(const S* from, int64_t stride, int n, T* to) {         \
-    if (stride == 1) {                                                                     \
-      for (int i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);                         \
-    } else {                                                                               \
-      for (int i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);                \
-    }                                                                                      \
-  }                                                                                        \
-  METAADAMW_CLONES void store_##name(const T* from, int64_t stride, int n, S* to) {        \
-    if (stride == 1) {                                                                     \
-      for (int i = 0; i < n; ++i) to[i] = static_cast<S>(from[i]);                         \
-    } else {                                                                               \
-      for (int i = 0; i < n; ++i) to[i * stride] = static_cast<S>(from[i]);                \
-    }                                                                                      \
-  }                                                                                        \
+#define METAADAMW_CONVERSIONS(T, S, name)                                                      \
+  METAADAMW_CLONES void load_##name(const S* from, int64_t stride, int n, T* to) {             \
+    if (stride == 1) {                                                                         \
+      for (int i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);                             \
+    } else {                                                                                   \
+      for (int i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);                    \
+    }                                                                                          \
+  }                                                                                            \
+  METAADAMW_CLONES void store_##name(const T* from, int64_t stride, int n, S* to) {            \
+    if (stride == 1) {                                                                         \
+      for (int i = 0; i < n; ++i) to[i] = static_cast<S>(from[i]);                             \
+    } else {                                                                                   \
+      for (int i = 0; i < n; ++i) to[i * stride] = static_cast<S>(from[i]);                    \
+    }                                                                                          \
+  }                                                                                            \
   void load(const S* from, int64_t stride, int n, T* to) { load_##name(from, stride, n, to); } \
   void store(const T* from, int64_t stride, int n, S* to) { store_##name(from, stride, n, to); }
 
@@ -75,10 +76,14 @@ METAADAMW_CONVERSIONS(double, Half, f64_f16)
 template <typename T, typename F>
 void with_element_type(ScalarType dtype, const F& f) {
   switch (dtype) {
-    case ScalarType::BFloat16: return f(static_cast<BFloat16*>(nullptr));
-    case ScalarType::Half: return f(static_cast<Half*>(nullptr));
-    case ScalarType::Float: return f(static_cast<float*>(nullptr));
-    default: return f(static_cast<T*>(nullptr));
+    case ScalarType::BFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case ScalarType::Half:
+      return f(static_cast<Half*>(nullptr));
+    case ScalarType::Float:
+      return f(static_cast<float*>(nullptr));
+    default:
+      return f(static_cast<T*>(nullptr));
   }
 }
 
@@ -103,7 +108,8 @@ T* read(const Shape& shape, const Operand& x, int64_t begin, int count, T* buffe
       load(data + begin, 1, count, buffer);
     } else {
       const int64_t stride = x.stride[shape.dims - 1];
-      for_each_run(shape, x, begin, count, [&](int64_t offset, int first, int n) { load(data + offset, stride, n, buffer + first); });
+      for_each_run(shape, x, begin, count,
+                   [&](int64_t offset, int first, int n) { load(data + offset, stride, n, buffer + first); });
     }
   });
   return buffer;
@@ -121,7 +127,8 @@ void write(const Shape& shape, const Operand& x, int64_t begin, int count, const
       store(buffer, 1, count, data + begin);
     } else {
       const int64_t stride = x.stride[shape.dims - 1];
-      for_each_run(shape, x, begin, count, [&](int64_t offset, int first, int n) { store(buffer + first, stride, n, data + offset); });
+      for_each_run(shape, x, begin, count,
+                   [&](int64_t offset, int first, int n) { store(buffer + first, stride, n, data + offset); });
     }
   });
 }
@@ -185,9 +192,9 @@ METAADAMW_INLINE void block_sums(const T* g, const T* m, const T* p, const T* v,
   }
 }
 
-#define METAADAMW_BLOCK_SUMS(T, counts)                                                                                     \
-  METAADAMW_CLONES void block_sums_##T##_##counts(const T* g, const T* m, const T* p, const T* v, int n, double* totals) {  \
-    block_sums<counts, T>(g, m, p, v, n, totals);                                                                           \
+#define METAADAMW_BLOCK_SUMS(T, counts)                                                                                    \
+  METAADAMW_CLONES void block_sums_##T##_##counts(const T* g, const T* m, const T* p, const T* v, int n, double* totals) { \
+    block_sums<counts, T>(g, m, p, v, n, totals);                                                                          \
   }
 METAADAMW_BLOCK_SUMS(float, false)
 METAADAMW_BLOCK_SUMS(float, true)
@@ -255,17 +262,17 @@ Tensor tensor_stats(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, std
 enum { kUpdateGrad, kUpdateMomentum, kUpdateSecondMoment, kUpdateMaximum, kUpdateParam, kUpdateOperands };  // the parameter leads
 
 template <bool amsgrad, typename T>
-METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* __restrict g, T* __restrict p, T* __restrict m, T* __restrict v,
-                                   T* __restrict v_max, int n) {
+METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* __restrict g, T* __restrict p, T* __restrict m,
+                                   T* __restrict v, T* __restrict v_max, int n) {
   const Scalars<T> s = scalars;  // a local copy: nothing that the loop writes can change it
   for (int i = 0; i < n; ++i) {
     adamw_element<amsgrad, T>(s, g[i], p[i], m[i], v[i], v_max[i]);
   }
 }
 
-#define METAADAMW_UPDATE_BLOCK(T, amsgrad)                                                                                        \
-  METAADAMW_CLONES void update_block_##T##_##amsgrad(const Scalars<T>& s, const T* g, T* p, T* m, T* v, T* v_max, int n) {        \
-    update_block<amsgrad, T>(s, g, p, m, v, v_max, n);                                                                            \
+#define METAADAMW_UPDATE_BLOCK(T, amsgrad)                                                                                 \
+  METAADAMW_CLONES void update_block_##T##_##amsgrad(const Scalars<T>& s, const T* g, T* p, T* m, T* v, T* v_max, int n) { \
+    update_block<amsgrad, T>(s, g, p, m, v, v_max, n);                                                                     \
   }
 METAADAMW_UPDATE_BLOCK(float, false)
 METAADAMW_UPDATE_BLOCK(float, true)
@@ -298,9 +305,9 @@ void update_chunk(const Row<kUpdateOperands>& row, const Hyperparameters& hyperp
   }
 }
 
-void adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
-                   std::optional<std::vector<Tensor>> max_exp_avg_sqs, Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1,
-                   Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale) {
+void adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+                   std::vector<Tensor> exp_avg_sqs, std::optional<std::vector<Tensor>> max_exp_avg_sqs, Tensor step_size,
+                   Tensor decay_factor, Tensor step, Tensor beta1, Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale) {
   const std::array<List, kUpdateOperands> lists{{{"grads", &grads, false, false},
                                                  {"exp_avgs", &exp_avgs, false, true},
                                                  {"exp_avg_sqs", &exp_avg_sqs, false, true},
@@ -317,7 +324,8 @@ void adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
   const double* epss = hyperparameter(eps, "eps", tensors);
   const double* grad_scales = grad_scale ? hyperparameter(*grad_scale, "grad_scale", tensors) : nullptr;
   for_each_chunk(rows, first_chunk, [&](const auto& row, int64_t t, int64_t, int64_t first, int64_t count) {
-    const Hyperparameters h{step_sizes[t], decay_factors[t], steps[t], beta1s[t], beta2s[t], epss[t], grad_scales ? grad_scales[t] : 1.0};
+    const Hyperparameters h{
+        step_sizes[t], decay_factors[t], steps[t], beta1s[t], beta2s[t], epss[t], grad_scales ? grad_scales[t] : 1.0};
     (row.is_double() ? update_chunk<double> : update_chunk<float>)(row, h, first, count);
   });
 }

@@ -4,7 +4,8 @@
 
 STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
   m.def(
-      "tensor_stats(Tensor[] grads, Tensor[] exp_avgs, Tensor[]? params, Tensor[]? exp_avg_sqs, bool count_nonzero, ScalarType dtype)"
+      "tensor_stats(Tensor[] grads, Tensor[] exp_avgs, Tensor[]? params, Tensor[]? exp_avg_sqs, bool count_nonzero, ScalarType "
+      "dtype)"
       " -> Tensor");
   m.def(
       "adamw_update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"

@@ -8,7 +8,7 @@ from torch import nn
 
 from metaadamw_fast import EncoderConfig, FeatureConfig, MetaAdamW, MetaLearner, ops
 
-from .cases import everything, same, set_gradients, two_layers, unchanged
+from .cases import same, set_gradients, two_layers, unchanged
 
 NAN, INF = float("nan"), float("inf")
 DUPLICATES = pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")

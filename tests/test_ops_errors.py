@@ -1,4 +1,4 @@
-"""Bad input to the multi-tensor ops raises RuntimeError and says what is wrong; no tensor and no version counter has changed then."""
+"""Bad input to the multi-tensor ops raises RuntimeError and says what is wrong; nothing, no version counter either, has changed."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ CALLS = {
 @pytest.mark.filterwarnings("ignore:Casting complex values")
 def test_lists(bad, name, call):
     stats = "stats" in call
-    if stats and (name == "maxima" or bad[0] == "expanded") or (name == "grads" and bad[0] == "expanded"):
+    if (stats and (name == "maxima" or bad[0] == "expanded")) or (name == "grads" and bad[0] == "expanded"):
         pytest.skip("not an operand, or read only")
     lists = random_lists([(3,), (4, 5), (2, 2)], "fp32", amsgrad=True)
     before, versions = lists.map(clone), [x._version for x in lists.tensors()]

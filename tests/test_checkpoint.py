@@ -1,0 +1,291 @@
+"""Saving and resuming: bitwise the uninterrupted run, to and from torch.optim.AdamW, by hooks, by copy and pickle."""
+
+import copy
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from metaadamw_fast import FeatureConfig, MetaAdamW, MetaLearner
+
+from .models import (
+    assert_same_bits,
+    batch,
+    make,
+    mse,
+    noise,
+    one_thread,  # noqa: F401
+    perceptron,
+    relative,
+    train,
+)
+from .tolerances import REDUCTION
+
+OFF = {"lr_scale_range": 0.0, "wd_scale_range": 0.0}
+
+
+class Run:
+    """A training with a meta-update after every second step."""
+
+    def __init__(self, dtype=torch.float32, **options):
+        options = {"features": FeatureConfig("enhanced", gating=True), "amsgrad": True, "max_grad_norm": 1.5, **options}
+        self.model = perceptron(dtype)
+        self.opt = make(self.model, **options)
+        self.meta = MetaLearner(self.opt, self.model, mse, lr=1e-2, gap_at="lookahead", priorities=(2.0, 1.0, 0.5))
+        self.step = 0
+
+    def to(self, last):
+        while self.step < last:
+            train(self.model, self.opt, 1, first=self.step)
+            self.step += 1
+            if self.step % 2 == 0:
+                self.meta.update(*(batch(self.model, 100 * i + self.step) for i in range(1, 4)))
+        return self
+
+    def state(self):
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.opt.state_dict(),
+            "meta": self.meta.state_dict(),
+        }
+
+    def load(self, state):
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.opt.load_state_dict(state["optimizer"])
+        self.meta.load_state_dict(state["meta"])
+        return self
+
+    def assert_same(self, other):
+        assert self.step == other.step
+        assert_same_bits((self.model, self.opt), (other.model, other.opt))
+        assert same(self.state(), other.state())
+
+
+def same(a, b):
+    """Equal nested dicts, lists and numbers, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+OPTIONS = {
+    "enhanced": {},
+    "lagged": {"statistics": "lagged"},
+    "basic": {"features": "basic", "amsgrad": False, "max_grad_norm": None, "total_steps": 20},
+    "bf16": {"dtype": torch.bfloat16, "features": "norm_basic"},
+}
+
+
+@pytest.mark.parametrize("at", [0, 3, 4])
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(case, at):
+    options = OPTIONS[case]
+    expected = Run(**options).to(8)
+    state = through_a_file(Run(**options).to(at).state())
+    assert same(Run(**options).load(state).state(), state)
+    other_start = Run(**options, seed=7).to(1)  # nothing of it may survive
+    for resumed in (Run(**options).load(state), other_start.load(state)):
+        resumed.to(8).assert_same(expected)
+    moved = Run(**options).to(4).opt.lr_scale
+    assert moved.ne(1).all()
+
+
+def test_the_generator_is_part_of_a_checkpoint():
+    """A group that comes after a resume starts with the embedding that it would have had."""
+    runs = [Run(), Run(seed=5)]
+    runs[1].load(through_a_file(runs[0].to(2).state()))
+    for run in runs:
+        run.opt.add_param_group({"params": [("extra.weight", nn.Parameter(torch.ones(2, 2)))]})
+    assert torch.equal(runs[0].opt.encoder.group_embeddings[-1], runs[1].opt.encoder.group_embeddings[-1])
+
+
+def with_an_added_group():
+    run = Run()
+    run.model.extra = nn.Embedding(2, 2)
+    run.opt.add_param_group({"params": [("extra.weight", run.model.extra.weight)], "lr": 0.1})
+    return run
+
+
+def test_a_checkpoint_after_add_param_group():
+    """The group, and its embedding in the meta-optimizer, came after the learner was built; so they do when resuming."""
+    expected = with_an_added_group().to(8)
+    with_an_added_group().load(through_a_file(with_an_added_group().to(4).state())).to(8).assert_same(expected)
+
+
+def work(folder, last):
+    """Trains to step `last`, saving after every step and resuming from what is there."""
+    torch.set_num_threads(1)
+    folder, run = Path(folder), Run()
+    if (folder / "state").exists():
+        run.load(torch.load(folder / "state", weights_only=True))
+        print("resumed at", run.step, flush=True)
+    while run.step < last:
+        run.to(run.step + 1)
+        torch.save(run.state(), folder / "new")
+        os.replace(folder / "new", folder / "state")
+
+
+def test_save_kill_load_continue(tmp_path):
+    def start(last):
+        code = f"from tests.test_checkpoint import work; work({str(tmp_path)!r}, {last})"
+        return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
+
+    victim = start(10**9)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "state").exists() or torch.load(tmp_path / "state", weights_only=True)["step"] < 5:
+        assert victim.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    killed_at = torch.load(tmp_path / "state", weights_only=True)["step"]
+    successor = start(killed_at + 5)
+    output, _ = successor.communicate(timeout=60)
+    assert output == f"resumed at {killed_at}\n"
+    assert successor.returncode == 0
+    final = torch.load(tmp_path / "state", weights_only=True)
+    assert final["step"] == killed_at + 5
+    assert same(final, Run().to(killed_at + 5).state())
+
+
+# --------------------------------------------------------------------------------------------------------- to and from AdamW
+
+
+ADAMW = {
+    "plain": {},
+    "amsgrad": {"amsgrad": True},
+    "fused": {"fused": True},
+    "maximize": {"maximize": True, "lr": 1e-4},
+}
+
+
+def moments(opt, model):
+    names = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    return [{name: opt.state[p][name].clone() for name in names if name in opt.state[p]} for p in model.parameters()]
+
+
+@pytest.mark.parametrize("partly", [False, True])
+@pytest.mark.parametrize("case", ADAMW)
+@pytest.mark.parametrize("into", ["MetaAdamW", "AdamW"])
+def test_a_checkpoint_of_the_other_optimizer(into, case, partly):
+    """The same moments and steps, and training goes on the same. `partly`: a parameter that never had a gradient."""
+    adamw = lambda ps, **options: torch.optim.AdamW(ps, **{"lr": 3e-3, **ADAMW[case], **options})  # noqa: E731
+    meta_adamw = lambda ps: MetaAdamW(ps, **OFF, **{"lr": 3e-3, **ADAMW[case]})  # noqa: E731
+    if case == "fused":
+        meta_adamw = lambda ps: MetaAdamW(ps, lr=3e-3, **OFF)  # noqa: E731
+    builds = (adamw, meta_adamw) if into == "MetaAdamW" else (meta_adamw, adamw)
+    models = [perceptron(torch.float64) for _ in range(2)]
+    for model in models:
+        model.layers[1].weight.requires_grad_(not partly)
+    first, second = (build(model.parameters()) for build, model in zip(builds, models, strict=True))
+    train(models[0], first, 4)
+    first.param_groups[0]["lr"] *= 0.5
+    models[1].load_state_dict(models[0].state_dict())
+    state = through_a_file(first.state_dict())
+    if into == "MetaAdamW":
+        encoder = {name: x.clone() for name, x in second.encoder.state_dict().items()}
+        with pytest.warns(UserWarning, match="AdamW"):
+            second.load_state_dict(state)
+        assert same(dict(second.encoder.state_dict()), encoder)
+        assert second.steps_done == 4
+    else:
+        second.load_state_dict(state)
+    assert second.param_groups[0]["lr"] == first.param_groups[0]["lr"]
+    for a, b in zip(moments(first, models[0]), moments(second, models[1]), strict=True):
+        assert same(a, b) or (partly and (not a or not a["step"]) and not b.get("step", 0))
+    for model, opt in zip(models, (first, second), strict=True):
+        train(model, opt, 5, first=4)
+    for a, b in zip(moments(first, models[0]), moments(second, models[1]), strict=True):
+        assert a.get("step", 0) == b.get("step", 0)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert relative(p, q) < REDUCTION[torch.float64]
+
+
+# --------------------------------------------------------------------------------------------- dtypes, aliases, hooks, copies
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_states_keep_their_saved_dtypes(dtype):
+    model = perceptron(torch.bfloat16)
+    opt = make(model)
+    state = opt.state_dict()
+    for i, p in enumerate(model.parameters()):
+        state["state"][i] = {"step": torch.tensor(3.0)}
+        state["state"][i] |= {name: noise(p.shape, i, dtype).square() for name in ("exp_avg", "exp_avg_sq")}
+    opt.load_state_dict(through_a_file(state))
+    for i, p in enumerate(model.parameters()):
+        assert same(dict(opt.state[p]), state["state"][i])
+    train(model, opt, 2)
+    assert all(s["exp_avg"].dtype == s["exp_avg_sq"].dtype == dtype and s["step"] == 5 for s in opt.state.values())
+
+
+def test_what_is_loaded_is_neither_changed_nor_referred_to():
+    run = Run(statistics="lagged").to(3)
+    state = run.state()
+    before = copy.deepcopy(state)
+    Run(statistics="lagged").load(state).to(7)
+    assert same(state, before)
+    with torch.no_grad():
+        for x in (*state["optimizer"]["state"][0].values(), *state["optimizer"]["metaadamw"]["encoder"].values()):
+            x.fill_(7.0)
+    loaded = Run(statistics="lagged").load(before)
+    for x in before["optimizer"]["state"][0].values():
+        x.fill_(7.0)
+    before["optimizer"]["param_groups"][0]["lr"] = 7.0
+    loaded.to(7).assert_same(Run(statistics="lagged").to(7))
+
+
+def test_hooks_on_checkpoints():
+    model, calls = perceptron(), []
+    opt = make(model)
+    train(model, opt, 2)
+    opt.register_state_dict_pre_hook(lambda o: calls.append(o is opt))
+    opt.register_state_dict_post_hook(lambda o, state: {"wrapped": state})
+    state = opt.state_dict()
+    assert calls == [True]
+    assert state.keys() == {"wrapped"}
+    assert state["wrapped"].keys() == {"state", "param_groups", "metaadamw"}
+    other = make(perceptron(), seed=3)
+    other.register_load_state_dict_pre_hook(lambda o, state: state["wrapped"])
+    other.register_load_state_dict_post_hook(lambda o: calls.append(o.state[o.param_groups[0]["params"][0]]["step"].item()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that it looks like a checkpoint of AdamW
+        other.load_state_dict(state)
+    assert calls == [True, 2.0]
+    assert same(dict(other.encoder.state_dict()), dict(opt.encoder.state_dict()))
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
+
+
+@pytest.mark.parametrize("statistics", ["exact", "lagged"])
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_goes_on_like_the_original(kind, statistics):
+    run = Run(statistics=statistics).to(3)
+    twin = COPIES[kind](run)
+    expected = Run(statistics=statistics).to(7)
+    twin.to(7).assert_same(expected)
+    assert run.step == 3
+    run.to(7).assert_same(expected)
