@@ -103,11 +103,12 @@ OPTIONS = {
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(case, at):
     options = OPTIONS[case]
     expected = Run(**options).to(8)
-    state = through_a_file(Run(**options).to(at).state())
-    assert same(Run(**options).load(state).state(), state)
-    other_start = Run(**options, seed=7).to(1)  # nothing of it may survive
-    for resumed in (Run(**options).load(state), other_start.load(state)):
-        resumed.to(8).assert_same(expected)
+    saved = Run(**options).to(at).state()
+    for start in (Run(**options), Run(**options, seed=7).to(1)):  # nothing of the second one may survive
+        state = through_a_file(saved)
+        start.load(state)
+        assert same(start.state(), state)
+        start.to(8).assert_same(expected)
     moved = Run(**options).to(4).opt.lr_scale
     assert moved.ne(1).all()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from metaadamw_fast import EncoderConfig, FeatureConfig, MetaAdamW, MetaLearner, ops
+from metaadamw_fast import EncoderConfig, FeatureConfig, MetaAdamW, ops
 
 from .cases import same, set_gradients, two_layers, unchanged
 
@@ -198,8 +198,20 @@ def edited(f):
     return make
 
 
+def lacking(*path):
+    def remove(d):
+        for key in path[:-1]:
+            d = d[key]
+        del d[path[-1]]
+
+    return edited(remove)
+
+
 def of_another(**options):
     return lambda: two_layers(**options)[1].state_dict()
+
+
+EXTRA = ("steps_done", "group_ids", "encoder", "generator", "scales", "lagged")
 
 
 CHECKPOINTS = {
@@ -216,19 +228,10 @@ CHECKPOINTS = {
     "encoder without head": (edited(lambda d: d["metaadamw"]["encoder"].pop("head.bias")), "head.bias"),
     "scales of more groups": (edited(lambda d: d["metaadamw"].update(scales=torch.ones(4, 9))), "scales"),
     "integer moment": (edited(lambda d: d["state"][3].update(exp_avg=torch.ones(2, dtype=torch.int64))), "exp_avg"),
-    **{f"no {key}": (edited(lambda d, key=key: d.pop(key)), key) for key in ("state", "param_groups")},
-    **{
-        f"moments without {key}": (edited(lambda d, key=key: d["state"][3].pop(key)), key)
-        for key in ("step", "exp_avg", "exp_avg_sq")
-    },
-    **{
-        f"group without {key}": (edited(lambda d, key=key: d["param_groups"][0].pop(key)), key)
-        for key in ("params", "lr", "betas", "eps")
-    },
-    **{
-        f"metaadamw without {key}": (edited(lambda d, key=key: d["metaadamw"].pop(key)), key)
-        for key in ("steps_done", "group_ids", "encoder", "generator", "scales", "lagged")
-    },
+    **{f"no {key}": (lacking(key), key) for key in ("state", "param_groups")},
+    **{f"moments without {key}": (lacking("state", 3, key), key) for key in ("step", "exp_avg", "exp_avg_sq")},
+    **{f"group without {key}": (lacking("param_groups", 0, key), key) for key in ("params", "lr", "betas", "eps")},
+    **{f"metaadamw without {key}": (lacking("metaadamw", key), key) for key in EXTRA},
 }
 
 
@@ -241,76 +244,3 @@ def test_load_state_dict(name):
     with unchanged(opt, amsgrad=True), pytest.raises(ValueError, match=message):
         opt.load_state_dict(state)
     assert same(state, kept)
-
-
-# ------------------------------------------------------------------------------------------------------------ the meta-learner
-
-BATCH = torch.linspace(-1, 1, 12).reshape(4, 3)
-
-
-def mean_square(model, batch):
-    return model(batch).square().mean()
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        *(({name: "no"}, ValueError, f"Invalid {name}: 'no'") for name in ("objective", "balance", "hvp", "gap_at")),
-        *(
-            ({name: (1.0, 1.0)}, ValueError, f"{name} needs one entry per term")
-            for name in ("priorities", "term_kinds", "fixed_weights")
-        ),
-        ({"term_kinds": ("regression", "regression", "no")}, ValueError, "Invalid term_kinds"),
-        ({"lr": -1.0}, ValueError, "Invalid learning rate"),
-        ({"hvp": "finite_difference"}, NotImplementedError, "finite-difference"),
-        ({"scaler": object()}, NotImplementedError, "scaling"),
-        ({"model": nn.Linear(3, 2)}, ValueError, "0.weight is not a parameter of the model"),
-    ],
-    ids=str,
-)
-def test_meta_learner(options, error, message):
-    model, opt = two_layers()
-    with unchanged(opt), pytest.raises(error, match=message):
-        MetaLearner(**{"optimizer": opt, "model": model, "loss_fn": mean_square, **options})
-
-
-@pytest.mark.parametrize("calls", [1, 3])  # the call of loss_fn that goes wrong: the later one is at the look-ahead parameters
-@pytest.mark.parametrize(
-    ("loss", "message"),
-    [
-        (lambda model, batch: model(batch), "must return a scalar tensor, got .4, 2."),
-        (lambda model, batch: 1.0, "must return a scalar tensor, got float"),
-        (lambda model, batch: mean_square(model, batch).detach(), "no gradient"),
-        (None, "val_batch"),
-    ],
-    ids=["not scalar", "not a tensor", "no gradient", "no validation batch"],
-)
-def test_meta_update(loss, message, calls):
-    model, opt = two_layers()
-    seen = []
-
-    def loss_fn(model, batch):
-        seen.append(batch)
-        return loss(model, batch) if loss and len(seen) >= calls else mean_square(model, batch)
-
-    meta = MetaLearner(opt, model, loss_fn)
-    if calls == 3 and "gradient" in message:
-        pytest.skip("the third evaluation is not differentiated by itself")
-    before = copy.deepcopy(meta.state_dict())
-    with unchanged(opt), pytest.raises(ValueError, match=message):
-        meta.update(BATCH, BATCH, BATCH if loss else None)
-    assert same(meta.state_dict(), before)
-
-
-def test_meta_learner_of_another_encoder_or_truncated():
-    model, opt = two_layers()
-    meta = MetaLearner(opt, model, mean_square)
-    meta.update(BATCH, BATCH, BATCH)
-    before = copy.deepcopy(meta.state_dict())
-    other = MetaLearner(*reversed(two_layers(encoder=EncoderConfig(layers=3))), mean_square)
-    other.update(BATCH, BATCH, BATCH)
-    states = [other.state_dict(), *({k: v for k, v in other.state_dict().items() if k != key} for key in before)]
-    for state in states:
-        with pytest.raises(ValueError, match=r"."):
-            meta.load_state_dict(state)
-        assert same(meta.state_dict(), before)

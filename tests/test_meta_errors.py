@@ -1,0 +1,77 @@
+"""Bad input to the meta-learner raises, and model, optimizer, encoder and meta-learner are then as they were."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from metaadamw_fast import EncoderConfig, MetaLearner
+
+from .cases import same, two_layers, unchanged
+
+BATCH = torch.linspace(-1, 1, 12).reshape(4, 3)
+
+
+def mean_square(model, batch):
+    return model(batch).square().mean()
+
+
+LEARNERS = [
+    *(({name: "no"}, ValueError, f"Invalid {name}: 'no'") for name in ("objective", "balance", "hvp", "gap_at")),
+    *(({name: (1, 1)}, ValueError, f"{name} needs one entry per term") for name in ("priorities", "term_kinds", "fixed_weights")),
+    ({"term_kinds": ("regression", "regression", "no")}, ValueError, "Invalid term_kinds"),
+    ({"lr": -1.0}, ValueError, "Invalid learning rate"),
+    ({"hvp": "finite_difference"}, NotImplementedError, "finite-difference"),
+    ({"scaler": object()}, NotImplementedError, "scaling"),
+    ({"model": nn.Linear(3, 2)}, ValueError, "0.weight is not a parameter of the model"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), LEARNERS, ids=[next(iter(options)) for options, _, _ in LEARNERS])
+def test_meta_learner(options, error, message):
+    model, opt = two_layers()
+    with unchanged(opt), pytest.raises(error, match=message):
+        MetaLearner(**{"optimizer": opt, "model": model, "loss_fn": mean_square, **options})
+
+
+UPDATES = {  # the loss function, the call from which on it goes wrong (the third one is at the look-ahead parameters), the message
+    "not scalar": (lambda model, batch: model(batch), 1, "must return a scalar tensor, got .4, 2."),
+    "not scalar at the look-ahead": (lambda model, batch: model(batch), 3, "must return a scalar tensor, got .4, 2."),
+    "not a tensor": (lambda model, batch: 1.0, 1, "must return a scalar tensor, got float"),
+    "not a tensor at the look-ahead": (lambda model, batch: 1.0, 3, "must return a scalar tensor, got float"),
+    "no gradient": (lambda model, batch: mean_square(model, batch).detach(), 1, "no gradient"),
+    "no gradient in the second batch": (lambda model, batch: mean_square(model, batch).detach(), 2, "no gradient"),
+    "no validation batch": (None, 1, "val_batch"),
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_meta_update(name):
+    loss, first, message = UPDATES[name]
+    model, opt = two_layers()
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append(batch)
+        return loss(model, batch) if loss and len(seen) >= first else mean_square(model, batch)
+
+    meta = MetaLearner(opt, model, loss_fn)
+    before = copy.deepcopy(meta.state_dict())
+    with unchanged(opt), pytest.raises(ValueError, match=message):
+        meta.update(BATCH, BATCH, BATCH if loss else None)
+    assert same(meta.state_dict(), before)
+
+
+def test_meta_learner_of_another_encoder_or_truncated():
+    model, opt = two_layers()
+    meta = MetaLearner(opt, model, mean_square)
+    meta.update(BATCH, BATCH, BATCH)
+    before = copy.deepcopy(meta.state_dict())
+    other = MetaLearner(*reversed(two_layers(encoder=EncoderConfig(layers=3))), mean_square)
+    other.update(BATCH, BATCH, BATCH)
+    states = [other.state_dict(), *({k: v for k, v in other.state_dict().items() if k != key} for key in before)]
+    for state in states:
+        with pytest.raises(ValueError, match=r"."):
+            meta.load_state_dict(state)
+        assert same(meta.state_dict(), before)
