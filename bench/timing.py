@@ -5,6 +5,7 @@ alike. A ratio is formed inside a round, from two times taken moments apart, and
 quartiles of these ratios; quotients of times from different runs appear nowhere.
 """
 
+import contextlib
 import gc
 import os
 import random
@@ -126,9 +127,11 @@ def interleaved(
 
 def seconds_waited() -> float:
     """Seconds that the threads of this process were ready to run and had no processor; 0 where the system does not tell."""
-    # "running waiting timeslices" of every thread, in nanoseconds.
-    files = Path("/proc/self/task").glob("*/schedstat")
-    return sum(int(file.read_text().split()[1]) for file in files) * 1e-9
+    nanoseconds = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread ended since it was listed
+            nanoseconds += int(file.read_text().split()[1])  # "running waiting timeslices"
+    return nanoseconds * 1e-9
 
 
 def cache_bytes() -> int:
@@ -159,5 +162,6 @@ class Memory:
 
     def bandwidths(self, repeats: int = 5) -> dict[str, list[float]]:
         """Bytes per second of `repeats` copies and in-place passes."""
-        times = interleaved({"copy": self.copy, "in place": self.source.neg_}, seconds=0.0, min_rounds=repeats)
+        sides = {"copy": self.copy, "in place": self.source.neg_}
+        times = interleaved(sides, seconds=2.0, min_rounds=repeats, max_rounds=repeats)
         return {name: [self.bytes / t for t in seconds] for name, seconds in times.rounds.items()}

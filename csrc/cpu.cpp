@@ -133,21 +133,32 @@ void write(const Shape& shape, const Operand& x, int64_t begin, int count, const
   });
 }
 
-// Calls f(row, its number, chunk number, first element, number of elements) for every chunk, in parallel.
-template <int N, typename F>
+enum class Order { kForward, kBackward };
+
+// Calls f(row, its number, chunk number, first element, number of elements) for every chunk, in parallel. Threads get equal
+// shares of the elements, not of the chunks: a bias is a chunk too. The update goes backward through what the statistics went
+// through forward: each thread then begins with what is still in its cache.
+template <Order order, int N, typename F>
 void for_each_chunk(const std::vector<Row<N>>& rows, const std::vector<int64_t>& first_chunk, const F& f) {
-  const int64_t chunks = first_chunk.back();
-  int64_t elements = 0;
-  for (const Row<N>& row : rows) {
-    elements += row.numel;
+  const int64_t tensors = rows.size();
+  std::vector<int64_t> first_element(tensors + 1, 0);
+  for (int64_t t = 0; t < tensors; ++t) {
+    first_element[t + 1] = first_element[t] + rows[t].numel;
   }
+  const int64_t elements = first_element.back();
   // Waking a thread costs more than it saves below about a chunk of elements for each.
-  const int64_t grain = std::max<int64_t>(1, chunks * kChunk / std::max<int64_t>(elements, 1));
-  torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin, t = tensor_of_chunk(first_chunk.data(), rows.size(), begin); chunk < end; ++chunk) {
-      while (first_chunk[t + 1] <= chunk) {
-        ++t;
-      }
+  const int64_t shares = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(elements / kChunk, 1));
+  const auto first_of_share = [&](int64_t share) {
+    const int64_t element = elements / shares * share;
+    const int64_t t = std::upper_bound(first_element.begin(), first_element.end() - 1, element) - first_element.begin() - 1;
+    return first_chunk[t] + (element - first_element[t]) / kChunk;
+  };
+  torch::stable::parallel_for(0, elements == 0 ? 0 : shares, 1, [&](int64_t first_share, int64_t last_share) {
+    const int64_t begin = first_of_share(first_share);
+    const int64_t end = last_share == shares ? first_chunk.back() : first_of_share(last_share);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t chunk = order == Order::kForward ? i : begin + end - 1 - i;
+      const int64_t t = tensor_of_chunk(first_chunk.data(), tensors, chunk);
       const int64_t first = (chunk - first_chunk[t]) * kChunk;
       f(rows[t], t, chunk, first, std::min(kChunk, rows[t].numel - first));
     }
@@ -232,7 +243,7 @@ Tensor tensor_stats(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, std
   const auto rows = make_rows<kStatsOperands>(lists, /*on_cuda=*/false);
   const auto first_chunk = chunk_offsets(rows);
   std::vector<std::array<double, kSums>> partials(first_chunk.back(), std::array<double, kSums>{});
-  for_each_chunk(rows, first_chunk, [&](const auto& row, int64_t, int64_t chunk, int64_t first, int64_t count) {
+  for_each_chunk<Order::kForward>(rows, first_chunk, [&](const auto& row, int64_t, int64_t chunk, int64_t first, int64_t count) {
     (row.is_double() ? sum_chunk<double> : sum_chunk<float>)(row, first, count, count_nonzero, partials[chunk].data());
   });
 
@@ -323,7 +334,7 @@ void adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
   const double* beta2s = hyperparameter(beta2, "beta2", tensors);
   const double* epss = hyperparameter(eps, "eps", tensors);
   const double* grad_scales = grad_scale ? hyperparameter(*grad_scale, "grad_scale", tensors) : nullptr;
-  for_each_chunk(rows, first_chunk, [&](const auto& row, int64_t t, int64_t, int64_t first, int64_t count) {
+  for_each_chunk<Order::kBackward>(rows, first_chunk, [&](const auto& row, int64_t t, int64_t, int64_t first, int64_t count) {
     const Hyperparameters h{
         step_sizes[t], decay_factors[t], steps[t], beta1s[t], beta2s[t], epss[t], grad_scales ? grad_scales[t] : 1.0};
     (row.is_double() ? update_chunk<double> : update_chunk<float>)(row, h, first, count);

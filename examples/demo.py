@@ -136,14 +136,14 @@ def print_table(task: Task, runs: dict[str, list[Run]]) -> None:
         ("time per step, median (ms)", lambda run: run.step_time, 1e3, 2),
         ("optimizer's share of the step (%)", lambda run: run.optimizer_share, 1e2, 1),
         ("one meta-update (training steps)", lambda run: run.meta_cost, 1, 1),
-        ("training, meta-updates included (s)", lambda run: run.training_time, 1, 1),
+        ("all steps, meta-updates, at medians (s)", lambda run: run.training_time, 1, 1),
     ]
     if task.is_classification:
         rows.insert(1, ("validation accuracy (%)", lambda run: run.accuracies[-1], 1e2, 2))
-    print("\n" + " " * 38 + "".join(f"{name:>22}" for name in runs))
+    print("\n" + " " * 40 + "".join(f"{name:>22}" for name in runs))
     for label, value, unit, digits_shown in rows:
         cells = [summary([unit * x for run in runs[name] if (x := value(run)) is not None], digits_shown) for name in runs]
-        print(f"{label:<38}" + "".join(f"{cell:>22}" for cell in cells))
+        print(f"{label:<40}" + "".join(f"{cell:>22}" for cell in cells))
     seeds = f"mean ± std over {task.seeds} seeds" if task.seeds > 1 else "one seed"
     print(f"\nAt the end of training, {seeds}.")
     print(compare("validation loss", [pair_difference(runs, seed) for seed in range(task.seeds)]))

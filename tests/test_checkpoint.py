@@ -26,11 +26,16 @@ from .models import (
     one_thread,  # noqa: F401
     perceptron,
     relative,
+    same,
     train,
 )
 from .tolerances import REDUCTION
 
 OFF = {"lr_scale_range": 0.0, "wd_scale_range": 0.0}
+
+
+def make_learner(run):
+    return MetaLearner(run.opt, run.model, mse, lr=1e-2, gap_at="lookahead", priorities=(2.0, 1.0, 0.5))
 
 
 class Run:
@@ -40,7 +45,7 @@ class Run:
         options = {"features": FeatureConfig("enhanced", gating=True), "amsgrad": True, "max_grad_norm": 1.5, **options}
         self.model = perceptron(dtype)
         self.opt = make(self.model, **options)
-        self.meta = MetaLearner(self.opt, self.model, mse, lr=1e-2, gap_at="lookahead", priorities=(2.0, 1.0, 0.5))
+        self.meta = make_learner(self)
         self.step = 0
 
     def to(self, last):
@@ -70,17 +75,6 @@ class Run:
         assert self.step == other.step
         assert_same_bits((self.model, self.opt), (other.model, other.opt))
         assert same(self.state(), other.state())
-
-
-def same(a, b):
-    """Equal nested dicts, lists and numbers, tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 def through_a_file(state):
@@ -122,17 +116,21 @@ def test_the_generator_is_part_of_a_checkpoint():
     assert torch.equal(runs[0].opt.encoder.group_embeddings[-1], runs[1].opt.encoder.group_embeddings[-1])
 
 
-def with_an_added_group():
+def with_an_added_group(learner_first=True):
     run = Run()
     run.model.extra = nn.Embedding(2, 2)
     run.opt.add_param_group({"params": [("extra.weight", run.model.extra.weight)], "lr": 0.1})
+    if not learner_first:
+        run.meta = make_learner(run)
     return run
 
 
-def test_a_checkpoint_after_add_param_group():
-    """The group, and its embedding in the meta-optimizer, came after the learner was built; so they do when resuming."""
+@pytest.mark.parametrize("learner_first", [True, False])
+def test_a_checkpoint_after_add_param_group(learner_first):
+    """Group and embedding came after the learner was built; whoever resumes may build the learner when all groups are there."""
     expected = with_an_added_group().to(8)
-    with_an_added_group().load(through_a_file(with_an_added_group().to(4).state())).to(8).assert_same(expected)
+    state = through_a_file(with_an_added_group().to(4).state())
+    with_an_added_group(learner_first).load(state).to(8).assert_same(expected)
 
 
 def work(folder, last):

@@ -94,3 +94,7 @@ ENCODER_FLOAT64 = {"rtol": 1e-14, "atol": 1e-14}
 REDUCTION = {torch.float32: 1e-6, torch.float64: 1e-13}
 # The requirement for folded clipping, likewise, after 50 steps.
 CLIPPED = 1e-6
+# The requirement for a meta-gradient against a double backward, both in float64, each tensor's 2-norm.
+META_GRADIENT = 1e-10
+# In float32 the encoder, the model and its two backward passes round some tens of times; measured up to 2.5e-6.
+FLOAT32_META_GRADIENT = 1e-5

@@ -1,0 +1,271 @@
+"""What a meta-update leaves as it was, what it reports, and where it moves the scales."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from metaadamw_fast import FeatureConfig, MetaAdamW, MetaLearner, MicroBatches
+
+from .models import (
+    attention,
+    batch,
+    conv_net,
+    lstm,
+    make,
+    mse,
+    noise,
+    one_thread,  # noqa: F401
+    perceptron,
+    relative,
+    same,
+    tied,
+    train,
+)
+
+
+def weight_normed():
+    model = perceptron()
+    nn.utils.parametrizations.weight_norm(model.out)
+    return model
+
+
+MODELS = {
+    "perceptron": perceptron,
+    "batch norm": lambda: conv_net(batch_norm=True),
+    "dropout": lambda: attention(dropout=0.5),
+    "lstm": lstm,
+    "tied, frozen, unused": tied,
+    "channels_last": lambda: conv_net(batch_norm=True).to(memory_format=torch.channels_last),
+    "bfloat16": lambda: perceptron(torch.bfloat16),
+    "weight norm": weight_normed,
+}
+
+
+def prepared(model, loss_fn=mse, **options):
+    """Optimizer and learner after two steps, the last one's gradients standing."""
+    learner = {"gap_at": "lookahead", **options.pop("learner", {})}
+    opt = make(model, features=FeatureConfig("enhanced", gating=True), **options)
+    train(model, opt, 2)
+    return opt, MetaLearner(opt, model, loss_fn, **learner)
+
+
+def everything(model, opt):
+    """Whatever section 6.8 names, with the identity of the tensors, and the settings of torch."""
+    modules = list(model.modules())
+    own = [(id(x), x.detach().clone()) for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
+    names = [[*m._parameters, "/", *m._buffers, "/", *m.__dict__] for m in modules]
+    recurrent = [id(x) for m in modules if isinstance(m, nn.RNNBase) for x in m._flat_weights]
+    grads = [None if p.grad is None else (id(p.grad), p.grad.clone()) for p in model.parameters()]
+    rest = [[m.training for m in modules], [p.requires_grad for p in model.parameters()], torch.get_rng_state()]
+    state = [copy.deepcopy(opt.state[p]) for p in model.parameters() if p in opt.state]
+    read = [getattr(opt, name).clone() for name in ("lr_scale", "wd_scale", "features", "statistics", "grad_norm")]
+    flags = [torch.is_grad_enabled(), torch._C._get_mkldnn_enabled(), torch.get_float32_matmul_precision()]
+    flags += [
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+    ]
+    return [
+        own,
+        names,
+        recurrent,
+        grads,
+        rest,
+        [dict(s) for s in state],
+        read,
+        opt.steps_done,
+        flags,
+    ]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_model_is_exactly_as_before(kind, training):
+    model = MODELS[kind]()
+    opt, meta = prepared(model)
+    model.train(training)
+    next(iter(model.children())).train(not training)
+    before, encoder = everything(model, opt), copy.deepcopy(opt.encoder.state_dict())
+    report = meta.update(*(batch(model, 10 + i) for i in range(3)))
+    assert same(everything(model, opt), before)
+    assert report.total.isfinite()
+    moved = [name for name, x in opt.encoder.state_dict().items() if not torch.equal(x, encoder[name])]
+    assert set(encoder) - set(moved) <= {f"group_embeddings.{i}" for i in range(len(opt.groups))}
+    assert all(p.grad is None for p in (*opt.encoder.parameters(), meta.log_vars))
+
+
+class SomeError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+@pytest.mark.parametrize("kind", ["batch norm", "dropout", "lstm", "tied, frozen, unused"])
+def test_the_model_is_as_before_when_an_evaluation_raises(kind, call):
+    """There are five evaluations; each leaves the model in another mode, and one of them raises."""
+    model = MODELS[kind]()
+    calls = []
+
+    def loss_fn(model, data):
+        calls.append(1)
+        value = mse(model, data)
+        torch.rand(3)
+        model.eval()
+        if len(calls) == call:
+            raise SomeError
+        return value
+
+    opt, meta = prepared(model, loss_fn)
+    before, learner = everything(model, opt), copy.deepcopy([dict(opt.encoder.state_dict()), meta.state_dict()])
+    batches = [batch(model, 10 + i) for i in range(3)]
+    if call <= 5:
+        with pytest.raises(SomeError):
+            meta.update(*batches)
+        assert same([dict(opt.encoder.state_dict()), meta.state_dict()], learner)
+    else:
+        meta.update(*batches)
+        assert len(calls) == 5
+    assert same(everything(model, opt), before)
+
+
+class Caching(nn.Module):
+    """A buffer that is there from the first evaluation on, as rotary embeddings keep theirs, and one that is replaced."""
+
+    shape = (4, 6)
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(6, 3)
+        self.register_buffer("cache", None)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        if self.cache is None:
+            self.cache = self.out.weight.norm() * torch.ones(3)
+        self.count = self.count + 1
+        return self.out(x) + self.cache.detach()
+
+
+def test_buffers_that_evaluations_create_or_replace():
+    with torch.random.fork_rng():
+        model = Caching()
+    opt = make(model)
+    before = everything(model, opt)
+    MetaLearner(opt, model, mse).update(*(batch(model, i) for i in range(3)))
+    assert model.cache is None
+    assert same(everything(model, opt), before)
+
+
+# ---------------------------------------------------------------------------------------------------------- batches and reports
+
+NONE = {"gradient": (1, 0, 0), "loss_decrease": (0, 1, 0), "gen_gap": (0, 0, 1), "combined": (1, 1, 1)}
+
+
+@pytest.mark.parametrize("objective", NONE)
+def test_terms_that_the_objective_does_not_have_are_none(objective):
+    model = perceptron()
+    _, meta = prepared(model, learner={"objective": objective, "gap_at": "theta"})
+    batches = [batch(model, i) for i in range(2 if objective == "gradient" else 3)]
+    report = meta.update(*batches)
+    terms = (report.gradient_alignment, report.loss_decrease, report.generalization_gap)
+    assert tuple(int(term is not None) for term in terms) == NONE[objective]
+
+
+def test_equal_dropout_masks_in_the_evaluations_that_are_compared():
+    """Without a step, θ′ is θ: the loss does not decrease at all, and the gradients of equal batches are parallel."""
+    model = attention(dropout=0.5)
+    opt, meta = prepared(model, weight_decay=0.0)
+    opt.param_groups[0]["lr"] = 0.0
+    data = batch(model, 5)
+    report = meta.update(data, data, data)
+    assert report.loss_decrease == 0
+    assert report.generalization_gap == 0
+    squares = torch.zeros(len(opt.groups))
+    for number, group in enumerate(opt.groups):
+        rng = torch.get_rng_state()
+        found = torch.autograd.grad(mse(model, data), group.params)
+        torch.set_rng_state(rng)
+        squares[number] = sum(g.square().sum() for g in found)
+    assert report.gradient_alignment < squares.mean() - 0.2  # a mean alignment weight of 0.5 times cosines of 1
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = mse(model, data)
+    assert mse(model, data) != first  # masks do matter
+    torch.set_rng_state(state)
+
+
+def updated(batches, **options):
+    model = perceptron(torch.float64)
+    opt = make(model)
+    opt.encoder.double()
+    train(model, opt, 2)
+    meta = MetaLearner(opt, model, mse, gap_at="lookahead", **options)
+    report = meta.update(*batches)
+    return opt.encoder.state_dict() | {"log_vars": report.log_vars, "total": report.total}
+
+
+def test_micro_batches_count_as_one():
+    whole = [(noise((8, 6), i, torch.float64), noise((8, 3), 10 + i, torch.float64)) for i in range(3)]
+    halves = [MicroBatches([(x[:4], y[:4]), (x[4:], y[4:])]) for x, y in whole]
+    sgd = {"make_optimizer": torch.optim.SGD, "lr": 1.0}
+    actual, expected = updated(halves, **sgd), updated(whole, **sgd)
+    assert all(relative(actual[name], expected[name]) < 1e-12 for name in expected)
+    first = updated([half[0] for half in halves], **sgd)
+    assert any(relative(first[name], expected[name]) > 1e-6 for name in expected)
+
+
+def test_a_list_is_a_batch():
+    """DataLoaders collate to lists."""
+    model = perceptron(torch.float64)
+    batches = [batch(model, i) for i in range(3)]
+    assert same(dict(updated([list(data) for data in batches])), dict(updated(batches)))
+
+
+@pytest.mark.parametrize("rate", [100.0, -100.0])
+def test_log_variances_are_clamped(rate):
+    model = perceptron()
+    _, meta = prepared(
+        model, learner={"make_optimizer": lambda params, lr: torch.optim.SGD(params, lr=lr, maximize=rate < 0), "lr": 100.0}
+    )
+    report = meta.update(*(batch(model, i) for i in range(3)))
+    assert meta.log_vars.abs().max() == 4
+    assert torch.equal(report.log_vars, meta.log_vars)
+
+
+def test_a_group_that_comes_after_the_learner():
+    model = perceptron()
+    opt, meta = prepared(model)
+    batches = [batch(model, i) for i in range(3)]
+    meta.update(*batches)
+    model.layers.append(nn.Linear(12, 12))
+    opt.add_param_group({"params": [(f"late.{name}", p) for name, p in model.layers[-1].named_parameters()]})
+    start = [p.detach().clone() for p in opt.encoder.group_embeddings]
+    for _ in range(3):
+        report = meta.update(*batches)
+    assert report.lr_scale.shape == (len(opt.groups),) == (len(start),)
+    assert not any(torch.equal(p, x) for p, x in zip(opt.encoder.group_embeddings, start, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------ where the scales go
+
+PULLS = {  # lr, weight decay, start, which scale moves up or down: half the squared distance to 1
+    "too small an lr": (1e-3, 0.0, 0.0, 0, 1),
+    "too large an lr": (1.9, 0.0, 0.0, 0, -1),
+    "a decay away from the minimum": (1e-2, 5.0, 0.9, 1, -1),
+    "a decay towards the minimum": (1e-2, 5.0, 2.0, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", PULLS)
+def test_the_loss_decrease_moves_the_scales(name):
+    lr, weight_decay, start, row, direction = PULLS[name]
+    model = nn.ParameterList([nn.Parameter(torch.full((5,), start))])
+    opt = MetaAdamW(model.named_parameters(), lr=lr, weight_decay=weight_decay)
+    meta = MetaLearner(opt, model, lambda m, target: 0.5 * (m[0] - target).square().sum(), objective="loss_decrease", lr=1e-2)
+    target = torch.ones(5)
+    reports = [meta.update(target, target, target) for _ in range(60)]
+    scales = torch.stack([torch.stack([r.lr_scale, r.wd_scale])[:, 0] for r in reports])[:, row]
+    assert scales[0] == 1  # the identity start
+    assert (scales[-1] - 1) * direction > 0.2
+    assert reports[-1].loss_decrease < reports[0].loss_decrease
