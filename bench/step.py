@@ -59,7 +59,7 @@ def measure(model: str, sides: list[str], seconds: float, memory: timing.Memory,
         rows.append(row)
     return {
         "model": model,
-        "tensors": len(workload.parameters),
+        "tensors": len(workload.named),
         "parameters": workload.numel,
         "caches": caches(workload, evict),
         "rounds": times.note(),

@@ -298,8 +298,11 @@ void update(const Scalars<double>& s, const double* g, double* p, double* m, dou
   (amsgrad ? update_block_double_true : update_block_double_false)(s, g, p, m, v, v_max, n);
 }
 
+// With `totals`, also adds the sums of the new v (as kGradSquared) and p (as kMomentumSquared) to it, as they were stored and by
+// the very function that tensor_stats uses: a later pass over them would give the same bits.
 template <typename T>
-void update_chunk(const Row<kUpdateOperands>& row, const Hyperparameters& hyperparameters, int64_t first, int64_t count) {
+void update_chunk(const Row<kUpdateOperands>& row, const Hyperparameters& hyperparameters, int64_t first, int64_t count,
+                  double* totals) {
   const Scalars<T> scalars = fold<T>(hyperparameters);
   T buffers[kUpdateOperands][kBlock];
   T* x[kUpdateOperands];
@@ -313,12 +316,18 @@ void update_chunk(const Row<kUpdateOperands>& row, const Hyperparameters& hyperp
     for (int i = kUpdateMomentum; i < kUpdateOperands; ++i) {
       write<T>(row.shape, row.operands[i], first + done, n, x[i]);
     }
+    if (totals != nullptr) {
+      const T* v = read<T>(row.shape, row.operands[kUpdateSecondMoment], first + done, n, buffers[kUpdateSecondMoment]);
+      const T* p = read<T>(row.shape, row.operands[kUpdateParam], first + done, n, buffers[kUpdateParam]);
+      sum_block(v, p, p, p, n, /*counts=*/false, totals);
+    }
   }
 }
 
 void adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                    std::vector<Tensor> exp_avg_sqs, std::optional<std::vector<Tensor>> max_exp_avg_sqs, Tensor step_size,
-                   Tensor decay_factor, Tensor step, Tensor beta1, Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale) {
+                   Tensor decay_factor, Tensor step, Tensor beta1, Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale,
+                   std::optional<Tensor> new_sums) {
   const std::array<List, kUpdateOperands> lists{{{"grads", &grads, false, false},
                                                  {"exp_avgs", &exp_avgs, false, true},
                                                  {"exp_avg_sqs", &exp_avg_sqs, false, true},
@@ -334,11 +343,28 @@ void adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
   const double* beta2s = hyperparameter(beta2, "beta2", tensors);
   const double* epss = hyperparameter(eps, "eps", tensors);
   const double* grad_scales = grad_scale ? hyperparameter(*grad_scale, "grad_scale", tensors) : nullptr;
-  for_each_chunk<Order::kBackward>(rows, first_chunk, [&](const auto& row, int64_t t, int64_t, int64_t first, int64_t count) {
+  if (new_sums) {
+    STD_TORCH_CHECK(new_sums->scalar_type() == ScalarType::Double && new_sums->dim() == 2 && new_sums->size(0) == tensors &&
+                        new_sums->size(1) == 2 && new_sums->is_contiguous() && new_sums->is_cpu(),
+                    "new_sums must be a contiguous float64 tensor of shape [", tensors, ", 2]");
+  }
+  std::vector<std::array<double, kSums>> partials(new_sums ? first_chunk.back() : 0, std::array<double, kSums>{});
+  for_each_chunk<Order::kBackward>(rows, first_chunk, [&](const auto& row, int64_t t, int64_t chunk, int64_t first, int64_t count) {
     const Hyperparameters h{
         step_sizes[t], decay_factors[t], steps[t], beta1s[t], beta2s[t], epss[t], grad_scales ? grad_scales[t] : 1.0};
-    (row.is_double() ? update_chunk<double> : update_chunk<float>)(row, h, first, count);
+    double* totals = new_sums ? partials[chunk].data() : nullptr;
+    (row.is_double() ? update_chunk<double> : update_chunk<float>)(row, h, first, count, totals);
   });
+  if (new_sums) {
+    auto* out = static_cast<double*>(new_sums->data_ptr());
+    for (int64_t t = 0; t < tensors; ++t) {
+      out[2 * t] = out[2 * t + 1] = 0.0;
+      for (int64_t chunk = first_chunk[t]; chunk < first_chunk[t + 1]; ++chunk) {
+        out[2 * t] += partials[chunk][kMomentumSquared];
+        out[2 * t + 1] += partials[chunk][kGradSquared];
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
   m.def(
       "adamw_update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
       " Tensor(d!)[]? max_exp_avg_sqs, Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1, Tensor beta2, Tensor eps,"
-      " Tensor? grad_scale) -> ()");
+      " Tensor? grad_scale, Tensor(e!)? new_sums=None) -> ()");
 }
 
 // `import metaadamw_fast._C` loads the library, which registers the ops; the hash of the sources lets Python refuse a stale build.

@@ -56,6 +56,7 @@ class StateLists:
         self._states = [state[p] for p in params]
         self.all = self._select(params, None)
         self._some: tuple[list[int], Rows] | None = None
+        self._carried: tuple[list[int], Tensor] | None = None
 
     def _select(self, params: list[Tensor], positions: list[int] | None) -> Rows:
         states = self._states if positions is None else [self._states[i] for i in positions]
@@ -81,6 +82,25 @@ class StateLists:
     def or_absent(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """The gradients with a tensor without elements for each that is missing."""
         return [self._absent if g is None else g for g in grads]
+
+    def new_sums(self) -> Tensor:
+        """Where an update of all T tensors writes Σp², Σv² of what it leaves: [T, 2] float64."""
+        return torch.empty(len(self._states), 2, dtype=torch.float64, device=self.device)
+
+    def carry(self, sums: Tensor | None) -> None:
+        """Keeps these sums for the next step's statistics; None forgets them."""
+        self._carried = None if sums is None else (self._fingerprint(), sums)
+
+    def carried(self) -> Tensor | None:
+        """The sums kept, if parameters and second moments are still what the update left, as far as torch can tell."""
+        if self._carried is None or self._carried[0] != self._fingerprint():
+            return None
+        return self._carried[1]
+
+    def _fingerprint(self) -> list[int]:
+        """Versions and addresses: in-place operations change the one, assignments to ``.data`` the other."""
+        tensors = self.all.params + self.all.exp_avg_sqs
+        return [x._version for x in tensors] + [x.data_ptr() for x in tensors]
 
     def next_steps(self, positions: Tensor | None) -> Tensor:
         """Step counts of the step that comes now, [T'] float64, at these positions; nothing is counted yet."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_stats, check_update
+from .checks import HYPERPARAMETERS, check_stats, check_update
 
 Tensors = Sequence[Tensor]
 BACKENDS = ("cpp", "triton", "reference")
@@ -234,5 +234,5 @@ if _NO_EXTENSION is None:
         return torch.empty(len(exp_avgs), width, dtype=dtype, device=_device(exp_avgs))
 
     @torch.library.register_fake("metaadamw_fast::adamw_update_")
-    def _(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper):  # type: ignore[no-untyped-def]
-        check_update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper)
+    def _(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *others):  # type: ignore[no-untyped-def]
+        check_update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *others[: len(HYPERPARAMETERS)])

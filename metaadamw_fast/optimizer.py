@@ -258,13 +258,18 @@ class MetaAdamW(Optimizer):
         if any(g is not None and g.layout is not torch.strided for g in grads):
             raise RuntimeError("MetaAdamW does not support sparse gradients")
         rows, encoder = self._lists.all, self.encoder
+        dtype, carried = encoder.head.weight.dtype, self._lists.carried()
+        if carried is not None:  # the last update summed what it wrote: only g and m are read
+            counts = encoder.features.enhanced
+            read = self._backend.tensor_stats(self._lists.or_absent(grads), rows.exp_avgs, None, None, counts, dtype)
+            return torch.cat([read[:, :3], carried.to(dtype), read[:, 3:]], dim=1)
         return self._backend.tensor_stats(  # type: ignore[no-any-return]
             self._lists.or_absent(grads),
             rows.exp_avgs,
             rows.params,
             rows.exp_avg_sqs,
             encoder.features.enhanced,
-            encoder.head.weight.dtype,
+            dtype,
         )
 
     def _transform_gradient(self, statistics: Tensor, sign: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -307,10 +312,12 @@ class MetaAdamW(Optimizer):
         if self.variant == "released":
             decay = decay / (1 - hyper.beta1**step)
         moments = (rows.exp_avgs, rows.exp_avg_sqs, rows.max_exp_avg_sqs)
+        sums = self._lists.new_sums() if rows.positions is None else None
         self._backend.adamw_update_(
-            rows.params, grads, *moments, size, 1 - decay, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale
+            rows.params, grads, *moments, size, 1 - decay, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale, sums
         )
         mark_written(rows.params, rows.exp_avgs, rows.exp_avg_sqs, rows.max_exp_avg_sqs or ())
+        self._lists.carry(sums)
         self._lists.count_step(rows.positions)
 
     # ------------------------------------------------------------------------------------------------------- what can be read
@@ -355,10 +362,13 @@ class MetaAdamW(Optimizer):
         return self._statistics[:, 0].sum().sqrt() if self._grad_norm is None else self._grad_norm
 
     def invalidate_statistics(self) -> None:
-        """Tells that parameters or states were written behind autograd's back (``.data``, numpy).
+        """Tells that parameters or second moments were written where torch cannot see it.
 
-        This version measures the whole state in every step, so there is nothing to forget; the call is safe and free.
+        That is: in place through ``.data``, through numpy, or by another library's kernels. The update sums what it writes, and
+        the next step's statistics rely on these sums. In-place operations, ``p.data = x``, ``load_state_dict`` and
+        ``add_param_group`` are noticed without this call.
         """
+        self._lists.carry(None)
 
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 

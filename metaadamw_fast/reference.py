@@ -63,6 +63,7 @@ def adamw_update_(
     beta2: Tensor,
     eps: Tensor,
     grad_scale: Tensor | None,
+    new_sums: Tensor | None = None,
 ) -> None:
     """The modulated AdamW update; see :func:`metaadamw_fast.ops.adamw_update_`."""
     hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
@@ -85,3 +86,6 @@ def adamw_update_(
         v_hat = v / bias_correction2[t]
         p = decay_factor[t] * param.to(arithmetic) - step_size[t] * m_hat / (v_hat.sqrt() + eps[t])
         param.copy_(p)
+        if new_sums is not None:
+            new_sums[t, 0] = _sum(param.to(arithmetic).square())
+            new_sums[t, 1] = _sum(exp_avg_sq.to(arithmetic).square())

@@ -61,23 +61,9 @@ def everything(model, opt):
     rest = [[m.training for m in modules], [p.requires_grad for p in model.parameters()], torch.get_rng_state()]
     state = [copy.deepcopy(opt.state[p]) for p in model.parameters() if p in opt.state]
     read = [getattr(opt, name).clone() for name in ("lr_scale", "wd_scale", "features", "statistics", "grad_norm")]
-    flags = [torch.is_grad_enabled(), torch._C._get_mkldnn_enabled(), torch.get_float32_matmul_precision()]
-    flags += [
-        torch.backends.cuda.flash_sdp_enabled(),
-        torch.backends.cuda.mem_efficient_sdp_enabled(),
-        torch.backends.cuda.math_sdp_enabled(),
-    ]
-    return [
-        own,
-        names,
-        recurrent,
-        grads,
-        rest,
-        [dict(s) for s in state],
-        read,
-        opt.steps_done,
-        flags,
-    ]
+    sdp = (f() for f in (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.math_sdp_enabled))
+    flags = [torch.is_grad_enabled(), torch._C._get_mkldnn_enabled(), torch.get_float32_matmul_precision(), *sdp]
+    return [own, names, recurrent, grads, rest, [dict(s) for s in state], read, opt.steps_done, flags]
 
 
 @pytest.mark.parametrize("training", [True, False])
