@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -223,19 +224,26 @@ class MetaLearner:
     # ------------------------------------------------------------------------------------------------- the meta-optimizer
 
     def _trained(self) -> list[nn.Parameter]:
-        """What the meta-optimizer moves. The released code never hands it the gates."""
+        """What the meta-optimizer moves. The released code never hands it the gates.
+
+        Group embeddings come last, so that those of later groups do not move the others in a checkpoint.
+        """
         encoder = self.optimizer.encoder
-        released = self.optimizer.variant == "released"
-        trained = [p for name, p in encoder.named_parameters() if not (released and name == "feature_gates")]
-        return trained + ([self.log_vars] if self.balance == "huw" else [])
+        left_out = {"feature_gates"} if self.optimizer.variant == "released" else set()
+        trained = [p for name, p in encoder.named_parameters() if name not in left_out and not name.startswith("group_embeddings.")]
+        return trained + ([self.log_vars] if self.balance == "huw" else []) + list(encoder.group_embeddings)
+
+    def _adopt(self) -> list[nn.Parameter]:
+        """:meth:`_trained`, after handing embeddings of groups that came after the learner to the meta-optimizer."""
+        trained = self._trained()
+        known = {p for group in self.meta_optimizer.param_groups for p in group["params"]}
+        # Into the group that is there: a checkpoint then looks the same whenever the learner was built.
+        self.meta_optimizer.param_groups[0]["params"] += [p for p in trained if p not in known]
+        return trained
 
     def _descend(self, total: Tensor) -> None:
         """One step of the meta-optimizer down the gradient of ``total``."""
-        trained = self._trained()
-        known = {p for group in self.meta_optimizer.param_groups for p in group["params"]}
-        new = [p for p in trained if p not in known]  # embeddings of groups that came after the learner
-        if new:
-            self.meta_optimizer.add_param_group({"params": new})
+        trained = self._adopt()
         encoder = self.optimizer.encoder
         gates = [encoder.feature_gates] if encoder.features.gating and encoder.feature_gates not in set(trained) else []
         gradients = torch.autograd.grad(total, [*trained, *gates], allow_unused=True)
@@ -251,6 +259,7 @@ class MetaLearner:
 
     def state_dict(self) -> dict[str, Any]:
         """Log-variances, the meta-optimizer's state and the number of updates. The encoder is in the optimizer's own state dict."""
+        self._adopt()
         return {
             "log_vars": self.log_vars.detach(),
             "meta_optimizer": self.meta_optimizer.state_dict(),
@@ -266,13 +275,13 @@ class MetaLearner:
         missing = [key for key in ("log_vars", "meta_optimizer", "updates") if key not in state_dict]
         if missing:
             raise ValueError(f"loaded state dict of the meta-learner lacks {', '.join(missing)}")
-        params = [p for group in self.meta_optimizer.param_groups for p in group["params"]]
+        params = self._adopt()
         for index, values in state_dict["meta_optimizer"]["state"].items():
             for name, value in values.items():
                 wrong = isinstance(value, Tensor) and value.dim() > 0
                 if wrong and (index >= len(params) or value.shape != params[index].shape):
                     raise ValueError(f"meta-optimizer: {name} of parameter {index} has shape {tuple(value.shape)}")
-        self.meta_optimizer.load_state_dict(state_dict["meta_optimizer"])
+        self.meta_optimizer.load_state_dict(copy.deepcopy(state_dict["meta_optimizer"]))  # torch would keep the tensors
         with torch.no_grad():
             self.log_vars.copy_(state_dict["log_vars"])
         self.updates = int(state_dict["updates"])

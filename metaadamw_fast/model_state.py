@@ -20,12 +20,8 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
     """
     grads = [(p, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(x, x.detach().clone()) for _, own in buffers for x in own.values() if x is not None]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     cpu_state, cuda_states = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
 
@@ -41,8 +37,10 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
         for module, training in modes:
             module.training = training
         with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
+            for module, own in buffers:  # an evaluation may also create or replace some
+                module._buffers.clear()
+                module._buffers.update(own)
+            for buffer, value in values:
                 buffer.copy_(value)
         for param, grad in grads:
             if param.grad is not grad:

@@ -165,7 +165,7 @@ class MetaAdamW(Optimizer):
         for p in params:
             if p.is_complex() or not p.is_floating_point() or p.layout is not torch.strided:
                 raise ValueError(f"MetaAdamW needs dense real floating-point parameters, got {p.dtype}, {p.layout}")
-            if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+            if p.numel() and any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
                 raise ValueError("MetaAdamW cannot update an expanded parameter: its elements share memory")
         if len(set(params)) < len(params):
             raise ValueError("MetaAdamW got a parameter group with duplicate parameters")
@@ -374,7 +374,15 @@ class MetaAdamW(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state dict with one key more, ``metaadamw``: encoder, step count and what else a bitwise resume needs."""
-        return {**super().state_dict(), checkpoint.KEY: checkpoint.extra_state(self)}
+
+        def extend(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            return {**state, checkpoint.KEY: checkpoint.extra_state(self)}
+
+        handle = self.register_state_dict_post_hook(extend, prepend=True)  # the user's post-hooks see the whole
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of MetaAdamW, or of ``torch.optim.AdamW`` (the encoder then stays as it is, with a warning).
@@ -409,6 +417,8 @@ class MetaAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "_lists" in state:  # a copy or a pickle: the steps are to be views of one tensor again
+            self._lists = StateLists(self._members, self.state, self.param_groups, self._device())
         for group in self.param_groups:
             for name in ("amsgrad", "maximize", "capturable"):
                 group.setdefault(name, False)

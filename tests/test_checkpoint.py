@@ -118,7 +118,7 @@ def test_the_generator_is_part_of_a_checkpoint():
 
 def with_an_added_group(learner_first=True):
     run = Run()
-    run.model.extra = nn.Embedding(2, 2)
+    run.model.extra = nn.Embedding.from_pretrained(torch.ones(2, 2), freeze=False)
     run.opt.add_param_group({"params": [("extra.weight", run.model.extra.weight)], "lr": 0.1})
     if not learner_first:
         run.meta = make_learner(run)

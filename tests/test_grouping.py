@@ -188,7 +188,9 @@ def test_a_group_added_later_keeps_the_ids_of_the_others():
     assert found[-1] == ["layers.6.weight"]
     middle = before.index(("linear", 1, False))
     assert found[middle] == [*names[middle], "layers.3.weight"]
-    assert opt.lr_scale.shape == (len(before) + 1,)
+    opt.add_param_group({"params": [("more.3.weight", nn.Parameter(torch.zeros(2, 2)))]})  # of 6, not of 3
+    assert keys(opt)[-1] == ("other", 1, False)
+    assert opt.lr_scale.shape == (len(before) + 2,)
 
 
 def test_grouping_by_a_function():

@@ -193,13 +193,18 @@ GRADIENTS = {
 }
 
 
+def handed_over(expected):
+    """The names in the order in which the meta-optimizer has them: group embeddings last."""
+    return sorted(expected, key=lambda name: name.startswith("group_embeddings."))
+
+
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_equal_a_double_backward(name):
     model, opt, meta, batches = setting(**GRADIENTS[name])
     learner = GRADIENTS[name]["learner"]
     terms, total, scales, expected = oracle(opt, model, batches, **learner)
     report = meta.update(*batches)
-    names = [*expected]
+    names = handed_over(expected)
     assert len(names) == len(meta.meta_optimizer.seen)
     for name, actual in zip(names, meta.meta_optimizer.seen, strict=True):
         if expected[name] is None:  # what nothing depends on, such as the layers behind a gap at theta without decay
@@ -240,5 +245,5 @@ def test_gradients_in_float32(name):
     doubled = [tuple(x.double() for x in data) for data in batches]
     _, _, _, expected = oracle(double_opt, double_model, doubled, **GRADIENTS[name]["learner"])
     meta.update(*batches)
-    for key, actual in zip(expected, meta.meta_optimizer.seen, strict=True):
+    for key, actual in zip(handed_over(expected), meta.meta_optimizer.seen, strict=True):
         assert relative(actual, expected[key]) < FLOAT32_META_GRADIENT, key
