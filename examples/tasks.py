@@ -139,8 +139,9 @@ def digits() -> Task:
             "features": FeatureConfig("norm_basic"),
             "encoder": EncoderConfig(layers=2, heads=2, hidden=32),
         },
-        # The library's own objective (combined), meta-optimizer (Adam) and rate. Five times the rate
-        # drives every scale to its bound within 200 steps, where groups no longer differ.
+        # The library's own objective (combined), meta-optimizer (Adam) and rate. Five times
+        # the rate drives the scales to their bounds within 250 steps, where groups no longer differ, and gave a higher
+        # reported loss than AdamW (0.235 against 0.195, 3 seeds); 1e-3 was chosen after that was seen.
         learner={"objective": "combined", "lr": 1e-3},
         meta_every=5,
     )

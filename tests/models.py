@@ -50,8 +50,9 @@ class Perceptron(nn.Module):
 
     shape = (8, 6)
 
-    def __init__(self, depth=3, width=12):
+    def __init__(self, depth=3, width=12, factor=1.0):
         super().__init__()
+        self.factor = factor
         self.layers = nn.ModuleList([nn.Linear(6 if i == 0 else width, width) for i in range(depth)])
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, 3)
@@ -59,7 +60,7 @@ class Perceptron(nn.Module):
     def forward(self, x):
         for layer in self.layers:
             x = torch.tanh(layer(x))
-        return self.out(self.norm(x))
+        return self.factor * self.out(self.norm(x))
 
 
 class ConvNet(nn.Module):

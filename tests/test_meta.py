@@ -184,6 +184,7 @@ GRADIENTS = {
     "lagged": case(statistics="lagged"),
     "tied, frozen, unused": case(model=tied, **AHEAD),
     "tied, gradient": case("gradient", model=tied),
+    "norms below 1e-8": case("gradient", model=lambda dtype: perceptron(dtype, factor=1e-9), encoder_decay=0.0),
     "conv": case(model=conv_net),
     "batch norm": case(model=lambda dtype: conv_net(dtype, batch_norm=True), **AHEAD),
     "batch norm, eval": case(model=lambda dtype: conv_net(dtype, batch_norm=True).eval()),

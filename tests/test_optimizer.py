@@ -179,17 +179,20 @@ def test_add_param_group_keeps_ids_scales_and_states():
 # -------------------------------------------------------------------------------------------------- what must not change a step
 
 
-def ten_steps(threads=1, context=None, **options):
+def ten_steps(threads=1, context=None, dtype=torch.float32, **options):
     """Gradients come from outside: those of a model need not have the same bits in every setting."""
     before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    params = [nn.Parameter(noise(shape, i)) for i, shape in enumerate([(300, 400), (70,), (33, 65), (0,), (1,), (9, 7)])]
+    params = [nn.Parameter(noise(shape, i, dtype)) for i, shape in enumerate([(300, 400), (70,), (33, 65), (0,), (1,), (9, 7)])]
+    params[2].data = params[2].data.t()
     model = nn.ParameterList(params)
     try:
         torch.set_num_threads(threads)
         opt = make(model, **options)
         for step in range(10):
             for i, p in enumerate(params):
-                p.grad = noise(p.shape, 100 * step + i)
+                p.grad = noise(p.shape, 100 * step + i, dtype)
+            if context == "invalidate":
+                opt.invalidate_statistics()
             if context == "medium":
                 torch.set_float32_matmul_precision("medium")
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=context == "autocast"):
@@ -206,6 +209,59 @@ def ten_steps(threads=1, context=None, **options):
 def test_equal_bits(other, version):
     options = {"features": version, "max_grad_norm": 50.0}
     assert_same_bits(ten_steps(**options), ten_steps(**options, **other))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_equal_bits_whether_sums_are_carried_or_measured(dtype, backend):
+    options = {"dtype": dtype, "backend": backend, "features": "enhanced", "amsgrad": True}
+    assert_same_bits(ten_steps(**options), ten_steps(**options, context="invalidate"))
+
+
+def reuse_an_address(p, opt):
+    """An allocator that gives a new tensor the place of the old one does the same."""
+    memory = bytearray(p.numel() * 4)
+    p.data = torch.frombuffer(memory, dtype=torch.float32).reshape(p.shape)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    version = p._version
+    p.data = torch.ones_like(p)
+    memory[:] = bytes(noise(p.shape, 3).numpy().data)
+    p.data = torch.frombuffer(memory, dtype=torch.float32).reshape(p.shape)
+    assert p._version == version
+
+
+def behind_the_back(p, opt):
+    p.data.mul_(2)
+    opt.invalidate_statistics()
+
+
+WRITES = {
+    "in place": lambda p, opt: p.detach().mul_(2),
+    "data": lambda p, opt: setattr(p, "data", p.data * 2),
+    "data, at the same address": reuse_an_address,
+    "behind the back": behind_the_back,
+    "second moment": lambda p, opt: opt.state[p]["exp_avg_sq"].add_(1),
+    "momentum": lambda p, opt: opt.state[p]["exp_avg"].mul_(2),
+    "assigned state": lambda p, opt: opt.state[p].update(exp_avg_sq=torch.ones_like(p)),
+    "load_state_dict": lambda p, opt: opt.load_state_dict(MetaAdamW([torch.ones_like(p)]).state_dict()),
+}
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_what_others_write_between_steps_is_seen(kind):
+    p = nn.Parameter(noise((30, 40), 0))
+    opt = MetaAdamW([p])
+    for step in range(3):
+        p.grad = noise(p.shape, 10 + step)
+        if step == 2:
+            WRITES[kind](p, opt)
+        m, v = opt.state[p]["exp_avg"], opt.state[p]["exp_avg_sq"]
+        expected = [
+            (x.detach().double() * y.detach().double()).sum() for x, y in ((p.grad, p.grad), (p.grad, m), (m, m), (p, p), (v, v))
+        ]
+        opt.step()
+        torch.testing.assert_close(opt.statistics[0], torch.stack(expected).float(), rtol=1e-5, atol=1e-6)
 
 
 def test_mixed_dtypes_are_updated_as_each_on_its_own():
