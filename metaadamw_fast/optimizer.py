@@ -366,7 +366,7 @@ class MetaAdamW(Optimizer):
 
         That is: in place through ``.data``, through numpy, or by another library's kernels. The update sums what it writes, and
         the next step's statistics rely on these sums. In-place operations, ``p.data = x``, ``load_state_dict`` and
-        ``add_param_group`` are noticed without this call.
+        ``add_param_group`` are noticed without this call, unless a tensor assigned to ``.data`` has the address of the old one.
         """
         self._lists.carry(None)
 

@@ -89,7 +89,7 @@ class SomeError(Exception):
 @pytest.mark.parametrize("call", range(1, 7))
 @pytest.mark.parametrize("kind", ["batch norm", "dropout", "lstm", "tied, frozen, unused"])
 def test_the_model_is_as_before_when_an_evaluation_raises(kind, call):
-    """There are five evaluations; each leaves the model in another mode, and one of them raises."""
+    """There are five evaluations; each leaves the model in another mode and without gradients, and one of them raises."""
     model = MODELS[kind]()
     calls = []
 
@@ -98,6 +98,7 @@ def test_the_model_is_as_before_when_an_evaluation_raises(kind, call):
         value = mse(model, data)
         torch.rand(3)
         model.eval()
+        model.zero_grad()
         if len(calls) == call:
             raise SomeError
         return value
@@ -129,6 +130,7 @@ class Caching(nn.Module):
     def forward(self, x):
         if self.cache is None:
             self.cache = self.out.weight.norm() * torch.ones(3)
+            self.register_buffer("late", torch.ones(3))
         self.count = self.count + 1
         return self.out(x) + self.cache.detach()
 
