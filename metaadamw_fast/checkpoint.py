@@ -102,9 +102,10 @@ def load_states(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
 def load_extra(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     """Restores the ``metaadamw`` key; a checkpoint of plain AdamW leaves the encoder as it is and says so."""
     extra = state_dict.get(KEY)
+    optimizer._lagged = None
     if extra is None:
         warnings.warn("checkpoint of a plain AdamW: moments and steps are loaded, the encoder stays as it is", stacklevel=4)
-        optimizer.steps_done = int(max(optimizer._lists.steps.tolist(), default=0))
+        optimizer.steps_done = int(max((float(state["step"]) for state in optimizer.state.values()), default=0))
         return
     optimizer.steps_done = int(extra["steps_done"])
     optimizer.encoder.load_state_dict(extra["encoder"])

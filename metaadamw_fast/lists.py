@@ -1,35 +1,32 @@
-"""The states of an optimizer as the lists that the ops take, cached from step to step."""
+"""The states of an optimizer as the lists that the ops take, cached from step to step, and what shows that others wrote them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from itertools import chain
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .grouping import Member
-
-
-class Rows(NamedTuple):
-    """Lists over the tensors that one call updates. ``positions`` is None for all T, else where they stand."""
-
-    positions: Tensor | None
-    params: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    max_exp_avg_sqs: list[Tensor] | None
+from .ops import mark_written
 
 
 class StateLists:
-    """Allocates the states that are missing and lists them all.
+    """Allocates the states that are missing, lists them all and hands them to the backend.
 
     Args:
         members: the T parameters.
         state: ``optimizer.state``, completed in place. Every ``state[p]["step"]`` becomes a view of one [T] tensor, so that one
             operation counts all of them and checkpoints still see torch's 0-dim steps.
         param_groups: ``optimizer.param_groups``.
-        device: of the parameters.
+        device: of the parameters. The steps live there too: nothing is copied to or from the host in a step.
+        launch: the class of the backend that holds the lists between two steps.
+
+    Raises:
+        RuntimeError: a state that does not fit its parameter.
     """
 
     def __init__(
@@ -38,78 +35,90 @@ class StateLists:
         state: MutableMapping[Tensor, Any],
         param_groups: Sequence[Mapping[str, Any]],
         device: torch.device,
+        launch: Any,
     ) -> None:
-        params = [m.param for m in members]
-        steps = [float(state[p]["step"]) if state.get(p) else 0.0 for p in params]
-        capturable = any(group["capturable"] for group in param_groups)
+        self.params = [m.param for m in members]
         self.device = device
-        self.steps = torch.tensor(steps, dtype=torch.float32, device=device if capturable else None)
-        for p, member, step in zip(params, members, self.steps.unbind(), strict=True):
-            names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(param_groups[member.param_group]["amsgrad"])
-            for name in names:
-                if name not in state[p] or state[p][name].is_meta:
+        self.steps = torch.tensor([float(state[p].get("step", 0.0)) for p in self.params], dtype=torch.float32, device=device)
+        with_maximum = [bool(param_groups[m.param_group]["amsgrad"]) for m in members]
+        for p, wanted, step in zip(self.params, with_maximum, self.steps.unbind(), strict=True):
+            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if wanted else 2]:
+                if name not in state[p]:
                     state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state[p][name] = state[p][name].to(device)
             state[p]["step"] = step
-        # An entry without elements says that its tensor has no such operand.
-        self._absent = torch.empty(0, device=device)
-        self._states = [state[p] for p in params]
-        self.all = self._select(params, None)
-        self._some: tuple[list[int], Rows] | None = None
-        self._carried: tuple[list[int], Tensor] | None = None
+        states = [state[p] for p in self.params]
+        self.exp_avgs = [s["exp_avg"] for s in states]
+        self.exp_avg_sqs = [s["exp_avg_sq"] for s in states]
+        maxima = [s["max_exp_avg_sq"] if wanted else None for s, wanted in zip(states, with_maximum, strict=True)]
+        self.max_exp_avg_sqs = maxima if any(x is not None for x in maxima) else None
+        self.launch = launch([None] * len(states), self.exp_avgs, self.params, self.exp_avg_sqs, self.max_exp_avg_sqs, written=True)
+        self._present: tuple[list[int], Tensor] | None = None
+        self._state, self._param_groups = state, param_groups
+        self._found = list(self._everything())
+        self._tensors = [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *(x for x in maxima if x is not None)]
+        # Held, so that no other storage can come to lie at one of these addresses: a new address is then the sign of new data.
+        self._storages = [x.untyped_storage() for x in self._tensors]
+        self._places = self._where()
+        self._sums = torch.zeros(len(states), 2, dtype=torch.float64, device=device)  # Σp², Σv² of what the last update left
+        self._sums_of: list[int] | None = None
 
-    def _select(self, params: list[Tensor], positions: list[int] | None) -> Rows:
-        states = self._states if positions is None else [self._states[i] for i in positions]
-        maxima = [s.get("max_exp_avg_sq", self._absent) for s in states]
-        return Rows(
-            None if positions is None else torch.tensor(positions, dtype=torch.long, device=self.device),
-            params,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            maxima if any(x is not self._absent for x in maxima) else None,
-        )
+    # ------------------------------------------------------------------------------------------------ what others have written
 
-    def with_gradients(self, grads: Sequence[Tensor | None]) -> tuple[Rows, list[Tensor]]:
-        """The lists of the tensors that have a gradient, and their gradients."""
-        present = [g for g in grads if g is not None]
-        if len(present) == len(grads):
-            return self.all, present
-        positions = [i for i, g in enumerate(grads) if g is not None]
-        if self._some is None or self._some[0] != positions:
-            self._some = (positions, self._select([self.all.params[i] for i in positions], positions))
-        return self._some[1], present
+    def stale(self) -> bool:
+        """Whether a parameter or a state has been replaced, or the data of one (``p.data = x``, ``model.to``), or amsgrad."""
+        same = all(map(is_, chain(self._everything(), (None,)), chain(self._found, (None,))))
+        return not same or self._where() != self._places
 
-    def or_absent(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """The gradients with a tensor without elements for each that is missing."""
-        return [self._absent if g is None else g for g in grads]
+    def _everything(self) -> Iterable[Any]:
+        """The parameters (and amsgrad) as the param groups list them, then all that ``optimizer.state`` holds."""
+        groups = ((group["amsgrad"], *group["params"]) for group in self._param_groups)
+        return chain(chain.from_iterable(groups), chain.from_iterable(map(dict.values, self._state.values())))
 
-    def new_sums(self) -> Tensor:
-        """Where an update of all T tensors writes Σp², Σv² of what it leaves: [T, 2] float64."""
-        return torch.empty(len(self._states), 2, dtype=torch.float64, device=self.device)
-
-    def carry(self, sums: Tensor | None) -> None:
-        """Keeps these sums for the next step's statistics; None forgets them."""
-        self._carried = None if sums is None else (self._fingerprint(), sums)
+    def _where(self) -> tuple[list[int], list[tuple[int, ...]]]:
+        # Strides of the parameters only: `p.data = p.data.t()` is a thing people write, the same of a state is not.
+        return [*map(Tensor.data_ptr, self._tensors)], [*map(Tensor.stride, self.params)]
 
     def carried(self) -> Tensor | None:
-        """The sums kept, if parameters and second moments are still what the update left, as far as torch can tell."""
-        if self._carried is None or self._carried[0] != self._fingerprint():
-            return None
-        return self._carried[1]
+        """[T, 2] float64 Σp², Σv² as the last update left them, or None if an in-place operation has written one since."""
+        return self._sums if self._sums_of is not None and self._sums_of == self._versions() else None
 
-    def _fingerprint(self) -> list[int]:
-        """Versions and addresses: in-place operations change the one, assignments to ``.data`` the other."""
-        tensors = self.all.params + self.all.exp_avg_sqs
-        return [x._version for x in tensors] + [x.data_ptr() for x in tensors]
+    def new_sums(self, statistics: Tensor) -> Tensor:
+        """Where the update writes Σp², Σv², [T, 2] float64; rows without a gradient keep those of ``statistics`` [T, S]."""
+        if self._present is not None and self.carried() is None:
+            self._sums.copy_(statistics[:, 3:5])
+        return self._sums
 
-    def next_steps(self, positions: Tensor | None) -> Tensor:
-        """Step counts of the step that comes now, [T'] float64, at these positions; nothing is counted yet."""
-        steps = self.steps.to(self.device, torch.float64)
-        return (steps if positions is None else steps.index_select(0, positions)) + 1
+    def carry(self, valid: bool) -> None:
+        """Says whether :meth:`new_sums` are those of the parameters and second moments as they are now."""
+        self._sums_of = self._versions() if valid else None
 
-    def count_step(self, positions: Tensor | None) -> None:
-        """Counts a step of the tensors at these positions."""
-        if positions is None:
-            self.steps += 1
-        else:
-            self.steps[positions.to(self.steps.device)] += 1
+    def _versions(self) -> list[int]:
+        return [x._version for x in chain(self.params, self.exp_avg_sqs)]
+
+    # ------------------------------------------------------------------------------------------------------------- the steps
+
+    def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
+        """The gradients of this step, None where there is none.
+
+        Raises:
+            RuntimeError: a sparse gradient, or one of another shape or device. Nothing has changed then.
+        """
+        self.launch.set_gradients(grads)
+        absent = [i for i, g in enumerate(grads) if g is None]
+        if not absent:
+            self._present = None
+        elif self._present is None or self._present[0] != absent:
+            present = torch.ones(len(grads), dtype=self.steps.dtype)
+            present[absent] = 0
+            self._present = (absent, present.to(self.device))
+
+    def next_steps(self) -> Tensor:
+        """Step counts of the step that comes now, [T] float64; nothing is counted yet."""
+        return self.steps.double() + 1
+
+    def after_update(self) -> None:
+        """Counts the step of the tensors that have a gradient, and marks them written."""
+        self.steps += 1 if self._present is None else self._present[1]
+        mark_written(self._tensors)
+        self.carry(True)

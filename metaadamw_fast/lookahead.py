@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .features import training_progress
 from .hyperparameters import Hyperparameters
+from .lists import StateLists
 from .optimizer import MetaAdamW
 
 
@@ -26,17 +27,17 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None]) -> tuple[Tensor, Ten
         The scales [4, G] with their graph, the factor that clipping puts on g1, and θ′, T tensors that carry the graph.
     """
     released = opt.variant == "released"
-    params = opt._lists.all.params
+    lists = opt._current_lists()
     with torch.no_grad():
         hyper = opt._hyperparameters.update(opt.param_groups)
         # g1 is the gradient of what is minimized; a .grad that stands has the sign of loss_fn.
-        grads, sign = ([p.grad for p in params], hyper.sign) if released else (g1, None)
-        statistics, grad_scale, _ = opt._transform_gradient(opt._measure(grads), sign)
-        step = opt._lists.next_steps(None) - (1 if released else 0)
+        grads, sign = ([p.grad for p in lists.params], hyper.sign) if released else (g1, None)
+        statistics, grad_scale, _ = opt._transform_gradient(opt._measure(lists, grads), sign)
+        step = lists.next_steps() - (1 if released else 0)
         if released:
-            directions = _stored_directions(opt, step, hyper)
+            directions = _stored_directions(lists, step, hyper)
         else:
-            directions = _next_directions(opt, g1, step, hyper, grad_scale)
+            directions = _next_directions(lists, g1, step, hyper, grad_scale)
     _, scales = opt._encode(statistics, training_progress(opt.steps_done + (not released), opt.total_steps))
     lr_scale, wd_scale = scales[:2].index_select(1, opt._group_of).double().unbind()
     size = hyper.lr * lr_scale
@@ -46,35 +47,33 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None]) -> tuple[Tensor, Ten
         decay = size * wd_scale * hyper.weight_decay
     theta = [
         p.detach().requires_grad_(p.requires_grad) if u is None else ((1 - d) * p.detach() - s * u).to(p.dtype)
-        for p, u, s, d in zip(params, directions, size.unbind(), decay.unbind(), strict=True)
+        for p, u, s, d in zip(lists.params, directions, size.unbind(), decay.unbind(), strict=True)
     ]
     return scales, 1.0 if grad_scale is None else grad_scale[0].to(scales.dtype), theta
 
 
 def _next_directions(
-    opt: MetaAdamW, g1: Sequence[Tensor | None], step: Tensor, hyper: Hyperparameters, grad_scale: Tensor | None
+    lists: StateLists, g1: Sequence[Tensor | None], step: Tensor, hyper: Hyperparameters, grad_scale: Tensor | None
 ) -> list[Tensor | None]:
     """Returns u of a step with g1, by the update op itself on copies: from p = 0, with step size -1 and no decay."""
-    rows, present = opt._lists.with_gradients(g1)
-    if rows.positions is not None:
-        hyper, step = hyper.select(rows.positions), step[rows.positions]
-        grad_scale = None if grad_scale is None else grad_scale[rows.positions]
-    directions = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in rows.params]
-    moments = [None if x is None else [y.clone() for y in x] for x in (rows.exp_avgs, rows.exp_avg_sqs, rows.max_exp_avg_sqs)]
+    directions = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in lists.params]
+    moments = [
+        None if xs is None else [x if x is None or g is None else x.clone() for x, g in zip(xs, g1, strict=True)]
+        for xs in (lists.exp_avgs, lists.exp_avg_sqs, lists.max_exp_avg_sqs)
+    ]
+    launch = type(lists.launch)(g1, moments[0], directions, *moments[1:], written=True)
     ones = torch.ones_like(step)
-    opt._backend.adamw_update_(directions, present, *moments, -ones, ones, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale)
-    found = iter(directions)
-    return [None if g is None else next(found) for g in g1]
+    launch.adamw_update_(-ones, ones, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale)
+    return [None if g is None else u for g, u in zip(g1, directions, strict=True)]
 
 
-def _stored_directions(opt: MetaAdamW, step: Tensor, hyper: Hyperparameters) -> list[Tensor | None]:
+def _stored_directions(lists: StateLists, step: Tensor, hyper: Hyperparameters) -> list[Tensor | None]:
     """Returns u of the released code: from the stored moments and counts; None before the first step of a parameter."""
-    rows = opt._lists.all
-    maxima = rows.max_exp_avg_sqs or rows.exp_avg_sqs
-    second_moments = [x if x.numel() else v for x, v in zip(maxima, rows.exp_avg_sqs, strict=True)]
+    maxima = lists.max_exp_avg_sqs or lists.exp_avg_sqs
+    second_moments = [v if x is None else x for x, v in zip(maxima, lists.exp_avg_sqs, strict=True)]
     bias_correction1 = (1 - hyper.beta1**step).unbind()
     bias_correction2 = (1 - hyper.beta2**step).unbind()
     return [
         None if k == 0 else (m / bias_correction1[i]) / ((v / bias_correction2[i]).sqrt() + hyper.eps[i])
-        for i, (m, v, k) in enumerate(zip(rows.exp_avgs, second_moments, step.tolist(), strict=True))
+        for i, (m, v, k) in enumerate(zip(lists.exp_avgs, second_moments, step.tolist(), strict=True))
     ]

@@ -151,7 +151,7 @@ class MetaLearner:
                 rewind()
                 return sign * _evaluate(self.loss_fn, self.model, batch)
 
-            params = self.optimizer._lists.all.params
+            params = self.optimizer._current_lists().params
             loss_a, g1 = _gradient(loss, batch_a, params, create_graph=False)
             scales, clip, theta = look_ahead(self.optimizer, g1)
             g1 = [None if g is None else g * clip for g in g1]

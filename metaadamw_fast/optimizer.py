@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from . import grouping as grouping_
 from .encoder import EncoderConfig, GroupEncoder
 from .features import FeatureConfig, FeatureTable, feature_table, group_features, training_progress
 from .hyperparameters import Hyperparameters, HyperparameterTable, check_hyperparameters
-from .lists import Rows, StateLists
-from .ops import mark_written, resolve_backend
+from .lists import StateLists
+from .ops import resolve_backend
 
 
 class MetaAdamW(Optimizer):
@@ -110,8 +111,10 @@ class MetaAdamW(Optimizer):
         self._model = None if model is None else weakref.ref(model)
         self._grouping: grouping_.Grouping = grouping
         self._backend_name = backend
+        self._members: list[grouping_.Member] = []
         self._group_ids: list[int] = []
         self._scales = torch.ones(4, 0)
+        self._lagged: tuple[Tensor, float] | None = None
         self._built = False
         super().__init__(params, defaults)
 
@@ -187,21 +190,23 @@ class MetaAdamW(Optimizer):
 
     def _assign_groups(self) -> None:
         """Extends groups by the parameters that came since the last call; changes nothing if the grouping raises."""
-        members = self._describe()
+        known = len(self._members)
+        members = self._members + self._describe()[known:]  # what is known stays: a copy of an optimizer has no model to ask
         grouping_.resolve(self._grouping, members)
-        self._group_ids += grouping_.assign(self.groups, members, self._grouping, len(self._group_ids))
+        self._group_ids += grouping_.assign(self.groups, members, self._grouping, known)
         self._members = members
 
     def _build(self) -> None:
-        """Allocates what is missing and caches everything that only a change of the parameters changes."""
+        """Caches everything that only a change of the parameters changes, and allocates the states that are missing."""
         device = self._device()
-        self._lists = StateLists(self._members, self.state, self.param_groups, device)
+        on_meta = device.type == "meta"  # no data yet: states and the choice of a backend wait for the first step
+        device = torch.device("cpu") if on_meta else device
         self._backend = resolve_backend(self._backend_name, device)
+        self._lists = None if on_meta else self._list_states(device)
         self._hyperparameters = HyperparameterTable([m.param_group for m in self._members], device)
         self._group_of = torch.tensor(self._group_ids, dtype=torch.long, device=device)
         self.encoder.to(device)
         self._table: FeatureTable | None = None
-        self._lagged: tuple[Tensor, float] | None = None
         self._grad_norm: Tensor | None = None
         like = self.encoder.head.weight.detach()
         scales = like.new_zeros(4, len(self.groups))
@@ -210,6 +215,39 @@ class MetaAdamW(Optimizer):
         self._scales = scales
         self._features = like.new_zeros(len(self.groups), self.encoder.dim)
         self._statistics = like.new_zeros(len(self._members), 7 if self.encoder.features.enhanced else 5)
+        if self._lagged is not None:  # a model that moved; other parameters make the statistics of the last step useless
+            statistics, t = self._lagged
+            self._lagged = (statistics.to(like), t) if statistics.shape[0] == len(self._members) else None
+
+    def _list_states(self, device: torch.device) -> StateLists:
+        return StateLists(self._members, self.state, self.param_groups, device, self._backend.launch)
+
+    def _current_lists(self) -> StateLists:
+        """The lists, made anew if somebody replaced a parameter, a state or the data of one since they were made.
+
+        Raises:
+            RuntimeError: parameters were added or removed behind add_param_group's back, or have no data.
+            ValueError: a parameter put in the place of another that no backend can update.
+        """
+        if self._lists is not None and not self._lists.stale():
+            return self._lists
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(params) != len(self._members):
+            raise RuntimeError(f"param_groups list {len(params)} parameters instead of {len(self._members)}: use add_param_group")
+        if any(p is not member.param for p, member in zip(params, self._members, strict=True)):
+            self._check_params()
+        self._members = [replace(member, param=p) for member, p in zip(self._members, params, strict=True)]
+        for group in self.groups:
+            group.params[:] = [params[i] for i in group.members]
+        if self._device().type == "meta":
+            raise RuntimeError("the parameters are on the meta device: give the model its data before using the optimizer")
+        if self._lists is None or self._device() != self._lists.device:
+            self._build()
+        else:
+            self._lists = self._list_states(self._device())
+            self._table = None
+        assert self._lists is not None
+        return self._lists
 
     # ------------------------------------------------------------------------------------------------------------ the step
 
@@ -232,13 +270,10 @@ class MetaAdamW(Optimizer):
                 loss = closure()
         if not self._members:
             return loss
-        if self._members[0].param.device != self._lists.device:
-            self._check_params()
-            self._build()  # the model moved to another device
-        all_grads = [p.grad for p in self._lists.all.params]
-        rows, grads = self._lists.with_gradients(all_grads)
-        statistics = self._measure(all_grads)
+        lists = self._current_lists()
         hyper = self._hyperparameters.update(self.param_groups)
+        grads = [p.grad for p in lists.params]
+        statistics = self._measure(lists, grads)
         statistics, grad_scale, grad_norm = self._transform_gradient(statistics, hyper.sign)
         t = training_progress(self.steps_done + 1, self.total_steps)
         features, scales = self._features, self._scales
@@ -247,30 +282,23 @@ class MetaAdamW(Optimizer):
             used = self._lagged
         if used is not None:
             features, scales = self._encode(*used)
-        self._update(rows, grads, hyper, scales, grad_scale)
+        self._update(lists, hyper, scales, grad_scale, lists.new_sums(statistics))
         self._features, self._scales, self._statistics, self._grad_norm = features, scales, statistics, grad_norm
         self._lagged = (statistics, t) if self._statistics_mode == "lagged" else None
         self.steps_done += 1
         return loss
 
-    def _measure(self, grads: Sequence[Tensor | None]) -> Tensor:
+    def _measure(self, lists: StateLists, grads: Sequence[Tensor | None]) -> Tensor:
         """Statistics [T, S] of these gradients and the current state. A missing gradient counts as zeros."""
-        if any(g is not None and g.layout is not torch.strided for g in grads):
-            raise RuntimeError("MetaAdamW does not support sparse gradients")
-        rows, encoder = self._lists.all, self.encoder
-        dtype, carried = encoder.head.weight.dtype, self._lists.carried()
-        if carried is not None:  # the last update summed what it wrote: only g and m are read
-            counts = encoder.features.enhanced
-            read = self._backend.tensor_stats(self._lists.or_absent(grads), rows.exp_avgs, None, None, counts, dtype)
-            return torch.cat([read[:, :3], carried.to(dtype), read[:, 3:]], dim=1)
-        return self._backend.tensor_stats(  # type: ignore[no-any-return]
-            self._lists.or_absent(grads),
-            rows.exp_avgs,
-            rows.params,
-            rows.exp_avg_sqs,
-            encoder.features.enhanced,
-            dtype,
-        )
+        lists.set_gradients(grads)
+        counts, dtype = self.encoder.features.enhanced, self.encoder.head.weight.dtype
+        # What the last update summed need not be read again: only g and m are. (A row that it left out has its sum in the dtype of
+        # the statistics of then.)
+        carried = lists.carried() if dtype == self._statistics.dtype else None
+        if carried is None:
+            return lists.launch.tensor_stats(True, True, counts, dtype)  # type: ignore[no-any-return]
+        read = lists.launch.tensor_stats(False, False, counts, dtype)
+        return torch.cat([read[:, :3], carried.to(dtype), read[:, 3:]], dim=1)
 
     def _transform_gradient(self, statistics: Tensor, sign: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What maximizing (``sign`` [T]) and clipping make of the statistics.
@@ -300,25 +328,18 @@ class MetaAdamW(Optimizer):
         features = self.encoder.embed(group_features(statistics, self._table, t))
         return features, self.encoder(features)
 
-    def _update(self, rows: Rows, grads: list[Tensor], hyper: Hyperparameters, scales: Tensor, grad_scale: Tensor | None) -> None:
-        """The update of these rows with these scales [4, G]: step size lr·lr_scale, decay 1 - lr·lr_scale·wd_scale·λ."""
+    def _update(
+        self, lists: StateLists, hyper: Hyperparameters, scales: Tensor, grad_scale: Tensor | None, new_sums: Tensor
+    ) -> None:
+        """The update with these scales [4, G]: step size lr·lr_scale, decay 1 - lr·lr_scale·wd_scale·λ."""
         scales = scales[:2].index_select(1, self._group_of).double()
-        if rows.positions is not None:
-            hyper, scales = hyper.select(rows.positions), scales.index_select(1, rows.positions)
-            grad_scale = None if grad_scale is None else grad_scale[rows.positions]
-        step = self._lists.next_steps(rows.positions)
+        step = lists.next_steps()
         size = hyper.lr * scales[0]
         decay = size * scales[1] * hyper.weight_decay
         if self.variant == "released":
             decay = decay / (1 - hyper.beta1**step)
-        moments = (rows.exp_avgs, rows.exp_avg_sqs, rows.max_exp_avg_sqs)
-        sums = self._lists.new_sums() if rows.positions is None else None
-        self._backend.adamw_update_(
-            rows.params, grads, *moments, size, 1 - decay, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale, sums
-        )
-        mark_written(rows.params, rows.exp_avgs, rows.exp_avg_sqs, rows.max_exp_avg_sqs or ())
-        self._lists.carry(sums)
-        self._lists.count_step(rows.positions)
+        lists.launch.adamw_update_(size, 1 - decay, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale, new_sums)
+        lists.after_update()
 
     # ------------------------------------------------------------------------------------------------------- what can be read
 
@@ -365,10 +386,11 @@ class MetaAdamW(Optimizer):
         """Tells that parameters or second moments were written where torch cannot see it.
 
         That is: in place through ``.data``, through numpy, or by another library's kernels. The update sums what it writes, and
-        the next step's statistics rely on these sums. In-place operations, ``p.data = x``, ``load_state_dict`` and
-        ``add_param_group`` are noticed without this call, unless a tensor assigned to ``.data`` has the address of the old one.
+        the next step's statistics rely on these sums. In-place operations, ``p.data = x``, other tensors in ``state``,
+        ``load_state_dict`` and ``add_param_group`` are noticed without this call.
         """
-        self._lists.carry(None)
+        if self._lists is not None:
+            self._lists.carry(False)
 
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 
@@ -391,10 +413,13 @@ class MetaAdamW(Optimizer):
 
         Raises:
             ValueError: a checkpoint of another model, grouping or encoder; the optimizer is unchanged then.
+            RuntimeError: parameters on the meta device.
         """
         loaded: dict[str, Any] = {}
 
         def check(_: Optimizer, hooked: dict[str, Any]) -> dict[str, Any]:
+            if self._device().type == "meta":
+                raise RuntimeError("the parameters are on the meta device: give the model its data before loading a checkpoint")
             checkpoint.check(self, hooked)
             loaded.update(hooked)
             return {"state": {}, "param_groups": hooked["param_groups"]}
@@ -413,12 +438,10 @@ class MetaAdamW(Optimizer):
                 handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None}
+        return {**self.__dict__, "_model": None, "_lists": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_lists" in state:  # a copy or a pickle: the steps are to be views of one tensor again
-            self._lists = StateLists(self._members, self.state, self.param_groups, self._device())
         for group in self.param_groups:
             for name in ("amsgrad", "maximize", "capturable"):
                 group.setdefault(name, False)

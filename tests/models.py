@@ -11,6 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from metaadamw_fast import MetaAdamW
 
+OFF = {"lr_scale_range": 0.0, "wd_scale_range": 0.0}  # all scales are 1: AdamW
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

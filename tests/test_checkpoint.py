@@ -18,6 +18,7 @@ from torch import nn
 from metaadamw_fast import FeatureConfig, MetaAdamW, MetaLearner
 
 from .models import (
+    OFF,
     assert_same_bits,
     batch,
     make,
@@ -30,8 +31,6 @@ from .models import (
     train,
 )
 from .tolerances import REDUCTION
-
-OFF = {"lr_scale_range": 0.0, "wd_scale_range": 0.0}
 
 
 def make_learner(run):

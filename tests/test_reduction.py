@@ -10,6 +10,7 @@ from torch.optim import lr_scheduler
 from metaadamw_fast import MetaAdamW
 
 from .models import (
+    OFF,
     batch,
     conv_net,
     mse,
@@ -20,7 +21,6 @@ from .models import (
 from .tolerances import REDUCTION
 
 BACKENDS = ("cpp", "reference")
-OFF = {"lr_scale_range": 0.0, "wd_scale_range": 0.0}
 
 
 def entries(model):
