@@ -128,6 +128,9 @@ class MetaLearner:
     def update(self, batch_a: Any, batch_b: Any, val_batch: Any = None, gap_batch: Any = None) -> MetaReport:
         """One meta-update. The model, its gradients, buffers, modes, the optimizer's state and the random state stay as they are.
 
+        If the objective or its gradient is not finite, encoder, log-variances and meta-optimizer stay as they are too; the report
+        tells.
+
         Args:
             batch_a: B1, whose gradient the hypothetical step takes.
             batch_b: B2, whose gradient is compared after it.
@@ -242,11 +245,14 @@ class MetaLearner:
         return trained
 
     def _descend(self, total: Tensor) -> None:
-        """One step of the meta-optimizer down the gradient of ``total``."""
+        """One step of the meta-optimizer down the gradient of ``total``, if both are finite: NaN would stay for good."""
         trained = self._adopt()
         encoder = self.optimizer.encoder
         gates = [encoder.feature_gates] if encoder.features.gating and encoder.feature_gates not in set(trained) else []
         gradients = torch.autograd.grad(total, [*trained, *gates], allow_unused=True)
+        # The one wait for the device. Undoing a step there instead is not possible for every optimizer: Adam counts on the host.
+        if not torch.cat([total.detach().reshape(1), *(g.flatten() for g in gradients if g is not None)]).isfinite().all():
+            return
         for param, grad in zip(trained, gradients[: len(trained)], strict=True):
             param.grad = grad
         for gate, grad in zip(gates, gradients[len(trained) :], strict=True):
