@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import check_learner
 from .features import NORM_FLOOR
 from .lookahead import look_ahead
 from .model_state import parameters_replaced, preserved, twice_differentiable
@@ -276,20 +277,13 @@ class MetaLearner:
         """Restores what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: the meta-optimizer's state does not fit, or something is missing; nothing has changed then.
+            ValueError: something does not fit, is missing or cannot be; nothing has changed then.
         """
-        missing = [key for key in ("log_vars", "meta_optimizer", "updates") if key not in state_dict]
-        if missing:
-            raise ValueError(f"loaded state dict of the meta-learner lacks {', '.join(missing)}")
-        params = self._adopt()
-        for index, values in state_dict["meta_optimizer"]["state"].items():
-            for name, value in values.items():
-                wrong = isinstance(value, Tensor) and value.dim() > 0
-                if wrong and (index >= len(params) or value.shape != params[index].shape):
-                    raise ValueError(f"meta-optimizer: {name} of parameter {index} has shape {tuple(value.shape)}")
+        self._adopt()
+        check_learner(self.meta_optimizer, self.log_vars, state_dict)
+        self.log_vars.data = self.log_vars.data.to(state_dict["log_vars"].dtype)  # torch casts the state to it
         self.meta_optimizer.load_state_dict(copy.deepcopy(state_dict["meta_optimizer"]))  # torch would keep the tensors
-        with torch.no_grad():
-            self.log_vars.copy_(state_dict["log_vars"])
+        self.log_vars.data.copy_(state_dict["log_vars"])
         self.updates = int(state_dict["updates"])
 
 
