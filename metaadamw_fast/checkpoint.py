@@ -1,24 +1,30 @@
 """What a MetaAdamW checkpoint holds besides torch's ``state`` and ``param_groups``, and how any AdamW checkpoint is loaded.
 
-The extra content is one top-level key, ``metaadamw``: encoder, its random generator, step count, scales, and the carried
-statistics of lagged mode. ``torch.optim.AdamW`` ignores it, so checkpoints load in both directions.
+The extra content is one top-level key, ``metaadamw``: encoder, its sizes and random generator, step count, scales, and the
+carried statistics of lagged mode. ``torch.optim.AdamW`` ignores it, so checkpoints load in both directions.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from .hyperparameters import check_hyperparameters
 
 if TYPE_CHECKING:
     from .optimizer import MetaAdamW
 
-KEY = "metaadamw"
+KEY, CONFIG = "metaadamw", "config"
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+STATE = ("step", "exp_avg", "exp_avg_sq")  # of a parameter that has had a gradient
+ELEMENTWISE = (*MOMENTS, "momentum_buffer", "square_avg")  # of the shape of the parameter in every optimizer that has one
 
 
 def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
@@ -26,6 +32,7 @@ def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
     return {
         "steps_done": optimizer.steps_done,
         "group_ids": list(optimizer._group_ids),
+        CONFIG: optimizer.encoder.description(),
         "encoder": dict(optimizer.encoder.state_dict()),
         "generator": optimizer.encoder.generator.get_state(),
         "scales": optimizer._scales,
@@ -34,60 +41,128 @@ def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
 
 
 def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
-    """Raises ValueError if ``state_dict`` does not fit the optimizer, before anything is changed."""
-    for key in ("state", "param_groups"):
-        if key not in state_dict:
-            raise ValueError(f"loaded state dict has no {key!r}: it is not an optimizer checkpoint, or it is truncated")
-    saved, own = state_dict["param_groups"], optimizer.param_groups
-    for index, group in enumerate(saved):
-        _check_keys(group, ("params", "lr", "betas", "eps", "weight_decay"), f"parameter group {index}")
-    if len(saved) != len(own):
-        raise ValueError(f"loaded state dict has {len(saved)} parameter groups, the optimizer has {len(own)}")
-    for index, (a, b) in enumerate(zip(saved, own, strict=True)):
-        if len(a["params"]) != len(b["params"]):
-            raise ValueError(
-                f"parameter group {index} has {len(a['params'])} parameters in the loaded state dict,"
-                f" {len(b['params'])} in the optimizer"
-            )
-    for position, (param, values) in enumerate(_states(optimizer, state_dict)):
-        if values:
-            _check_keys(values, ("step", "exp_avg", "exp_avg_sq"), f"the state of parameter {position}")
-        for name in MOMENTS:
-            if name in values and not values[name].is_floating_point():
-                raise ValueError(f"{name} of parameter {position} in the loaded state dict is {values[name].dtype}")
-            if name in values and values[name].shape != param.shape:
-                raise ValueError(
-                    f"{name} of parameter {position} has shape {tuple(values[name].shape)} in the loaded state dict,"
-                    f" the parameter has {tuple(param.shape)}"
-                )
+    """Raises ValueError if ``state_dict`` does not fit the optimizer or holds what cannot be, before anything is changed."""
+    _check_states(optimizer, state_dict, "loaded state dict", ("lr", "betas", "eps", "weight_decay"), STATE)
+    for index, group in enumerate(state_dict["param_groups"]):
+        try:
+            check_hyperparameters(group)
+        except (TypeError, LookupError, ValueError) as error:
+            raise ValueError(f"parameter group {index} in the loaded state dict: {error}") from error
     if KEY not in state_dict:
         return
-    extra = state_dict[KEY]
-    _check_keys(extra, extra_state(optimizer).keys(), KEY)
-    if list(extra["group_ids"]) != optimizer._group_ids:
+    extra, own = state_dict[KEY], extra_state(optimizer)
+    _check_keys(extra, own.keys() - {CONFIG}, KEY)
+    _check_count(extra["steps_done"], "steps_done")
+    if not isinstance(extra["group_ids"], (list, tuple)) or list(extra["group_ids"]) != own["group_ids"]:
         raise ValueError("loaded state dict groups the parameters differently: same model, grouping and order are needed")
-    if extra["scales"].shape != optimizer._scales.shape:
-        raise ValueError(f"loaded state dict has scales of shape {tuple(extra['scales'].shape)}")
-    encoder = optimizer.encoder.state_dict()
-    if extra["encoder"].keys() != encoder.keys():
-        differing = sorted(extra["encoder"].keys() ^ encoder.keys())
-        raise ValueError(f"loaded state dict has another encoder: {', '.join(differing[:4])} on one side only")
-    for name, value in encoder.items():
-        if extra["encoder"][name].shape != value.shape:
+    if CONFIG in extra:  # checkpoints of earlier versions do not tell
+        _check_keys(extra[CONFIG], own[CONFIG].keys(), CONFIG)
+        for name, value in own[CONFIG].items():
+            if extra[CONFIG][name] != value:
+                raise ValueError(f"loaded state dict has another encoder: {name} is {extra[CONFIG][name]!r}, here {value!r}")
+    _check_encoder(extra["encoder"], own["encoder"])
+    try:
+        torch.Generator().set_state(extra["generator"].cpu())
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(f"generator in the loaded state dict is no state of a random generator: {error}") from error
+    _check_tensor(extra["scales"], own["scales"], "scales")
+    lagged = extra["lagged"]
+    if lagged is not None:
+        if not isinstance(lagged, (list, tuple)) or len(lagged) != 2:
+            raise ValueError("lagged in the loaded state dict is neither None nor the statistics with their t")
+        _check_tensor(lagged[0], optimizer._statistics, "the statistics in lagged")
+        _check_number(lagged[1], "t in lagged")
+
+
+def check_learner(optimizer: Optimizer, log_vars: Tensor, state_dict: Mapping[str, Any]) -> None:
+    """Raises ValueError if a meta-learner with this meta-optimizer cannot take ``state_dict``."""
+    where = "loaded state dict of the meta-learner"
+    _check_keys(state_dict, ("log_vars", "meta_optimizer", "updates"), where)
+    _check_tensor(state_dict["log_vars"], log_vars, "log_vars")
+    _check_count(state_dict["updates"], "updates")
+    known = STATE if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) else ()
+    _check_states(optimizer, state_dict["meta_optimizer"], where, ("lr",), known)
+
+
+def _check_states(
+    optimizer: Optimizer, state_dict: Mapping[str, Any], where: str, group_keys: Iterable[str], state_keys: Iterable[str]
+) -> None:
+    """Checks torch's part of an optimizer's checkpoint: as many parameters, and states that are theirs."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"{where} is of type {type(state_dict).__name__}: it is not an optimizer checkpoint")
+    for key, kind in (("state", Mapping), ("param_groups", Sequence)):
+        if not isinstance(state_dict.get(key), kind):
+            raise ValueError(f"{where} has no {key!r}: it is not an optimizer checkpoint, or it is truncated")
+    saved, own = state_dict["param_groups"], optimizer.param_groups
+    for index, group in enumerate(saved):
+        _check_keys(group, ("params", *group_keys), f"parameter group {index}")
+    if len(saved) != len(own):
+        raise ValueError(f"{where} has {len(saved)} parameter groups, the optimizer has {len(own)}")
+    for index, (a, b) in enumerate(zip(saved, own, strict=True)):
+        if not isinstance(a["params"], Sequence):
             raise ValueError(
-                f"loaded state dict has another encoder: {name} is {tuple(extra['encoder'][name].shape)}, here {tuple(value.shape)}"
+                f"params of parameter group {index} in the {where} is of type {type(a['params']).__name__}, not a list"
             )
+        if len(a["params"]) != len(b["params"]):
+            raise ValueError(
+                f"parameter group {index} has {len(a['params'])} parameters in the {where}, {len(b['params'])} in the optimizer"
+            )
+    for position, (param, values) in enumerate(_states(optimizer, state_dict)):
+        _check_keys(values, state_keys if values else (), f"the state of parameter {position}")
+        if "step" in values:
+            _check_number(values["step"], f"step of parameter {position}")
+        for name in ELEMENTWISE:
+            if name in values:
+                _check_tensor(values[name], param, f"{name} of parameter {position}")
+
+
+def _check_encoder(saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+    if not isinstance(saved, Mapping) or saved.keys() != own.keys():
+        differing = sorted(map(str, saved.keys() ^ own.keys())) if isinstance(saved, Mapping) else [f"{saved!r}"]
+        raise ValueError(f"loaded state dict has another encoder: {', '.join(differing[:4])} on one side only")
+    for name, value in own.items():
+        _check_tensor(saved[name], value, f"another encoder: {name}")
+    dtypes = {str(value.dtype) for value in saved.values()}
+    if len(dtypes) > 1:
+        raise ValueError(f"encoder in the loaded state dict has several dtypes: {', '.join(sorted(dtypes))}")
 
 
 def _check_keys(values: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} in the loaded state dict is of type {type(values).__name__}, not a dict")
     missing = [key for key in keys if key not in values]
     if missing:
         raise ValueError(f"{where} in the loaded state dict lacks {', '.join(missing)}")
 
 
+def _check_tensor(value: Any, like: Tensor, where: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{where} in the loaded state dict is of type {type(value).__name__}, not a tensor")
+    if not value.is_floating_point() or value.layout is not torch.strided or (value.is_meta and not like.is_meta):
+        raise ValueError(f"{where} in the loaded state dict is {value.dtype}, {value.layout}, on {value.device}")
+    if value.shape != like.shape:
+        raise ValueError(f"{where} has shape {tuple(value.shape)} in the loaded state dict, here {tuple(like.shape)}")
+
+
+def _check_number(value: Any, where: str) -> None:
+    """A finite number that is not negative, or a tensor with one."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and not value.is_meta:
+        value = value.item()
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{where} in the loaded state dict is {value!r}, not a number from 0 on")
+
+
+def _check_count(value: Any, where: str) -> None:
+    _check_number(value, where)
+    if value != int(value):
+        raise ValueError(f"{where} in the loaded state dict is {value!r}, not an integer")
+
+
 def load_states(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
-    """Copies moments and steps, keeping the saved dtypes (torch casts float32 moments to the parameter's)."""
+    """Copies moments and steps, keeping the saved dtypes (torch casts float32 moments to the parameter's), also the encoder's."""
     optimizer.state.clear()
+    if KEY in state_dict:
+        optimizer.encoder.to(state_dict[KEY]["encoder"]["head.weight"].dtype)
     for param, values in _states(optimizer, state_dict):
         if values:
             state = optimizer.state[param]
@@ -101,12 +176,12 @@ def load_states(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
 
 def load_extra(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     """Restores the ``metaadamw`` key; a checkpoint of plain AdamW leaves the encoder as it is and says so."""
-    extra = state_dict.get(KEY)
     optimizer._lagged = None
-    if extra is None:
+    if KEY not in state_dict:
         warnings.warn("checkpoint of a plain AdamW: moments and steps are loaded, the encoder stays as it is", stacklevel=4)
         optimizer.steps_done = int(max((float(state["step"]) for state in optimizer.state.values()), default=0))
         return
+    extra = state_dict[KEY]
     optimizer.steps_done = int(extra["steps_done"])
     optimizer.encoder.load_state_dict(extra["encoder"])
     optimizer.encoder.generator.set_state(extra["generator"].cpu())
@@ -120,7 +195,7 @@ def _like(value: Tensor, like: Tensor) -> Tensor:
     return value.detach().to(like.device, like.dtype, copy=True)
 
 
-def _states(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Mapping[str, Any]]]:
+def _states(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Mapping[str, Any]]]:
     """(parameter, its saved state) pairs in order; an empty state where AdamW never saw a gradient."""
     ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)

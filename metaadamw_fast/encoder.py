@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import cast
 
 import torch
@@ -150,6 +150,7 @@ class GroupEncoder(nn.Module):
             raise ValueError(f"Invalid head_init: {head_init!r} (identity or xavier)")
         dim = features.width(config.heads)
         self.dim = dim
+        self.config = config
         self.features = features
         self.generator = torch.Generator().manual_seed(seed)
         self.encoder = EncoderStack([EncoderLayer(dim, config.heads, config.hidden) for _ in range(config.layers)])
@@ -166,6 +167,19 @@ class GroupEncoder(nn.Module):
         for name, column in (("_centre", [0.5, 0.5, 0.0, 0.0]), ("_base", [1.0, 1.0, 0.0, 0.0]), ("_range", [1.0] * 4)):
             self.register_buffer(name, torch.tensor(column)[:, None], persistent=False)
         self.set_ranges(lr_scale_range, wd_scale_range)
+
+    def description(self) -> dict[str, int | bool | str]:
+        """What its sizes are and which features it reads: two encoders can share weights only if these are equal."""
+        features = self.features
+        return {
+            **asdict(self.config),
+            "version": features.version,
+            "v_norm": features.v_norm and not features.enhanced,
+            "time_step": features.time_step,
+            "gating": features.gating,
+            "group_embed_dim": features.embed_dim,
+            "dim": self.dim,
+        }
 
     def set_ranges(self, lr_scale_range: float, wd_scale_range: float) -> None:
         """How far the scales may move from 1.

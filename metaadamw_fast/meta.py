@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import check_learner
 from .features import NORM_FLOOR
 from .lookahead import look_ahead
 from .model_state import parameters_replaced, preserved, twice_differentiable
@@ -128,6 +129,9 @@ class MetaLearner:
     def update(self, batch_a: Any, batch_b: Any, val_batch: Any = None, gap_batch: Any = None) -> MetaReport:
         """One meta-update. The model, its gradients, buffers, modes, the optimizer's state and the random state stay as they are.
 
+        If the objective or its gradient is not finite, encoder, log-variances and meta-optimizer stay as they are too; the report
+        tells.
+
         Args:
             batch_a: B1, whose gradient the hypothetical step takes.
             batch_b: B2, whose gradient is compared after it.
@@ -242,11 +246,14 @@ class MetaLearner:
         return trained
 
     def _descend(self, total: Tensor) -> None:
-        """One step of the meta-optimizer down the gradient of ``total``."""
+        """One step of the meta-optimizer down the gradient of ``total``, if both are finite: NaN would stay for good."""
         trained = self._adopt()
         encoder = self.optimizer.encoder
         gates = [encoder.feature_gates] if encoder.features.gating and encoder.feature_gates not in set(trained) else []
         gradients = torch.autograd.grad(total, [*trained, *gates], allow_unused=True)
+        # The one wait for the device. Undoing a step there instead is not possible for every optimizer: Adam counts on the host.
+        if not torch.cat([total.detach().reshape(1), *(g.flatten() for g in gradients if g is not None)]).isfinite().all():
+            return
         for param, grad in zip(trained, gradients[: len(trained)], strict=True):
             param.grad = grad
         for gate, grad in zip(gates, gradients[len(trained) :], strict=True):
@@ -270,20 +277,13 @@ class MetaLearner:
         """Restores what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: the meta-optimizer's state does not fit, or something is missing; nothing has changed then.
+            ValueError: something does not fit, is missing or cannot be; nothing has changed then.
         """
-        missing = [key for key in ("log_vars", "meta_optimizer", "updates") if key not in state_dict]
-        if missing:
-            raise ValueError(f"loaded state dict of the meta-learner lacks {', '.join(missing)}")
-        params = self._adopt()
-        for index, values in state_dict["meta_optimizer"]["state"].items():
-            for name, value in values.items():
-                wrong = isinstance(value, Tensor) and value.dim() > 0
-                if wrong and (index >= len(params) or value.shape != params[index].shape):
-                    raise ValueError(f"meta-optimizer: {name} of parameter {index} has shape {tuple(value.shape)}")
+        self._adopt()
+        check_learner(self.meta_optimizer, self.log_vars, state_dict)
+        self.log_vars.data = self.log_vars.data.to(state_dict["log_vars"].dtype)  # torch casts the state to it
         self.meta_optimizer.load_state_dict(copy.deepcopy(state_dict["meta_optimizer"]))  # torch would keep the tensors
-        with torch.no_grad():
-            self.log_vars.copy_(state_dict["log_vars"])
+        self.log_vars.data.copy_(state_dict["log_vars"])
         self.updates = int(state_dict["updates"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,9 +80,13 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
 
     Of the attention kernels only MATH has one; of the recurrent ones on the CPU, those without oneDNN.
     """
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            flags: Any = torch.backends.mkldnn.flags
-            stack.enter_context(flags(enabled=False))
-        yield
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    one_dnn: Any = torch.backends.mkldnn
+    enabled = one_dnn.enabled
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
+            if recurrent:  # not mkldnn.flags(): it sets the precisions too, and warns of its own defaults
+                one_dnn.enabled = False
+            yield
+        finally:
+            one_dnn.enabled = enabled

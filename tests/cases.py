@@ -246,14 +246,18 @@ def everything(opt):
 
 
 def same(x, y):
-    """Bitwise equality of nested lists, dicts, tensors and plain values."""
+    """Bitwise equality of nested lists, dicts, tensors and plain values; a NaN equals itself."""
     if isinstance(x, torch.Tensor):
-        return isinstance(y, torch.Tensor) and same_bits(x, y)
+        if not isinstance(y, torch.Tensor) or (x.layout, x.device) != (y.layout, y.device):
+            return False
+        return (
+            same_bits(*(z if z.layout is torch.strided else z.to_dense() for z in (x, y))) if not x.is_meta else x.shape == y.shape
+        )
     if isinstance(x, dict):
         return isinstance(y, dict) and x.keys() == y.keys() and all(same(x[key], y[key]) for key in x)
     if isinstance(x, (list, tuple)):
         return isinstance(y, (list, tuple)) and len(x) == len(y) and all(map(same, x, y))
-    return x == y
+    return x == y or (x != x and y != y)
 
 
 @contextmanager

@@ -224,6 +224,53 @@ def test_a_checkpoint_of_the_other_optimizer(into, case, partly):
 # --------------------------------------------------------------------------------------------- dtypes, aliases, hooks, copies
 
 
+@pytest.mark.parametrize("learner", ["before", "after"])
+@pytest.mark.parametrize("statistics", ["exact", "lagged"])
+def test_an_encoder_in_float64_stays_in_float64(statistics, learner):
+    """Whether the learner was built before the cast, its log-variances then in float32, or after."""
+
+    def double():
+        run = Run(statistics=statistics).to(1)
+        run.opt.encoder.double()
+        if learner == "after":
+            run.meta = make_learner(run)
+        return run
+
+    expected = double().to(8)
+    state = through_a_file(double().to(4).state())
+    resumed = Run(statistics=statistics).load(state)
+    assert {x.dtype for x in resumed.opt.encoder.state_dict().values()} == {torch.float64}
+    assert resumed.opt.lr_scale.dtype == resumed.opt.features.dtype == resumed.opt.statistics.dtype == torch.float64
+    assert resumed.meta.log_vars.dtype == (torch.float64 if learner == "after" else torch.float32)
+    resumed.to(8).assert_same(expected)
+    back = double().load(through_a_file(Run(statistics=statistics).to(4).state()))
+    back.to(8).assert_same(Run(statistics=statistics).to(8))
+
+
+def test_a_checkpoint_that_does_not_tell_the_encoder_s_sizes():
+    """Those of earlier versions do not."""
+    state = through_a_file(Run().to(3).state())
+    del state["optimizer"]["metaadamw"]["config"]
+    Run(seed=7).load(state).to(6).assert_same(Run().to(6))
+
+
+def test_a_width_that_is_given_equals_one_that_is_found():
+    width = make(perceptron(), features=FeatureConfig("norm_basic")).encoder.dim
+    state = make(perceptron(), features=FeatureConfig("norm_basic", dim=width, group_embed_dim=9)).state_dict()
+    opt = make(perceptron(), features=FeatureConfig("norm_basic"), seed=3)
+    opt.load_state_dict(state)
+    assert same(dict(opt.encoder.state_dict()), state["metaadamw"]["encoder"])
+
+
+@pytest.mark.parametrize("make_optimizer", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adafactor, torch.optim.Adagrad])
+def test_meta_optimizers_whose_states_have_other_shapes(make_optimizer):
+    runs = [Run() for _ in range(2)]
+    for run in runs:
+        run.meta = MetaLearner(run.opt, run.model, mse, make_optimizer=make_optimizer)
+    runs[0].to(4)
+    runs[1].load(through_a_file(runs[0].state())).to(8).assert_same(runs[0].to(8))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_states_keep_their_saved_dtypes(dtype):
     model = perceptron(torch.bfloat16)

@@ -211,6 +211,69 @@ def of_another(**options):
     return lambda: two_layers(**options)[1].state_dict()
 
 
+def extra(**entries):
+    return edited(lambda d: d["metaadamw"].update(entries))
+
+
+def state_of_3(**entries):
+    return edited(lambda d: d["state"][3].update(entries))
+
+
+def group_0(**entries):
+    return edited(lambda d: d["param_groups"][0].update(entries))
+
+
+STATISTICS = torch.zeros(4, 5)
+CORRUPT = {  # what is wrong, and the entry that the message names
+    "not a dict": (lambda: [1, 2], "not an optimizer checkpoint"),
+    "states as a list": (edited(lambda d: d.update(state=[])), "'state'"),
+    "groups as a dict": (edited(lambda d: d.update(param_groups={})), "'param_groups'"),
+    "a group that is None": (edited(lambda d: d["param_groups"].__setitem__(0, None)), "parameter group 0"),
+    "params that are no list": (group_0(params=3), "params of parameter group 0"),
+    "a learning rate that is a word": (group_0(lr="x"), "parameter group 0"),
+    "one beta": (group_0(betas=(0.9,)), "parameter group 0"),
+    "a weight decay that is NaN": (group_0(weight_decay=NAN), "parameter group 0.*weight_decay"),
+    "a state that is None": (edited(lambda d: d["state"].update({3: None})), "the state of parameter 3"),
+    **{f"step {x}": (state_of_3(step=x), "step of parameter 3") for x in ("x", None, NAN, -1.0, torch.ones(2), torch.tensor(INF))},
+    **{
+        f"{name} {what}": (state_of_3(**{name: x}), f"{name} of parameter 3")
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        for what, x in {
+            "None": None,
+            "a number": 1.0,
+            "complex": torch.ones(2, dtype=torch.cfloat),
+            "sparse": torch.ones(2).to_sparse(),
+            "of another shape": torch.ones(2, 1),
+            "on meta": torch.ones(2, device="meta"),
+        }.items()
+    },
+    "metaadamw None": (edited(lambda d: d.update(metaadamw=None)), "metaadamw"),
+    **{f"steps_done {x}": (extra(steps_done=x), "steps_done") for x in ("x", None, -1, 2.5, NAN)},
+    "group_ids None": (extra(group_ids=None), "groups the parameters differently"),
+    "generator None": (extra(generator=None), "generator"),
+    "generator too short": (extra(generator=torch.zeros(3, dtype=torch.uint8)), "generator"),
+    "generator of floats": (extra(generator=torch.zeros(5056)), "generator"),
+    "generator of zeros": (extra(generator=torch.zeros(5056, dtype=torch.uint8)), "generator"),
+    "scales as a list": (extra(scales=[1.0]), "scales"),
+    "scales of integers": (extra(scales=torch.ones(4, 4, dtype=torch.int64)), "scales"),
+    "encoder None": (extra(encoder=None), "encoder"),
+    "encoder with a number": (edited(lambda d: d["metaadamw"]["encoder"].update({"head.bias": 1.0})), "head.bias"),
+    "encoder of two dtypes": (edited(lambda d: d["metaadamw"]["encoder"].update({"head.bias": torch.zeros(4).double()})), "dtypes"),
+    "config None": (extra(config=None), "config"),
+    "config without heads": (edited(lambda d: d["metaadamw"]["config"].pop("heads")), "config.*heads"),
+    "lagged as a number": (extra(lagged=1.0), "lagged"),
+    "lagged without t": (extra(lagged=[STATISTICS]), "lagged"),
+    "lagged of other tensors": (extra(lagged=[torch.zeros(3, 5), 0.1]), "lagged has shape"),
+    "lagged with counts": (extra(lagged=[torch.zeros(4, 7), 0.1]), "lagged has shape"),
+    "lagged of lists": (extra(lagged=[[1.0], 0.1]), "lagged"),
+    **{f"lagged with t {x}": (extra(lagged=[STATISTICS, x]), "t in lagged") for x in ("x", NAN, None)},
+}
+OTHER_ENCODERS = {  # of the same shapes
+    "heads": {"encoder": EncoderConfig(heads=2)},
+    "version": {"features": FeatureConfig("norm_basic", dim=8)},
+    "v_norm": {"features": FeatureConfig(v_norm=False, dim=8)},
+    "time_step": {"features": FeatureConfig(time_step=False, dim=8)},
+}
 EXTRA = ("steps_done", "group_ids", "encoder", "generator", "scales", "lagged")
 
 
@@ -232,6 +295,8 @@ CHECKPOINTS = {
     **{f"moments without {key}": (lacking("state", 3, key), key) for key in ("step", "exp_avg", "exp_avg_sq")},
     **{f"group without {key}": (lacking("param_groups", 0, key), key) for key in ("params", "lr", "betas", "eps")},
     **{f"metaadamw without {key}": (lacking("metaadamw", key), key) for key in EXTRA},
+    **{f"other {name}": (of_another(**options), f"another encoder: {name} is") for name, options in OTHER_ENCODERS.items()},
+    **CORRUPT,
 }
 
 

@@ -75,3 +75,48 @@ def test_meta_learner_of_another_encoder_or_truncated():
         with pytest.raises(ValueError, match=r"."):
             meta.load_state_dict(state)
         assert same(meta.state_dict(), before)
+
+
+def corrupted(f):
+    def spoil(state):
+        f(state)
+        return state
+
+    return spoil
+
+
+def adam_state(index=2, **entries):
+    return corrupted(lambda d: d["meta_optimizer"]["state"][index].update(entries))
+
+
+LEARNER_STATES = {  # what is wrong, and the entry that the message names
+    "not a dict": (lambda d: None, "meta-learner"),
+    "log_vars as a list": (corrupted(lambda d: d.update(log_vars=[0.0] * 3)), "log_vars"),
+    "log_vars of two": (corrupted(lambda d: d.update(log_vars=torch.zeros(2))), "log_vars"),
+    "updates": (corrupted(lambda d: d.update(updates="x")), "updates"),
+    "meta_optimizer None": (corrupted(lambda d: d.update(meta_optimizer=None)), "optimizer checkpoint"),
+    "no states": (corrupted(lambda d: d["meta_optimizer"].pop("state")), "state"),
+    "fewer parameters": (corrupted(lambda d: d["meta_optimizer"]["param_groups"][0]["params"].pop()), "parameters"),
+    "no lr": (corrupted(lambda d: d["meta_optimizer"]["param_groups"][0].pop("lr")), "lr"),
+    "step": (adam_state(step="x"), "step of parameter 2"),
+    "exp_avg": (adam_state(exp_avg="x"), "exp_avg of parameter 2"),
+    "exp_avg_sq": (adam_state(exp_avg_sq=torch.ones(1)), "exp_avg_sq of parameter 2"),
+    "no step": (corrupted(lambda d: d["meta_optimizer"]["state"][2].pop("step")), "parameter 2 .* lacks step"),
+    "no exp_avg": (corrupted(lambda d: d["meta_optimizer"]["state"][2].pop("exp_avg")), "parameter 2 .* lacks exp_avg"),
+}
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", LEARNER_STATES)
+def test_a_corrupt_checkpoint_of_a_learner(name, fresh):
+    spoil, message = LEARNER_STATES[name]
+    model, opt = two_layers()
+    saved = MetaLearner(opt, model, mean_square)
+    saved.update(BATCH, BATCH, BATCH)
+    state = spoil(copy.deepcopy(saved.state_dict()))
+    meta = MetaLearner(opt, model, mean_square) if fresh else saved
+    before = copy.deepcopy(meta.state_dict())
+    with pytest.raises(ValueError, match=message):
+        meta.load_state_dict(state)
+    assert same(meta.state_dict(), before)
+    meta.update(BATCH, BATCH, BATCH)

@@ -1,6 +1,7 @@
 """What a meta-update leaves as it was, what it reports, and where it moves the scales."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -82,6 +83,28 @@ def test_the_model_is_exactly_as_before(kind, training):
     assert all(p.grad is None for p in (*opt.encoder.parameters(), meta.log_vars))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_recurrent_layers_change_no_other_setting_of_torch(deterministic):
+    """Not even for the time of an evaluation, and nothing warns."""
+    model, backend = lstm(), torch.backends.mkldnn
+    seen = []
+
+    def loss_fn(model, data):
+        seen.append((backend.deterministic, backend.matmul.fp32_precision, backend.rnn.fp32_precision, backend.enabled))
+        return mse(model, data)
+
+    _, meta = prepared(model, loss_fn)
+    before = backend.deterministic, backend.matmul.fp32_precision, backend.rnn.fp32_precision, backend.enabled
+    try:
+        backend.deterministic, backend.rnn.fp32_precision = deterministic, "bf16"
+        meta.update(*(batch(model, i) for i in range(3)))
+        assert seen == [(deterministic, before[1], "bf16", False)] * 5
+        assert backend.enabled == before[3]
+    finally:
+        backend.deterministic, _, backend.rnn.fp32_precision, _ = before
+
+
 class SomeError(Exception):
     pass
 
@@ -143,6 +166,63 @@ def test_buffers_that_evaluations_create_or_replace():
     MetaLearner(opt, model, mse).update(*(batch(model, i) for i in range(3)))
     assert model.cache is None
     assert same(everything(model, opt), before)
+
+
+# ------------------------------------------------------------------------------------------------------- non-finite objectives
+
+META_OPTIMIZERS = {
+    "adam": torch.optim.Adam,
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9, dampening=0.5, weight_decay=0.1),
+    "rmsprop": functools.partial(torch.optim.RMSprop, momentum=0.9),
+}
+POISONS = {  # batches in which an input is not finite; in the last case only the gap at θ has no number, and no gradient of it
+    "nan in the first batch": ((float("nan"), 0, 0), {}),
+    "nan in the second batch": ((0, float("nan"), 0), {}),
+    "inf in validation": ((0, 0, float("inf")), {}),
+    "one objective": ((0, float("nan"), 0), {"objective": "gradient"}),
+    "no gradient of it": ((0, 0, float("nan")), {"objective": "gen_gap", "gap_at": "theta"}),
+}
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("optimizer", META_OPTIMIZERS)
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_non_finite_objective_is_reported_and_moves_nothing(poison, optimizer, before, variant):
+    added, learner = POISONS[poison]
+    learner = {"make_optimizer": META_OPTIMIZERS[optimizer], **learner}
+    sides = []
+    for poisoned in (True, False):
+        model = conv_net(batch_norm=True)
+        opt, meta = prepared(model, learner=learner, variant=variant)
+        for i in range(before):
+            meta.update(*(batch(model, 10 * i + j) for j in range(3)))
+        if poisoned:
+            held = everything(model, opt), copy.deepcopy([dict(opt.encoder.state_dict()), meta.state_dict()])
+            gates = None if opt.encoder.feature_gates.grad is None else opt.encoder.feature_gates.grad.clone()
+            data = [batch(model, 100 + j) for j in range(3)]
+            report = meta.update(*((x + value, y) for (x, y), value in zip(data, added, strict=True)))
+            assert not report.total.isfinite()
+            assert same(everything(model, opt), held[0])
+            assert same([dict(opt.encoder.state_dict()), meta.state_dict()], held[1])
+            assert same(opt.encoder.feature_gates.grad, gates)
+            assert torch.equal(report.log_vars, meta.log_vars)
+        report = meta.update(*(batch(model, 200 + j) for j in range(3)))
+        assert report.total.isfinite()
+        sides.append([dict(opt.encoder.state_dict()), meta.state_dict(), vars(report)])
+    assert same(*sides)
+
+
+def test_a_finite_objective_with_a_gradient_that_is_not_finite_moves_nothing():
+    """The gradient of a root at zero, of a loss that is zero at the look-ahead."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(5))])
+    opt = MetaAdamW(model.named_parameters(), lr=0.1, head_init="xavier")
+    loss_fn = lambda m, root: (m[0] - m[0].detach()).square().sum().sqrt() if root else m[0].sum()  # noqa: E731
+    meta = MetaLearner(opt, model, loss_fn, objective="loss_decrease")
+    before = copy.deepcopy([dict(opt.encoder.state_dict()), meta.state_dict()])
+    report = meta.update(False, False, True)
+    assert report.total.isfinite()
+    assert same([dict(opt.encoder.state_dict()), meta.state_dict()], before)
 
 
 # ---------------------------------------------------------------------------------------------------------- batches and reports
