@@ -1,7 +1,7 @@
 """The ops on fixed lists of tensors, of which only the gradients change from call to call.
 
-An optimizer calls the same two ops on the same tensors in every step. A launch makes all checks and writes down all addresses, sizes
-and strides once, in a table (csrc/table.h); after that a call costs the same whatever the number of tensors.
+An optimizer calls the same two ops on the same tensors in every step. A launch checks them all and writes down addresses, sizes
+and strides once, in a table (csrc/table.h); from then on a step converts one list, the gradients, instead of nine.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_lists, OpList
+from .checks import OpList, check_lists
 
 Tensors = Sequence[Tensor]
 OptionalTensors = Sequence[Tensor | None]
 _ops = torch.ops.metaadamw_fast
+_OTHER_TABLE = 2  # what launch_set_gradients returns if a gradient has another dtype or layout than the table was made for
 
 
-class CppLaunch:
-    """The C++ ops.
+class _Launch:
+    """The lists of a launch.
 
     Args:
-        grads: T gradients. None, or a tensor without elements where its momentum has some, is an absent one: it counts as zeros in the
-            statistics, and the update leaves its row alone.
+        grads: T gradients. None, or a tensor without elements where its momentum has some, is an absent one: it counts as zeros in
+            the statistics, and the update leaves its row alone. They are not kept alive: the caller holds them until the ops ran.
         exp_avgs: T first moments.
         params, exp_avg_sqs: T tensors each; the update needs both.
         max_exp_avg_sqs: T running maxima (amsgrad); None, or a tensor without elements, leaves its tensor plain.
@@ -46,26 +47,79 @@ class CppLaunch:
         *,
         written: bool,
     ) -> None:
-        exp_avgs = list(exp_avgs)
-        self._absent = exp_avgs[0].new_empty(0) if exp_avgs else torch.empty(0)
-        self._lists = [exp_avgs, params and list(params), exp_avg_sqs and list(exp_avg_sqs), max_exp_avg_sqs and self._filled(max_exp_avg_sqs)]
+        self._absent = exp_avgs[0].new_empty(0) if len(exp_avgs) else torch.empty(0)
+        self._exp_avgs, self._params, self._exp_avg_sqs = exp_avgs, params, exp_avg_sqs
+        self._max_exp_avg_sqs = None if max_exp_avg_sqs is None else self._filled(max_exp_avg_sqs)
         self._written = written
-        self._grads = self._filled(grads)
-        self._table = _ops.launch_table.default(self._grads, *self._lists, written)
+        self.set_gradients(grads)
 
-    def _filled(self, tensors):
-        absent = self._absent
-        return [absent if x is None else x for x in tensors]
+    def _filled(self, tensors: OptionalTensors) -> list[Tensor]:
+        return [self._absent if x is None else x for x in tensors]
 
     def set_gradients(self, grads: OptionalTensors) -> None:
+        """The gradients of the calls that follow, T of them.
+
+        Raises:
+            RuntimeError: a sparse gradient, or one of another shape or device; the launch is unchanged then.
+        """
+        raise NotImplementedError
+
+
+class CppLaunch(_Launch):
+    """The C++ ops. Its arguments and errors are those of every launch; see :class:`_Launch`."""
+
+    _table: Tensor | None = None
+
+    def set_gradients(self, grads: OptionalTensors) -> None:  # noqa: D102
         grads = self._filled(grads)
-        outcome = _ops.launch_set_gradients.default(self._table, grads)
-        if outcome == 2:
-            self._table = _ops.launch_table.default(grads, *self._lists, self._written)
+        if self._table is None or _ops.launch_set_gradients.default(self._table, grads) == _OTHER_TABLE:
+            lists = (self._exp_avgs, self._params, self._exp_avg_sqs, self._max_exp_avg_sqs)
+            self._table = _ops.launch_table.default(grads, *lists, self._written)
+
+    def tensor_stats(self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype) -> Tensor:
+        """[T, S] as :func:`metaadamw_fast.ops.tensor_stats`; the columns of ``params``, ``exp_avg_sqs`` only if asked for."""
+        statistics: Tensor = _ops.launch_tensor_stats.default(self._table, None, params, exp_avg_sqs, count_nonzero, dtype)
+        return statistics
+
+    def adamw_update_(self, *hyper: Tensor | None, new_sums: Tensor | None = None) -> None:
+        """As :func:`metaadamw_fast.ops.adamw_update_`.
+
+        Args:
+            hyper: step_size, decay_factor, step, beta1, beta2, eps, grad_scale (or None): float64 [T] on the tensors' device.
+            new_sums: [T, 2] float64, receives Σp², Σv² of what the update leaves, bit by bit what a later pass would sum; rows
+                without a gradient keep theirs.
+        """
+        _ops.launch_adamw_update_.default(self._table, None, *hyper, new_sums)
+
+
+class ReferenceLaunch(_Launch):
+    """Plain eager PyTorch. Its arguments and errors are those of every launch; see :class:`_Launch`."""
+
+    def set_gradients(self, grads: OptionalTensors) -> None:  # noqa: D102
+        grads = self._filled(grads)
+        check_lists(
+            OpList("exp_avgs", self._exp_avgs, self._written),
+            OpList("grads", grads, optional=True),
+            OpList("params", self._params, self._written),
+            OpList("exp_avg_sqs", self._exp_avg_sqs, self._written),
+            OpList("max_exp_avg_sqs", self._max_exp_avg_sqs, self._written, optional=True),
+        )
+        # Without elements like its momentum, a gradient is there.
+        self._present = [i for i, (g, m) in enumerate(zip(grads, self._exp_avgs, strict=True)) if g.numel() or not m.numel()]
         self._grads = grads
 
-    def tensor_stats(self, params, exp_avg_sqs, count_nonzero, dtype):
-        return _ops.launch_tensor_stats.default(self._table, None, params, exp_avg_sqs, count_nonzero, dtype)
+    def tensor_stats(self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype) -> Tensor:
+        """As :meth:`CppLaunch.tensor_stats`."""
+        lists = (self._params if params else None, self._exp_avg_sqs if exp_avg_sqs else None)
+        return reference.tensor_stats(self._grads, self._exp_avgs, *lists, count_nonzero, dtype)
 
-    def adamw_update_(self, step_size, decay_factor, step, beta1, beta2, eps, grad_scale=None, new_sums=None):
-        _ops.launch_adamw_update_.default(self._table, None, step_size, decay_factor, step, beta1, beta2, eps, grad_scale, new_sums)
+    def adamw_update_(self, *hyper: Tensor | None, new_sums: Tensor | None = None) -> None:
+        """As :meth:`CppLaunch.adamw_update_`."""
+        present, rows = self._present, torch.tensor(self._present, dtype=torch.long, device=self._absent.device)
+        lists = (self._params, self._grads, self._exp_avgs, self._exp_avg_sqs, self._max_exp_avg_sqs)
+        sums = None if new_sums is None else new_sums[rows]
+        reference.adamw_update_(
+            *(xs and [xs[i] for i in present] for xs in lists), *(x if x is None else x[rows] for x in hyper), sums
+        )
+        if new_sums is not None:
+            new_sums[rows] = sums

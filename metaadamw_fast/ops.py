@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import HYPERPARAMETERS, check_stats, check_update
+from .launch import CppLaunch, ReferenceLaunch
 
 Tensors = Sequence[Tensor]
 BACKENDS = ("cpp", "triton", "reference")
@@ -59,6 +60,7 @@ class CppBackend:
     if _NO_EXTENSION is None:
         tensor_stats = staticmethod(torch.ops.metaadamw_fast.tensor_stats.default)
         adamw_update_ = staticmethod(torch.ops.metaadamw_fast.adamw_update_.default)
+        launch = CppLaunch
 
 
 class ReferenceBackend:
@@ -67,6 +69,7 @@ class ReferenceBackend:
     name = "reference"
     tensor_stats = staticmethod(reference.tensor_stats)
     adamw_update_ = staticmethod(reference.adamw_update_)
+    launch = ReferenceLaunch
 
 
 def _unavailable(name: str, device: torch.device) -> str | None:

@@ -338,7 +338,7 @@ class MetaAdamW(Optimizer):
         decay = size * scales[1] * hyper.weight_decay
         if self.variant == "released":
             decay = decay / (1 - hyper.beta1**step)
-        lists.launch.adamw_update_(size, 1 - decay, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale, new_sums)
+        lists.launch.adamw_update_(size, 1 - decay, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale, new_sums=new_sums)
         lists.after_update()
 
     # ------------------------------------------------------------------------------------------------------- what can be read
