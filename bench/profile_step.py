@@ -11,7 +11,6 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,16 +24,16 @@ def phases(optimizer: Any) -> dict[str, tuple[Any, str]]:
     """The parts of a step, none inside another: label, then the object and the attribute that is called."""
     from metaadamw_fast import optimizer as module
 
-    # The backend is a class shared by all optimizers: replace it by an object of this one before patching.
-    backend = optimizer._backend
-    optimizer._backend = SimpleNamespace(tensor_stats=backend.tensor_stats, adamw_update_=backend.adamw_update_)
+    lists = optimizer._lists
     return {
-        "tensor_stats": (optimizer._backend, "tensor_stats"),
+        "stale": (lists, "stale"),
+        "set_gradients": (lists, "set_gradients"),
+        "tensor_stats": (lists.launch, "tensor_stats"),
         "hyper-parameters": (optimizer._hyperparameters, "update"),
         "group_features": (module, "group_features"),
         "encoder": (optimizer.encoder, "forward"),
-        "adamw_update_": (optimizer._backend, "adamw_update_"),
-        "mark_written": (module, "mark_written"),
+        "adamw_update_": (lists.launch, "adamw_update_"),
+        "after_update": (lists, "after_update"),
     }
 
 

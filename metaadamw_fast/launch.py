@@ -7,6 +7,7 @@ and strides once, in a table (csrc/table.h); from then on a step converts one li
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,11 +116,10 @@ class ReferenceLaunch(_Launch):
 
     def adamw_update_(self, *hyper: Tensor | None, new_sums: Tensor | None = None) -> None:
         """As :meth:`CppLaunch.adamw_update_`."""
-        present, rows = self._present, torch.tensor(self._present, dtype=torch.long, device=self._absent.device)
-        lists = (self._params, self._grads, self._exp_avgs, self._exp_avg_sqs, self._max_exp_avg_sqs)
-        sums = None if new_sums is None else new_sums[rows]
-        reference.adamw_update_(
-            *(xs and [xs[i] for i in present] for xs in lists), *(x if x is None else x[rows] for x in hyper), sums
-        )
+        rows = torch.tensor(self._present, dtype=torch.long, device=self._absent.device)
+        lists: list[Any] = [self._params, self._grads, self._exp_avgs, self._exp_avg_sqs, self._max_exp_avg_sqs]
+        numbers: list[Any] = [None if x is None else x[rows] for x in (*hyper, new_sums)]
+        selected: list[Any] = [xs and [xs[i] for i in self._present] for xs in lists]
+        reference.adamw_update_(*selected, *numbers)
         if new_sums is not None:
-            new_sums[rows] = sums
+            new_sums[rows] = numbers[-1]
