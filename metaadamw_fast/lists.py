@@ -62,6 +62,7 @@ class StateLists:
         self._places = self._where()
         self._sums = torch.zeros(len(states), 2, dtype=torch.float64, device=device)  # Σp², Σv² of what the last update left
         self._sums_of: list[int] | None = None
+        self._summed = self.params + self.exp_avg_sqs
 
     # ------------------------------------------------------------------------------------------------ what others have written
 
@@ -94,7 +95,7 @@ class StateLists:
         self._sums_of = self._versions() if valid else None
 
     def _versions(self) -> list[int]:
-        return [x._version for x in chain(self.params, self.exp_avg_sqs)]
+        return [x._version for x in self._summed]
 
     # ------------------------------------------------------------------------------------------------------------- the steps
 

@@ -298,7 +298,8 @@ class MetaAdamW(Optimizer):
         if carried is None:
             return lists.launch.tensor_stats(True, True, counts, dtype)  # type: ignore[no-any-return]
         read = lists.launch.tensor_stats(False, False, counts, dtype)
-        return torch.cat([read[:, :3], carried.to(dtype), read[:, 3:]], dim=1)
+        carried = carried.to(dtype)
+        return torch.cat([read[:, :3], carried, read[:, 3:]] if counts else [read, carried], dim=1)
 
     def _transform_gradient(self, statistics: Tensor, sign: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What maximizing (``sign`` [T]) and clipping make of the statistics.
@@ -332,10 +333,10 @@ class MetaAdamW(Optimizer):
         self, lists: StateLists, hyper: Hyperparameters, scales: Tensor, grad_scale: Tensor | None, new_sums: Tensor
     ) -> None:
         """The update with these scales [4, G]: step size lr·lr_scale, decay 1 - lr·lr_scale·wd_scale·λ."""
-        scales = scales[:2].index_select(1, self._group_of).double()
+        lr_scale, wd_scale, *_ = scales.index_select(1, self._group_of).double().unbind()
         step = lists.next_steps()
-        size = hyper.lr * scales[0]
-        decay = size * scales[1] * hyper.weight_decay
+        size = hyper.lr * lr_scale
+        decay = size * wd_scale * hyper.weight_decay
         if self.variant == "released":
             decay = decay / (1 - hyper.beta1**step)
         lists.launch.adamw_update_(size, 1 - decay, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale, new_sums=new_sums)
