@@ -24,6 +24,12 @@ namespace metaadamw {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+#ifdef METAADAMW_CUDA
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
+
 template <typename... Args>
 std::string concatenate(const Args&... args) {
   std::ostringstream out;
@@ -62,13 +68,26 @@ inline ElementType element_type(ScalarType dtype) {
                                          : ElementType::kFloat16;
 }
 
+inline std::string device_name(int64_t device) {
+  return device == -1 ? "cpu" : device < 0 ? "neither the CPU nor a CUDA device" : concatenate("cuda:", device);
+}
+
+inline std::string shape_name(const Tensor& x) {
+  std::string name;
+  for (const int64_t size : x.sizes()) {
+    name += concatenate(name.empty() ? "[" : ", ", size);
+  }
+  return name.empty() ? "[]" : name + "]";
+}
+
 inline void check_tensor(const Tensor& x, int operand, size_t index, const Lists& lists, int64_t device) {
   const char* list = Lists::name(operand);
   METAADAMW_CHECK(x.layout() == torch::headeronly::Layout::Strided, list, "[", index,
                   "] is sparse: only dense tensors are supported");
-  METAADAMW_CHECK(device_of(x) == device, list, "[", index, "] is on another device than ", Lists::name(lists.leader()), "[0]");
+  METAADAMW_CHECK(device_of(x) == device, list, "[", index, "] is on ", device_name(device_of(x)), ", another device than ",
+                  Lists::name(lists.leader()), "[0] on ", device_name(device));
   METAADAMW_CHECK(is_supported(x.scalar_type()), list, "[", index, "] has dtype ", torch::headeronly::toString(x.scalar_type()),
-                  ": only float32, float64, bfloat16 and float16 are supported");
+                  ": only float32, float64, bfloat16, float16 are supported");
 }
 
 // Sizes and strides of the dimensions with more than one element, the smallest stride first.
@@ -190,7 +209,8 @@ inline std::optional<Layout> make_row(const Lists& lists, size_t t, int64_t devi
       continue;
     }
     METAADAMW_CHECK(std::equal(x.sizes().begin(), x.sizes().end(), leader.sizes().begin(), leader.sizes().end()), Lists::name(i),
-                    "[", t, "] and ", Lists::name(lists.leader()), "[", t, "] differ in shape");
+                    "[", t, "] and ", Lists::name(lists.leader()), "[", t, "] differ in shape: ", shape_name(x), ", ",
+                    shape_name(leader));
     if (lists.written && i != kGrad && row.numel != 0) {
       extents.push_back(written_extent(x, i, t));
     }
@@ -218,9 +238,17 @@ inline std::vector<int64_t> make_table(const Lists& lists) {
     METAADAMW_CHECK(!lists.tensors[i] || lists.tensors[i]->size() == leaders.size(), Lists::name(i), " has ",
                     lists.tensors[i] ? lists.tensors[i]->size() : 0, " tensors, ", Lists::name(leader), " has ", leaders.size());
   }
+  METAADAMW_CHECK(!lists.written || (lists.tensors[kParam] && lists.tensors[kSecondMoment]),
+                  "the update needs params and exp_avg_sqs");
   Header header{};
   header.tensors = leaders.size();
+  header.written = lists.written;
+  for (int i = 0; i < kOperands; ++i) {
+    header.given |= lists.tensors[i].has_value() << i;
+  }
   header.device = leaders.empty() ? -1 : device_of(leaders[0]);
+  METAADAMW_CHECK(header.device == -1 || (kHasCuda && header.device >= 0), Lists::name(leader), "[0] is on ",
+                  device_name(header.device), kHasCuda ? "" : ", and the extension was built for the CPU only");
   std::vector<Row> rows(leaders.size());
   std::vector<int64_t> first_chunk{0}, shape_begin{0}, shapes;
   std::vector<Layout> layouts;
@@ -253,7 +281,10 @@ inline std::vector<int64_t> make_table(const Lists& lists) {
   return memory;
 }
 
-inline void check_result_dtype(ScalarType dtype) {
+// Of what tensor_stats is asked for.
+inline void check_columns(const Header& header, bool params, bool exp_avg_sqs, ScalarType dtype) {
+  METAADAMW_CHECK((!params || header.has(kParam)) && (!exp_avg_sqs || header.has(kSecondMoment)),
+                  "the launch was made without the lists of these columns");
   METAADAMW_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "the statistics are float32 or float64, not ",
                   torch::headeronly::toString(dtype));
 }
@@ -266,9 +297,11 @@ inline const double* hyperparameter(const Tensor& x, const char* name, const Hea
   return static_cast<const double*>(x.data_ptr());
 }
 
+// Also checks that the table may be used for an update.
 inline HyperparameterVectors hyperparameters(const Tensor& step_size, const Tensor& decay_factor, const Tensor& step,
                                              const Tensor& beta1, const Tensor& beta2, const Tensor& eps,
                                              const std::optional<Tensor>& grad_scale, const Header& header) {
+  METAADAMW_CHECK(header.written, "the launch was not made for updates: written=False");
   return {hyperparameter(step_size, "step_size", header),
           hyperparameter(decay_factor, "decay_factor", header),
           hyperparameter(step, "step", header),

@@ -112,8 +112,8 @@ void sum_chunk(const std::array<Operand, 4>& operands, int64_t first, int64_t co
   }
 }
 
-Tensor tensor_stats(const Table& table, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype) {
-  check_result_dtype(dtype);
+Tensor tensor_stats(const Header& header, const Table& table, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype) {
+  check_columns(header, params, exp_avg_sqs, dtype);
   std::vector<std::array<double, kSums>> partials(table.chunks, std::array<double, kSums>{});
   for_each_chunk<Order::kForward>(table, [&](const Row& row, int64_t, int64_t chunk, int64_t first, int64_t count) {
     std::array<Operand, 4> operands{Operand(table, row, kGrad), Operand(table, row, kMomentum), Operand(table, row, kParam),
@@ -221,36 +221,44 @@ void adamw_update_(const Table& table, const HyperparameterVectors& hyperparamet
 // ------------------------------------------------------------------------------------------------------ as ops of torch; see
 // ops.cpp
 
-Table table_at(void* memory) { return Table(*static_cast<Header*>(memory), static_cast<char*>(memory)); }
+// A table in memory of its own or in a tensor.
+struct HostTable {
+  const Header& header;
+  const Table table;
+  explicit HostTable(void* memory) : header(*static_cast<Header*>(memory)), table(header, static_cast<char*>(memory)) {}
+};
 
 Tensor launch_tensor_stats(Tensor table, std::optional<Tensor>, bool params, bool exp_avg_sqs, bool count_nonzero,
                            ScalarType dtype) {
-  return tensor_stats(table_at(table.data_ptr()), params, exp_avg_sqs, count_nonzero, dtype);
+  const HostTable host(table.data_ptr());
+  return tensor_stats(host.header, host.table, params, exp_avg_sqs, count_nonzero, dtype);
 }
 
 void launch_adamw_update_(Tensor table, std::optional<Tensor>, Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1,
                           Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale, std::optional<Tensor> new_sums) {
-  const Header& header = *static_cast<Header*>(table.data_ptr());
-  adamw_update_(table_at(table.data_ptr()), hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, header),
-                sums_output(new_sums, header));
+  const HostTable host(table.data_ptr());
+  adamw_update_(host.table, hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, host.header),
+                sums_output(new_sums, host.header));
 }
 
 Tensor list_tensor_stats(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, List params, List exp_avg_sqs, bool count_nonzero,
                          ScalarType dtype) {
-  auto memory = make_table(Lists{{std::move(grads), std::move(exp_avgs), params, exp_avg_sqs, {}}, /*written=*/false});
-  return tensor_stats(table_at(memory.data()), params.has_value(), exp_avg_sqs.has_value(), count_nonzero, dtype);
+  const bool with_params = params.has_value(), with_squares = exp_avg_sqs.has_value();
+  auto memory = make_table(
+      Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::nullopt}, /*written=*/false});
+  const HostTable host(memory.data());
+  return tensor_stats(host.header, host.table, with_params, with_squares, count_nonzero, dtype);
 }
 
 void list_adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                         std::vector<Tensor> exp_avg_sqs, List max_exp_avg_sqs, Tensor step_size, Tensor decay_factor, Tensor step,
                         Tensor beta1, Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale, std::optional<Tensor> new_sums) {
-  auto memory =
-      make_table(Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), max_exp_avg_sqs},
-                       /*written=*/true});
-  const Table table = table_at(memory.data());
-  const Header& header = *reinterpret_cast<Header*>(memory.data());
-  adamw_update_(table, hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, header),
-                sums_output(new_sums, header));
+  auto memory = make_table(
+      Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs)},
+            /*written=*/true});
+  const HostTable host(memory.data());
+  adamw_update_(host.table, hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, host.header),
+                sums_output(new_sums, host.header));
 }
 
 }  // namespace

@@ -9,12 +9,15 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "table.h"
 
 // One copy of a loop per instruction set, chosen when the library is loaded: what is installed runs on any x86-64.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#define METAADAMW_HAS_CLONES
 #define METAADAMW_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define METAADAMW_CLONES
@@ -57,33 +60,70 @@ void for_each_run(const Operand& x, int64_t begin, int count, const Run& run) {
   }
 }
 
-#define METAADAMW_CONVERSIONS(T, S, name)                                                      \
-  METAADAMW_CLONES void load_##name(const S* from, int64_t stride, int n, T* to) {             \
-    if (stride == 1) {                                                                         \
-      for (int i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);                             \
-    } else {                                                                                   \
-      for (int i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);                    \
-    }                                                                                          \
-  }                                                                                            \
-  METAADAMW_CLONES void store_##name(const T* from, int64_t stride, int n, S* to) {            \
-    if (stride == 1) {                                                                         \
-      for (int i = 0; i < n; ++i) to[i] = static_cast<S>(from[i]);                             \
-    } else {                                                                                   \
-      for (int i = 0; i < n; ++i) to[i * stride] = static_cast<S>(from[i]);                    \
-    }                                                                                          \
-  }                                                                                            \
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+#define METAADAMW_CONVERSIONS(T, S, name)                                           \
+  METAADAMW_CLONES void load_##name(const S* from, int64_t stride, int n, T* to) {  \
+    if (stride == 1) {                                                              \
+      for (int i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);                  \
+    } else {                                                                        \
+      for (int i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);         \
+    }                                                                               \
+  }                                                                                 \
+  METAADAMW_CLONES void store_##name(const T* from, int64_t stride, int n, S* to) { \
+    if (stride == 1) {                                                              \
+      for (int i = 0; i < n; ++i) to[i] = static_cast<S>(from[i]);                  \
+    } else {                                                                        \
+      for (int i = 0; i < n; ++i) to[i * stride] = static_cast<S>(from[i]);         \
+    }                                                                               \
+  }
+
+#define METAADAMW_LOAD_AND_STORE(T, S, name)                                                   \
+  METAADAMW_CONVERSIONS(T, S, name)                                                            \
   void load(const S* from, int64_t stride, int n, T* to) { load_##name(from, stride, n, to); } \
   void store(const T* from, int64_t stride, int n, S* to) { store_##name(from, stride, n, to); }
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-METAADAMW_CONVERSIONS(float, float, f32_f32)
-METAADAMW_CONVERSIONS(float, BFloat16, f32_bf16)
+METAADAMW_LOAD_AND_STORE(float, float, f32_f32)
+METAADAMW_LOAD_AND_STORE(float, BFloat16, f32_bf16)
+METAADAMW_LOAD_AND_STORE(double, double, f64_f64)
+METAADAMW_LOAD_AND_STORE(double, float, f64_f32)
+METAADAMW_LOAD_AND_STORE(double, BFloat16, f64_bf16)
+METAADAMW_LOAD_AND_STORE(double, Half, f64_f16)
+
+#ifdef METAADAMW_HAS_CLONES
 METAADAMW_CONVERSIONS(float, Half, f32_f16)
-METAADAMW_CONVERSIONS(double, double, f64_f64)
-METAADAMW_CONVERSIONS(double, float, f64_f32)
-METAADAMW_CONVERSIONS(double, BFloat16, f64_bf16)
-METAADAMW_CONVERSIONS(double, Half, f64_f16)
+// GCC does not find the instructions for float16 by itself, and an update of float16 takes six times as long without them. Every
+// processor with AVX2 has them.
+__attribute__((target("avx2,f16c"))) int load_f16c(const Half* from, int n, float* to) {
+  int i = 0;
+  for (; i + 8 <= n; i += 8) {
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  }
+  return i;
+}
+__attribute__((target("avx2,f16c"))) int store_f16c(const float* from, int n, Half* to) {
+  int i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
+  }
+  return i;
+}
+const bool has_f16c = __builtin_cpu_supports("avx2");
+
+void load(const Half* from, int64_t stride, int n, float* to) {
+  const int done = stride == 1 && has_f16c ? load_f16c(from, n, to) : 0;
+  load_f32_f16(from + done * stride, stride, n - done, to + done);
+}
+void store(const float* from, int64_t stride, int n, Half* to) {
+  const int done = stride == 1 && has_f16c ? store_f16c(from, n, to) : 0;
+  store_f32_f16(from + done, stride, n - done, to + done * stride);
+}
+#else
+METAADAMW_LOAD_AND_STORE(float, Half, f32_f16)
+#endif
+#undef METAADAMW_LOAD_AND_STORE
 #undef METAADAMW_CONVERSIONS
 
 // Calls f with a null pointer of the operand's element type. A float64 operand makes its row float64, so float never meets it.

@@ -52,6 +52,10 @@ struct Header {
   int64_t chunks;
   int64_t layouts;
   int64_t device;  // of every tensor: -1 for the CPU, else the number of the GPU
+  uint8_t given;   // bit i: the table was made with a list of operand i
+  bool written;    // it was made for updates too
+
+  METAADAMW_INLINE bool has(int operand) const { return given >> operand & 1; }
 };
 
 // The parts of a table that begins at `base`, on the host or on a GPU.
