@@ -72,7 +72,9 @@ def adamw_update_(
     bias_correction1 = 1 - beta1**step
     bias_correction2 = 1 - beta2**step
     for t, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        if param.numel() and not grad.numel():
+        if not grad.numel():  # absent, or of a tensor without elements: the row stays as it is
+            if new_sums is not None and not param.numel():
+                new_sums[t] = 0
             continue
         arithmetic = _arithmetic_dtype(param, grad, exp_avg, exp_avg_sq)
         g = grad.to(arithmetic)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 
 import pytest
 import torch
@@ -131,3 +132,52 @@ def test_parameters_are_added_to_a_copy_that_knows_no_model(transfer):
     opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
     assert [(group.name, group.names) for group in opt.groups[: len(groups)]] == groups
     assert opt.groups[-1].names == ["parameter 4"]
+
+
+# ----------------------------------------------------------------------------------------------- all of it at random moments
+
+
+def through_one_vector(ps, opt):
+    whole = [ps[0], ps[5]]
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(whole).detach() * 0.9, whole)
+
+
+EVENTS = {
+    "nothing": lambda ps, opt: None,
+    "in place": lambda ps, opt: [p.detach().mul_(0.9) for p in ps],
+    "data": lambda ps, opt: [setattr(p, "data", p.data * 0.9) for p in ps],
+    "data twice": lambda ps, opt: [setattr(p, "data", p.data * 0.9) for _ in range(2) for p in ps],
+    "vector_to_parameters": through_one_vector,
+    "transposed": lambda ps, opt: setattr(ps[1], "data", ps[1].data.t().contiguous().t()),
+    "load_state_dict": lambda ps, opt: opt.load_state_dict(copy.deepcopy(opt.state_dict())),
+    "second moments": lambda ps, opt: opt.state[ps[0]]["exp_avg_sq"].mul_(1.1),
+    "new second moments": lambda ps, opt: opt.state[ps[0]].update(exp_avg_sq=opt.state[ps[0]]["exp_avg_sq"] * 1.1),
+    "cleared": lambda ps, opt: opt.state.pop(ps[2], None),
+    "amsgrad": lambda ps, opt: opt.param_groups[0].update(amsgrad=not opt.param_groups[0]["amsgrad"]),
+    "behind the back": lambda ps, opt: (ps[0].data.mul_(0.9), opt.invalidate_statistics()),
+    "double precision": lambda ps, opt: setattr(ps[3], "data", ps[3].data.double()),
+}
+
+
+@pytest.mark.parametrize(("backend", "seed"), [("cpp", 0), ("cpp", 1), ("cpp", 2), ("reference", 0)])
+def test_carried_sums_are_those_of_a_full_pass_whatever_happens_between_steps(seed, backend):
+    """200 steps with an event at every other, bitwise: against an optimizer that forgets its sums before every step."""
+    # In plain PyTorch a float32 momentum is summed in float32 unless a float64 tensor of its row is read beside it.
+    events = [name for name in EVENTS if backend == "cpp" or name != "double precision"]
+    runs = []
+    for forget in (False, True):
+        rng = random.Random(seed)
+        ps = [nn.Parameter(noise(shape, i)) for i, shape in enumerate([(70, 30), (9, 9), (), (5,), (0, 3), (40_000,)])]
+        opt = MetaAdamW(ps, lr=1e-3, backend=backend, grouping="param_groups", head_init="xavier", amsgrad=seed == 1)
+        history = []
+        for step in range(200):
+            EVENTS[rng.choice(events) if step % 2 else "nothing"](ps, opt)
+            for i, p in enumerate(ps):
+                p.grad = None if rng.random() < 0.2 else noise(p.shape, 10 * step + i).to(p.dtype)
+            if forget:
+                opt.invalidate_statistics()
+            opt.step()
+            history.append(opt.statistics)
+        runs.append([torch.stack(history), *ps, *(x for p in ps for x in opt.state[p].values())])
+    assert torch.isfinite(runs[0][0]).all()
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
