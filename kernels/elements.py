@@ -103,22 +103,24 @@ def _load_as(address, begin, offsets, mask, storage: tl.constexpr, arithmetic: t
     return tl.load(pointers, mask=mask, other=0.0).to(arithmetic)
 
 
+@triton.constexpr_function
+def storage_type(dtypes, operand):
+    """The dtype that an operand has in every row, MIXED, or None where no row has it. ``dtypes`` packs five codes."""
+    codes = (None, tl.float32, tl.bfloat16, tl.float16, tl.float64)
+    code = (dtypes >> (4 * operand)) & 15
+    return code if code >= len(codes) else codes[code]
+
+
 @triton.jit
 def load(
     address, begin, offsets, mask, operand: tl.constexpr, codes, dtypes: tl.constexpr, arithmetic: tl.constexpr, aligned: tl.constexpr
 ):
     """Elements begin + offsets of an operand in the type of the arithmetic; 0 where the mask is off or no row has the operand."""
-    dtype: tl.constexpr = (dtypes >> (4 * operand)) & 15
-    code = (codes >> (4 * operand)) & 15
-    if dtype == FP32:
-        x = _load_as(address, begin, offsets, mask, tl.float32, arithmetic, aligned)
-    elif dtype == BF16:
-        x = _load_as(address, begin, offsets, mask, tl.bfloat16, arithmetic, aligned)
-    elif dtype == FP16:
-        x = _load_as(address, begin, offsets, mask, tl.float16, arithmetic, aligned)
-    elif dtype == FP64:
-        x = _load_as(address, begin, offsets, mask, tl.float64, arithmetic, aligned)
-    elif dtype == MIXED:
+    storage: tl.constexpr = storage_type(dtypes, operand)
+    if storage is None:
+        x = tl.zeros([BLOCK], arithmetic)
+    elif storage == MIXED:
+        code = (codes >> (4 * operand)) & 15
         if code == BF16:
             x = _load_as(address, begin, offsets, mask, tl.bfloat16, arithmetic, aligned)
         elif code == FP16:
@@ -128,10 +130,10 @@ def load(
         else:
             if arithmetic == tl.float64:
                 x = _load_as(address, begin, offsets, mask, tl.float64, arithmetic, aligned)
-            else:  # no such operand
+            else:  # this row has no such operand
                 x = tl.zeros([BLOCK], arithmetic)
-    else:  # no row has this operand
-        x = tl.zeros([BLOCK], arithmetic)
+    else:
+        x = _load_as(address, begin, offsets, mask, storage, arithmetic, aligned)
     return x
 
 
@@ -161,17 +163,11 @@ def _store_as(address, begin, offsets, mask, x, storage: tl.constexpr, aligned: 
 @triton.jit
 def store(address, begin, offsets, mask, x, operand: tl.constexpr, codes, dtypes: tl.constexpr, aligned: tl.constexpr):
     """Writes elements begin + offsets of an operand; returns them as a later load will see them."""
-    dtype: tl.constexpr = (dtypes >> (4 * operand)) & 15
-    code = (codes >> (4 * operand)) & 15
-    if dtype == FP32:
-        y = _store_as(address, begin, offsets, mask, x, tl.float32, aligned)
-    elif dtype == BF16:
-        y = _store_as(address, begin, offsets, mask, x, tl.bfloat16, aligned)
-    elif dtype == FP16:
-        y = _store_as(address, begin, offsets, mask, x, tl.float16, aligned)
-    elif dtype == FP64:
-        y = _store_as(address, begin, offsets, mask, x, tl.float64, aligned)
-    else:
+    storage: tl.constexpr = storage_type(dtypes, operand)
+    if storage is None:
+        y = x
+    elif storage == MIXED:
+        code = (codes >> (4 * operand)) & 15
         if code == BF16:
             y = _store_as(address, begin, offsets, mask, x, tl.bfloat16, aligned)
         elif code == FP16:
@@ -181,8 +177,10 @@ def store(address, begin, offsets, mask, x, operand: tl.constexpr, codes, dtypes
         else:
             if x.dtype == tl.float64:
                 y = _store_as(address, begin, offsets, mask, x, tl.float64, aligned)
-            else:  # no such operand
+            else:  # this row has no such operand
                 y = x
+    else:
+        y = _store_as(address, begin, offsets, mask, x, storage, aligned)
     return y
 
 
