@@ -9,24 +9,25 @@ from torch import Tensor
 
 from .elements import (
     BLOCK,
-    CODES,
-    EVERY_ROW,
     EXP_AVG,
     EXP_AVG_SQ,
     FIELDS,
     GRAD,
-    IS_DOUBLE,
-    IS_STRIDED,
+    KIND,
     LAYOUT,
     MAXIMUM,
     NUMEL,
     PARAM,
-    SOME_ROWS,
     WARPS,
+    arithmetic_type,
     chunk_bounds,
+    element,
     finish_sums,
+    is_strided,
+    length,
     load,
     operand_offsets,
+    storage_type,
     store,
     store_sum,
 )
@@ -64,34 +65,34 @@ def _quotient(x, y):
 
 @triton.jit
 def _update_block(
-    pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, offsets, mask, max_mask, layout, codes,
+    pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, offsets, mask, layout,
     grad_scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor, inverse_sqrt_bias_correction2, eps,
-    amsgrad: tl.constexpr, sums: tl.constexpr, dtypes: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
+    sums: tl.constexpr, kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
     """Updates one block, and adds the squares of what it stores to the lanes of the sums."""
-    arithmetic: tl.constexpr = pp.dtype
     g_offsets, m_offsets, p_offsets, v_offsets, max_offsets = operand_offsets(layout, begin, offsets, strided)
-    g = load(grad, begin, g_offsets, mask, GRAD, codes, dtypes, arithmetic, aligned) * grad_scale
-    m = load(exp_avg, begin, m_offsets, mask, EXP_AVG, codes, dtypes, arithmetic, aligned)
-    v = load(exp_avg_sq, begin, v_offsets, mask, EXP_AVG_SQ, codes, dtypes, arithmetic, aligned)
-    p = load(param, begin, p_offsets, mask, PARAM, codes, dtypes, arithmetic, aligned)
+    g = load(grad, begin, g_offsets, mask, GRAD, kind, aligned) * grad_scale
+    m = load(exp_avg, begin, m_offsets, mask, EXP_AVG, kind, aligned)
+    v = load(exp_avg_sq, begin, v_offsets, mask, EXP_AVG_SQ, kind, aligned)
+    p = load(param, begin, p_offsets, mask, PARAM, kind, aligned)
 
     start = tl.where(lerp_from_grad, g, m)
     end = tl.where(lerp_from_grad, m, g)
     m = start + momentum_weight * (end - start)
     v = beta2 * v + beta2_complement * g * g
     largest = v
+    amsgrad: tl.constexpr = storage_type(kind, MAXIMUM) is not None
     if amsgrad:
-        old = load(maximum, begin, max_offsets, max_mask, MAXIMUM, codes, dtypes, arithmetic, aligned)
-        larger = tl.where((old >= v) | (old != old), old, v)  # NaN if either is, as torch.maximum
-        largest = tl.where(maximum != 0, larger, v)
-        store(maximum, begin, max_offsets, max_mask, largest, MAXIMUM, codes, dtypes, aligned)
+        old = load(maximum, begin, max_offsets, mask, MAXIMUM, kind, aligned)
+        largest = tl.where((old >= v) | (old != old), old, v)  # NaN if either is, as torch.maximum
     denominator = _square_root(largest) * inverse_sqrt_bias_correction2 + eps
     p = decay_factor * p - _quotient(step_size * m, denominator)
 
-    store(exp_avg, begin, m_offsets, mask, m, EXP_AVG, codes, dtypes, aligned)
-    v = store(exp_avg_sq, begin, v_offsets, mask, v, EXP_AVG_SQ, codes, dtypes, aligned)
-    p = store(param, begin, p_offsets, mask, p, PARAM, codes, dtypes, aligned)
+    if amsgrad:
+        store(maximum, begin, max_offsets, mask, largest, MAXIMUM, kind, aligned)
+    store(exp_avg, begin, m_offsets, mask, m, EXP_AVG, kind, aligned)
+    v = store(exp_avg_sq, begin, v_offsets, mask, v, EXP_AVG_SQ, kind, aligned)
+    p = store(param, begin, p_offsets, mask, p, PARAM, kind, aligned)
     if sums:
         if mask is not None:
             v = tl.where(mask, v, 0.0)
@@ -103,10 +104,10 @@ def _update_block(
 
 @triton.jit
 def _update_chunk(
-    table, tensors, chunk, chunks, row, codes, partials, tickets, new_sums,
-    step_size, decay_factor, step, beta1, beta2, eps, grad_scale,
-    amsgrad: tl.constexpr, dtypes: tl.constexpr, strided: tl.constexpr, arithmetic: tl.constexpr,
+    table, tensors, chunk, chunks, row, partials, tickets, new_sums,
+    step_size, decay_factor, step, beta1, beta2, eps, grad_scale, kind: tl.constexpr,
 ):  # fmt: skip
+    arithmetic: tl.constexpr = arithmetic_type(kind)
     begin, count, first_chunk, chunks_of_row = chunk_bounds(table, tensors, chunk, row)
     grad = tl.load(table + GRAD * tensors + row)
     exp_avg = tl.load(table + EXP_AVG * tensors + row)
@@ -138,21 +139,22 @@ def _update_chunk(
 
     sums: tl.constexpr = new_sums is not None
     layout = table + tl.load(table + LAYOUT * tensors + row)
+    strided: tl.constexpr = is_strided(kind)
     done = 0
-    if ((grad | exp_avg | param | exp_avg_sq | maximum) % 16 == 0) & (codes & IS_STRIDED == 0):
+    if ((grad | exp_avg | param | exp_avg_sq | maximum) % 16 == 0) & (not strided):
         done = count // BLOCK * BLOCK
         for i in range(0, done, BLOCK):
             pp, vv = _update_block(
-                pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, None, maximum != 0, layout, codes,
+                pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, None, layout,
                 scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor, inverse_sqrt_bias_correction2,
-                eps, amsgrad, sums, dtypes, False, True,
+                eps, sums, kind, False, True,
             )  # fmt: skip
     for i in range(done, count, BLOCK):
         mask = i + lane < count
         pp, vv = _update_block(
-            pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, mask, mask & (maximum != 0), layout, codes,
+            pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, mask, layout,
             scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor, inverse_sqrt_bias_correction2,
-            eps, amsgrad, sums, dtypes, strided, False,
+            eps, sums, kind, strided, False,
         )  # fmt: skip
 
     if sums:
@@ -167,31 +169,19 @@ def _update_chunk(
 )
 def adamw_update_kernel(
     table, tensors, chunks, partials, tickets, new_sums, step_size, decay_factor, step, beta1, beta2, eps, grad_scale,
-    amsgrad: tl.constexpr, dtypes: tl.constexpr, double_rows: tl.constexpr, strided: tl.constexpr,
+    kinds: tl.constexpr,
 ):  # fmt: skip
-    """One program per chunk; see `LaunchTable` for the table and the compile-time constants."""
+    """One program per chunk; see `LaunchTable` for the table and the kinds."""
     # Backward through what the statistics went through forward: the first programs find the end of it in the cache.
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.load(table + FIELDS * tensors + chunk)
-    codes = tl.load(table + CODES * tensors + row)
+    kind_of_row = tl.load(table + KIND * tensors + row)
     has_gradient = (tl.load(table + GRAD * tensors + row) != 0) | (tl.load(table + NUMEL * tensors + row) == 0)
-    if has_gradient:
-        if double_rows == SOME_ROWS:
-            if codes & IS_DOUBLE != 0:
-                _update_chunk(
-                    table, tensors, chunk, chunks, row, codes, partials, tickets, new_sums,
-                    step_size, decay_factor, step, beta1, beta2, eps, grad_scale, amsgrad, dtypes, strided, tl.float64,
-                )  # fmt: skip
-            else:
-                _update_chunk(
-                    table, tensors, chunk, chunks, row, codes, partials, tickets, new_sums,
-                    step_size, decay_factor, step, beta1, beta2, eps, grad_scale, amsgrad, dtypes, strided, tl.float32,
-                )  # fmt: skip
-        else:
-            arithmetic: tl.constexpr = tl.float64 if double_rows == EVERY_ROW else tl.float32
+    for i in tl.static_range(length(kinds)):
+        if has_gradient & (kind_of_row == i):
             _update_chunk(
-                table, tensors, chunk, chunks, row, codes, partials, tickets, new_sums,
-                step_size, decay_factor, step, beta1, beta2, eps, grad_scale, amsgrad, dtypes, strided, arithmetic,
+                table, tensors, chunk, chunks, row, partials, tickets, new_sums,
+                step_size, decay_factor, step, beta1, beta2, eps, grad_scale, element(kinds, i),
             )  # fmt: skip
 
 
@@ -231,5 +221,5 @@ def adamw_update_(
         with launch.device_guard():
             adamw_update_kernel[(launch.chunks,)](
                 launch.table, launch.tensors, launch.chunks, launch.partials, launch.tickets, new_sums, *hyper.values(),
-                launch.max_exp_avg_sqs is not None, *launch.constants, num_warps=WARPS, enable_fp_fusion=False,
+                launch.kinds, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip

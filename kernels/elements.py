@@ -23,17 +23,44 @@ ADDRESSES = tl.constexpr(0)  # five fields, in the order of the operands; 0: the
 GRAD, EXP_AVG, PARAM, EXP_AVG_SQ, MAXIMUM = (tl.constexpr(i) for i in range(5))
 NUMEL = tl.constexpr(5)
 FIRST_CHUNK = tl.constexpr(6)  # the number of chunks before the row; an empty row has one, too, which writes its sums
-CODES = tl.constexpr(7)  # four bits for the dtype of each operand, then IS_DOUBLE and IS_STRIDED
+KIND = tl.constexpr(7)  # which of the kinds of rows it is, see `LaunchTable.kinds`
 LAYOUT = tl.constexpr(8)  # where in the table the row's layout lies: dims, then for each, innermost first, size and five strides
 FIELDS = tl.constexpr(9)
-IS_DOUBLE = tl.constexpr(1 << 20)
-IS_STRIDED = tl.constexpr(1 << 21)
 
-# Dtypes of an operand. As compile-time constants, they may also be MIXED: not the same in all rows, so look at the row's.
-NO_DTYPE, FP32, BF16, FP16, FP64, MIXED = (tl.constexpr(i) for i in (0, 1, 2, 3, 4, 15))
+# A kind says what rows have in common that the kernels are compiled for: four bits for the dtype of each operand (0: none of the
+# rows has it), then one for rows that are not walked flat. A kernel has one branch for each kind that occurs, around everything.
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
-# Rows that are computed in float64.
-NO_ROW, EVERY_ROW, SOME_ROWS = (tl.constexpr(i) for i in range(3))
+STRIDED_KIND = 1 << 20
+
+
+@triton.constexpr_function
+def storage_type(kind, operand):
+    """The dtype of an operand, or None."""
+    return (None, tl.float32, tl.bfloat16, tl.float16, tl.float64)[kind >> (4 * operand) & 15]
+
+
+@triton.constexpr_function
+def arithmetic_type(kind):
+    """float64 if any operand is, else float32."""
+    return tl.float64 if any(kind >> (4 * operand) & 15 == 4 for operand in range(5)) else tl.float32
+
+
+@triton.constexpr_function
+def is_strided(kind):
+    """Whether the elements of these rows are found through their layout."""
+    return kind >> 20 != 0
+
+
+@triton.constexpr_function
+def element(items, index):
+    """items[index] of a compile-time tuple."""
+    return items[index]
+
+
+@triton.constexpr_function
+def length(items):
+    """Of a compile-time tuple."""
+    return len(items)
 
 
 @triton.jit
@@ -96,44 +123,16 @@ def _pointers(address, begin, offsets, storage: tl.constexpr, aligned: tl.conste
 
 
 @triton.jit
-def _load_as(address, begin, offsets, mask, storage: tl.constexpr, arithmetic: tl.constexpr, aligned: tl.constexpr):
-    pointers = _pointers(address, begin, offsets, storage, aligned)
-    if mask is None:
-        return tl.load(pointers).to(arithmetic)
-    return tl.load(pointers, mask=mask, other=0.0).to(arithmetic)
-
-
-@triton.constexpr_function
-def storage_type(dtypes, operand):
-    """The dtype that an operand has in every row, MIXED, or None where no row has it. ``dtypes`` packs five codes."""
-    codes = (None, tl.float32, tl.bfloat16, tl.float16, tl.float64)
-    code = (dtypes >> (4 * operand)) & 15
-    return code if code >= len(codes) else codes[code]
-
-
-@triton.jit
-def load(
-    address, begin, offsets, mask, operand: tl.constexpr, codes, dtypes: tl.constexpr, arithmetic: tl.constexpr, aligned: tl.constexpr
-):
-    """Elements begin + offsets of an operand in the type of the arithmetic; 0 where the mask is off or no row has the operand."""
-    storage: tl.constexpr = storage_type(dtypes, operand)
+def load(address, begin, offsets, mask, operand: tl.constexpr, kind: tl.constexpr, aligned: tl.constexpr):
+    """Elements begin + offsets of an operand in the type of the arithmetic; 0 where the mask is off or the kind lacks it."""
+    storage: tl.constexpr = storage_type(kind, operand)
+    arithmetic: tl.constexpr = arithmetic_type(kind)
     if storage is None:
         x = tl.zeros([BLOCK], arithmetic)
-    elif storage == MIXED:
-        code = (codes >> (4 * operand)) & 15
-        if code == BF16:
-            x = _load_as(address, begin, offsets, mask, tl.bfloat16, arithmetic, aligned)
-        elif code == FP16:
-            x = _load_as(address, begin, offsets, mask, tl.float16, arithmetic, aligned)
-        elif code == FP32:
-            x = _load_as(address, begin, offsets, mask, tl.float32, arithmetic, aligned)
-        else:
-            if arithmetic == tl.float64:
-                x = _load_as(address, begin, offsets, mask, tl.float64, arithmetic, aligned)
-            else:  # this row has no such operand
-                x = tl.zeros([BLOCK], arithmetic)
+    elif mask is None:
+        x = tl.load(_pointers(address, begin, offsets, storage, aligned)).to(arithmetic)
     else:
-        x = _load_as(address, begin, offsets, mask, storage, arithmetic, aligned)
+        x = tl.load(_pointers(address, begin, offsets, storage, aligned), mask=mask, other=0.0).to(arithmetic)
     return x
 
 
@@ -149,39 +148,17 @@ def _round_to_bfloat16(x):
 
 
 @triton.jit
-def _store_as(address, begin, offsets, mask, x, storage: tl.constexpr, aligned: tl.constexpr):
-    arithmetic: tl.constexpr = x.dtype
-    if storage == tl.bfloat16 or storage == tl.float16:  # float64 goes through float32, as in torch
-        x = x.to(tl.float32)
-        if storage == tl.bfloat16 and INTERPRETED:
-            x = _round_to_bfloat16(x)
-    stored = x.to(storage)
-    tl.store(_pointers(address, begin, offsets, storage, aligned), stored, mask=mask)
-    return stored.to(arithmetic)
-
-
-@triton.jit
-def store(address, begin, offsets, mask, x, operand: tl.constexpr, codes, dtypes: tl.constexpr, aligned: tl.constexpr):
+def store(address, begin, offsets, mask, x, operand: tl.constexpr, kind: tl.constexpr, aligned: tl.constexpr):
     """Writes elements begin + offsets of an operand; returns them as a later load will see them."""
-    storage: tl.constexpr = storage_type(dtypes, operand)
-    if storage is None:
-        y = x
-    elif storage == MIXED:
-        code = (codes >> (4 * operand)) & 15
-        if code == BF16:
-            y = _store_as(address, begin, offsets, mask, x, tl.bfloat16, aligned)
-        elif code == FP16:
-            y = _store_as(address, begin, offsets, mask, x, tl.float16, aligned)
-        elif code == FP32:
-            y = _store_as(address, begin, offsets, mask, x, tl.float32, aligned)
-        else:
-            if x.dtype == tl.float64:
-                y = _store_as(address, begin, offsets, mask, x, tl.float64, aligned)
-            else:  # this row has no such operand
-                y = x
-    else:
-        y = _store_as(address, begin, offsets, mask, x, storage, aligned)
-    return y
+    storage: tl.constexpr = storage_type(kind, operand)
+    stored = x
+    if storage == tl.bfloat16 or storage == tl.float16:  # float64 goes through float32, as in torch
+        stored = stored.to(tl.float32)
+        if storage == tl.bfloat16 and INTERPRETED:
+            stored = _round_to_bfloat16(stored)
+    stored = stored.to(storage)
+    tl.store(_pointers(address, begin, offsets, storage, aligned), stored, mask=mask)
+    return stored.to(x.dtype)
 
 
 # -------------------------------------------------------------------------------------------------------------------- sums

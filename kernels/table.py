@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .elements import CHUNK, DTYPE_CODES, FIELDS, FP64, IS_DOUBLE, IS_STRIDED, MAXIMUM, MIXED, PARAM
+from .elements import CHUNK, DTYPE_CODES, FIELDS, STRIDED_KIND
 
 Tensors = Sequence[Tensor]
 MaybeTensors = Sequence[Tensor | None]
@@ -77,29 +77,25 @@ class LaunchTable:
 
         addresses = [[0 if x is None else x.data_ptr() for x in row] for row in rows]
         layouts: list[int] = [1, 2**62] + [1] * OPERANDS  # the one of all rows that are walked flat: offset = index
-        numels, codes, layout_of, chunk_rows, first_chunks = [], [], [], [], []
+        numels, kinds, layout_of, chunk_rows, first_chunks = [], [], [], [], []
         for t, (row, leader) in enumerate(zip(rows, leaders, strict=True)):
             dimensions = _layout(row, leader)
-            code = sum(DTYPE_CODES[x.dtype] << (4 * i) for i, x in enumerate(row) if x is not None)
-            if any(x is not None and x.dtype == torch.float64 for x in row):
-                code |= IS_DOUBLE.value
-            if dimensions is not None:
-                code |= IS_STRIDED.value
+            kind = sum(DTYPE_CODES[x.dtype] << (4 * i) for i, x in enumerate(row) if x is not None)
+            kinds.append(kind if dimensions is None else kind | STRIDED_KIND)
             layout_of.append(0 if dimensions is None else len(layouts))
             if dimensions is not None:
                 layouts += [len(dimensions), *(x for dimension in reversed(dimensions) for x in dimension)]
-            codes.append(code)
             numels.append(leader.numel())
             first_chunks.append(len(chunk_rows))
             chunk_rows += [t] * max(-(-leader.numel() // CHUNK.value), 1)
+        self.kinds = tuple(sorted(set(kinds)))
         start_of_layouts = FIELDS.value * self.tensors + len(chunk_rows)
         fields = [list(column) for column in zip(*addresses, strict=True)]
-        fields += [numels, first_chunks, codes, [start_of_layouts + x for x in layout_of]]
+        fields += [numels, first_chunks, [self.kinds.index(x) for x in kinds], [start_of_layouts + x for x in layout_of]]
         values = [x for field in fields for x in field] + chunk_rows + layouts
 
         self.grads = list(grads)
         self.chunks = len(chunk_rows)
-        self.constants = _constants(codes)
         # As they stand in the table; the layout of an absent gradient is that of the last one that was there.
         self._addresses = [row[0] for row in addresses]
         self._layouts = [None if x is None else (x.dtype, x.shape, x.stride()) for x in (row[0] for row in rows)]
@@ -204,13 +200,3 @@ def _layout(row: list[Tensor | None], leader: Tensor) -> list[tuple[int, ...]] |
     flat = all(x is None or stride == 1 for x, stride in zip(row, dimensions[0][1:])) if len(dimensions) == 1 else not dimensions
     return None if flat else dimensions
 
-
-def _constants(codes: list[int]) -> tuple[int, int, bool]:
-    """What holds for all rows, so that the kernels are compiled for it: dtypes of the operands, rows in float64, strided rows."""
-    dtypes = 0
-    for operand in range(OPERANDS):
-        found = {code >> (4 * operand) & 15 for code in codes} - {0}
-        dtypes |= (found.pop() if len(found) == 1 else MIXED.value if found else 0) << (4 * operand)
-    doubles = sum(code & IS_DOUBLE.value != 0 for code in codes)
-    double_rows = 0 if not doubles else 1 if doubles == len(codes) else 2
-    return dtypes, double_rows, any(code & IS_STRIDED.value for code in codes)

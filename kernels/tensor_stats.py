@@ -9,20 +9,20 @@ from torch import Tensor
 
 from .elements import (
     BLOCK,
-    CODES,
-    EVERY_ROW,
     EXP_AVG,
     EXP_AVG_SQ,
     FIELDS,
     GRAD,
-    IS_DOUBLE,
-    IS_STRIDED,
+    KIND,
     LAYOUT,
     PARAM,
-    SOME_ROWS,
     WARPS,
+    arithmetic_type,
     chunk_bounds,
+    element,
     finish_sums,
+    is_strided,
+    length,
     load,
     operand_offsets,
     store_sum,
@@ -33,35 +33,33 @@ from .table import LaunchTable
 @triton.jit
 def _accumulate(
     gg, gm, mm, pp, vv, g_count, m_count, grad, exp_avg, param, exp_avg_sq,
-    begin, offsets, g_mask, mask, layout, codes,
+    begin, offsets, g_mask, mask, layout,
     params: tl.constexpr, squares: tl.constexpr, counts: tl.constexpr,
-    dtypes: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
+    kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
     """Adds one block to the lanes of every sum."""
-    arithmetic: tl.constexpr = gg.dtype
     g_offsets, m_offsets, p_offsets, v_offsets, _ = operand_offsets(layout, begin, offsets, strided)
-    g = load(grad, begin, g_offsets, g_mask, GRAD, codes, dtypes, arithmetic, aligned)
-    m = load(exp_avg, begin, m_offsets, mask, EXP_AVG, codes, dtypes, arithmetic, aligned)
+    g = load(grad, begin, g_offsets, g_mask, GRAD, kind, aligned)
+    m = load(exp_avg, begin, m_offsets, mask, EXP_AVG, kind, aligned)
     gg += g * g
     gm += g * m
     mm += m * m
     if params:
-        p = load(param, begin, p_offsets, mask, PARAM, codes, dtypes, arithmetic, aligned)
+        p = load(param, begin, p_offsets, mask, PARAM, kind, aligned)
         pp += p * p
     if squares:
-        v = load(exp_avg_sq, begin, v_offsets, mask, EXP_AVG_SQ, codes, dtypes, arithmetic, aligned)
+        v = load(exp_avg_sq, begin, v_offsets, mask, EXP_AVG_SQ, kind, aligned)
         vv += v * v
     if counts:
-        g_count += (g != 0).to(arithmetic)
-        m_count += (m != 0).to(arithmetic)
+        g_count += (g != 0).to(gg.dtype)
+        m_count += (m != 0).to(gg.dtype)
     return gg, gm, mm, pp, vv, g_count, m_count
 
 
 @triton.jit
 def _sum_chunk(
-    table, tensors, chunk, chunks, row, codes, partials, tickets, out,
-    params: tl.constexpr, squares: tl.constexpr, counts: tl.constexpr, dtypes: tl.constexpr, strided: tl.constexpr,
-    arithmetic: tl.constexpr,
+    table, tensors, chunk, chunks, row, partials, tickets, out,
+    params: tl.constexpr, squares: tl.constexpr, counts: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
     begin, count, first_chunk, chunks_of_row = chunk_bounds(table, tensors, chunk, row)
     grad = tl.load(table + GRAD * tensors + row)
@@ -69,7 +67,7 @@ def _sum_chunk(
     param = tl.load(table + PARAM * tensors + row)
     exp_avg_sq = tl.load(table + EXP_AVG_SQ * tensors + row)
     lane = tl.arange(0, BLOCK)
-    gg = tl.zeros([BLOCK], arithmetic)
+    gg = tl.zeros([BLOCK], arithmetic_type(kind))
     gm = gg
     mm = gg
     pp = gg
@@ -83,19 +81,20 @@ def _sum_chunk(
     if squares:
         addresses |= exp_avg_sq
     layout = table + tl.load(table + LAYOUT * tensors + row)
+    strided: tl.constexpr = is_strided(kind)
     done = 0
-    if (addresses % 16 == 0) & (grad != 0) & (codes & IS_STRIDED == 0):
+    if (addresses % 16 == 0) & (grad != 0) & (not strided):
         done = count // BLOCK * BLOCK
         for i in range(0, done, BLOCK):
             gg, gm, mm, pp, vv, g_count, m_count = _accumulate(
                 gg, gm, mm, pp, vv, g_count, m_count, grad, exp_avg, param, exp_avg_sq,
-                begin, i + lane, None, None, layout, codes, params, squares, counts, dtypes, False, True,
+                begin, i + lane, None, None, layout, params, squares, counts, kind, False, True,
             )  # fmt: skip
     for i in range(done, count, BLOCK):
         mask = i + lane < count
         gg, gm, mm, pp, vv, g_count, m_count = _accumulate(
             gg, gm, mm, pp, vv, g_count, m_count, grad, exp_avg, param, exp_avg_sq,
-            begin, i + lane, mask & (grad != 0), mask, layout, codes, params, squares, counts, dtypes, strided, False,
+            begin, i + lane, mask & (grad != 0), mask, layout, params, squares, counts, kind, strided, False,
         )  # fmt: skip
 
     width: tl.constexpr = 3 + params + squares + 2 * counts
@@ -115,30 +114,15 @@ def _sum_chunk(
 @triton.jit(do_not_specialize=["tensors", "chunks"], do_not_specialize_on_alignment=["out"])
 def tensor_stats_kernel(
     table, tensors, chunks, partials, tickets, out,
-    params: tl.constexpr, squares: tl.constexpr, counts: tl.constexpr,
-    dtypes: tl.constexpr, double_rows: tl.constexpr, strided: tl.constexpr,
+    params: tl.constexpr, squares: tl.constexpr, counts: tl.constexpr, kinds: tl.constexpr,
 ):  # fmt: skip
-    """One program per chunk; see `LaunchTable` for the table and for ``dtypes``, ``double_rows`` and ``strided``."""
+    """One program per chunk; see `LaunchTable` for the table and the kinds."""
     chunk = tl.program_id(0)
     row = tl.load(table + FIELDS * tensors + chunk)
-    codes = tl.load(table + CODES * tensors + row)
-    if double_rows == SOME_ROWS:
-        if codes & IS_DOUBLE != 0:
-            _sum_chunk(
-                table, tensors, chunk, chunks, row, codes, partials, tickets, out,
-                params, squares, counts, dtypes, strided, tl.float64,
-            )  # fmt: skip
-        else:
-            _sum_chunk(
-                table, tensors, chunk, chunks, row, codes, partials, tickets, out,
-                params, squares, counts, dtypes, strided, tl.float32,
-            )  # fmt: skip
-    else:
-        arithmetic: tl.constexpr = tl.float64 if double_rows == EVERY_ROW else tl.float32
-        _sum_chunk(
-            table, tensors, chunk, chunks, row, codes, partials, tickets, out,
-            params, squares, counts, dtypes, strided, arithmetic,
-        )  # fmt: skip
+    kind_of_row = tl.load(table + KIND * tensors + row)
+    for i in tl.static_range(length(kinds)):
+        if kind_of_row == i:
+            _sum_chunk(table, tensors, chunk, chunks, row, partials, tickets, out, params, squares, counts, element(kinds, i))
 
 
 def tensor_stats(launch: LaunchTable, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype) -> Tensor:
@@ -165,6 +149,6 @@ def tensor_stats(launch: LaunchTable, params: bool, exp_avg_sqs: bool, count_non
         with launch.device_guard():
             tensor_stats_kernel[(launch.chunks,)](
                 launch.table, launch.tensors, launch.chunks, launch.partials, launch.tickets, out,
-                params, exp_avg_sqs, count_nonzero, *launch.constants, num_warps=WARPS, enable_fp_fusion=False,
+                params, exp_avg_sqs, count_nonzero, launch.kinds, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
     return out
