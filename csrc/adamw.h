@@ -28,7 +28,22 @@ struct Hyperparameters {
   double grad_scale;  // the gradient is multiplied with it: clipping, unscaling, or -1 to maximize
 };
 
-// The same, folded and rounded once to the type of the arithmetic. Everything that does not change inside a tensor is here,
+// The same of T tensors, a vector [T] each. Without grad_scale every gradient is taken as it is.
+struct HyperparameterVectors {
+  const double* step_size;
+  const double* decay_factor;
+  const double* step;
+  const double* beta1;
+  const double* beta2;
+  const double* eps;
+  const double* grad_scale;
+
+  METAADAMW_INLINE Hyperparameters operator[](int64_t t) const {
+    return {step_size[t], decay_factor[t], step[t], beta1[t], beta2[t], eps[t], grad_scale != nullptr ? grad_scale[t] : 1.0};
+  }
+};
+
+// Hyperparameters, folded and rounded once to the type of the arithmetic. Everything that does not change inside a tensor is here,
 // so that the loop over elements has one division and one square root.
 template <typename T>
 struct Scalars {

@@ -1,56 +1,161 @@
-// From lists of torch tensors to rows of pointers, with every check that must pass before the first byte is written.
+// From lists of torch tensors to a launch table, with every check that must pass before the first byte is written.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <vector>
 
-#include "chunks.h"
+#include "table.h"
+
+// As STD_TORCH_CHECK, a RuntimeError in Python; but its message is what we say, without the name and line of the source file.
+#define METAADAMW_CHECK(condition, ...)                                                \
+  do {                                                                                 \
+    if (!(condition)) throw std::runtime_error(::metaadamw::concatenate(__VA_ARGS__)); \
+  } while (false)
 
 namespace metaadamw {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// One tensor of one list. `data` is null where the row has no such operand.
-struct Operand {
-  char* data = nullptr;
-  ScalarType dtype = ScalarType::Undefined;
-  bool dense = true;  // its elements lie one after another in the order of the row's shape
-  int64_t stride[kMaxDims];
+#ifdef METAADAMW_CUDA
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
 
-  int64_t itemsize() const { return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2; }
+template <typename... Args>
+std::string concatenate(const Args&... args) {
+  std::ostringstream out;
+  (out << ... << args);
+  return out.str();
+}
+
+using List = std::optional<std::vector<Tensor>>;
+
+// The lists of one call. Those that are not given are empty optionals; grads and exp_avgs always are.
+struct Lists {
+  std::array<List, kOperands> tensors;  // by operand
+  bool written;                         // all but the gradients will be
+
+  static const char* name(int operand) {
+    constexpr const char* kNames[kOperands] = {"grads", "exp_avgs", "params", "exp_avg_sqs", "max_exp_avg_sqs"};
+    return kNames[operand];
+  }
+  // The list whose shapes rule and whose memory is walked in order: the parameters, if they are given.
+  int leader() const { return tensors[kParam] ? kParam : kMomentum; }
+  // Lists in which a tensor without elements says that this row has no such operand.
+  static bool may_be_absent(int operand) { return operand == kGrad || operand == kMaximum; }
 };
 
-// One position of all lists: N tensors of the same shape, walked together.
-template <int N>
-struct Row {
-  int64_t numel = 0;
-  Shape shape;
-  std::array<Operand, N> operands;
+// Of the device that the tensor is on: -1 for the CPU, the number of a GPU, -2 for anything else.
+inline int64_t device_of(const Tensor& x) { return x.is_cpu() ? -1 : x.is_cuda() ? x.get_device_index() : -2; }
 
-  // float64 tensors are computed in float64, all others in float32.
-  bool is_double() const {
-    return std::any_of(operands.begin(), operands.end(), [](const Operand& o) { return o.data && o.dtype == ScalarType::Double; });
+inline bool is_supported(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+inline ElementType element_type(ScalarType dtype) {
+  return dtype == ScalarType::Float      ? ElementType::kFloat32
+         : dtype == ScalarType::Double   ? ElementType::kFloat64
+         : dtype == ScalarType::BFloat16 ? ElementType::kBFloat16
+                                         : ElementType::kFloat16;
+}
+
+inline std::string device_name(int64_t device) {
+  return device == -1 ? "cpu" : device < 0 ? "neither the CPU nor a CUDA device" : concatenate("cuda:", device);
+}
+
+inline std::string shape_name(const Tensor& x) {
+  std::string name;
+  for (const int64_t size : x.sizes()) {
+    name += concatenate(name.empty() ? "[" : ", ", size);
   }
+  return name.empty() ? "[]" : name + "]";
+}
+
+inline void check_tensor(const Tensor& x, int operand, size_t index, const Lists& lists, int64_t device) {
+  const char* list = Lists::name(operand);
+  METAADAMW_CHECK(x.layout() == torch::headeronly::Layout::Strided, list, "[", index,
+                  "] is sparse: only dense tensors are supported");
+  METAADAMW_CHECK(device_of(x) == device, list, "[", index, "] is on ", device_name(device_of(x)), ", another device than ",
+                  Lists::name(lists.leader()), "[0] on ", device_name(device));
+  METAADAMW_CHECK(is_supported(x.scalar_type()), list, "[", index, "] has dtype ", torch::headeronly::toString(x.scalar_type()),
+                  ": only float32, float64, bfloat16, float16 are supported");
+}
+
+// Sizes and strides of the dimensions with more than one element, the smallest stride first.
+inline std::vector<std::pair<int64_t, int64_t>> strides_and_sizes(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) != 1) {
+      dims.emplace_back(x.stride(d), x.size(d));
+    }
+  }
+  std::sort(dims.begin(), dims.end());
+  return dims;
+}
+
+// The memory of a tensor that will be written.
+struct Extent {
+  const char* begin;
+  const char* end;
+  bool full;  // it holds every byte in between
+  int operand;
+  size_t index;
 };
 
-// The dimensions of a row in the order of the last operand's memory (a tensor that is always given and, in the update, written),
-// without those of size 1, and merged where every operand allows it. So tensors that are transposed or channels_last all alike
-// are walked as one dense run.
-template <int N>
-void set_layout(Row<N>& row, const std::array<const Tensor*, N>& tensors) {
-  const Tensor& leader = *tensors[N - 1];
-  bool dense = true;
-  for (const Tensor* x : tensors) {
-    dense = dense && (x == nullptr || x->is_contiguous());
+// The extent of x, after a check that no two of its elements share a place: each stride must lead beyond all that the smaller ones
+// reach. That refuses a few exotic tensors whose elements interleave without meeting.
+inline Extent written_extent(const Tensor& x, int operand, size_t index) {
+  int64_t reach = 1;  // elements from the first to the last, both included
+  if (x.is_contiguous()) {
+    reach = x.numel();
+  } else {
+    for (const auto& [stride, size] : strides_and_sizes(x)) {
+      METAADAMW_CHECK(
+          stride >= reach, Lists::name(operand), "[", index,
+          "] is expanded or overlaps itself: several of its elements share one place in memory, so it cannot be updated");
+      reach += (size - 1) * stride;
+    }
   }
-  if (dense || row.numel == 0) {
-    return;
+  const auto* begin = static_cast<const char*>(x.data_ptr());
+  return {begin, begin + reach * itemsize(element_type(x.scalar_type())), reach == x.numel(), operand, index};
+}
+
+// Two tensors that certainly share memory would be updated by two threads at once. Strided ones that interleave are fine.
+inline void check_distinct(std::vector<Extent>& extents) {
+  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  const Extent* full = nullptr;  // of those before that are full, the one that ends last
+  for (size_t i = 0; i < extents.size(); ++i) {
+    const Extent& x = extents[i];
+    const Extent* other = i > 0 && extents[i - 1].begin == x.begin ? &extents[i - 1]
+                          : full != nullptr && x.begin < full->end ? full
+                                                                   : nullptr;
+    METAADAMW_CHECK(other == nullptr, Lists::name(x.operand), "[", x.index, "] and ", Lists::name(other->operand), "[",
+                    other->index, "] share memory, so they cannot be updated");
+    if (x.full && (full == nullptr || x.end > full->end)) {
+      full = &x;
+    }
+  }
+}
+
+using RowTensors = std::array<const Tensor*, kOperands>;  // null where the row has no such operand
+
+// The dimensions of a row in the order of the leader's memory, without those of size 1, and merged where every operand allows it:
+// so tensors that are transposed or channels_last all alike are walked as one dense run. Sets row.dense. Returns the layout if some
+// operand needs it.
+inline std::optional<Layout> walk(Row& row, const RowTensors& tensors, const Tensor& leader) {
+  row.dense = (1 << kOperands) - 1;
+  const auto is_plain = [](const Tensor* x) { return x == nullptr || x->is_contiguous(); };
+  if (row.numel == 0 || std::all_of(tensors.begin(), tensors.end(), is_plain)) {
+    return {};
   }
   std::vector<int64_t> order;
   for (int64_t d = 0; d < leader.dim(); ++d) {
@@ -59,100 +164,159 @@ void set_layout(Row<N>& row, const std::array<const Tensor*, N>& tensors) {
     }
   }
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return leader.stride(a) > leader.stride(b); });
-  Shape& shape = row.shape;
+  Layout layout{};
+  Shape& shape = layout.shape;
   for (const int64_t d : order) {
     bool merges = shape.dims > 0;
-    for (int i = 0; i < N && merges; ++i) {
-      merges = tensors[i] == nullptr || row.operands[i].stride[shape.dims - 1] == tensors[i]->stride(d) * leader.size(d);
+    for (int i = 0; i < kOperands && merges; ++i) {
+      merges = tensors[i] == nullptr || layout.stride[i][shape.dims - 1] == tensors[i]->stride(d) * leader.size(d);
     }
-    STD_TORCH_CHECK(merges || shape.dims < kMaxDims, "tensors with more than ", kMaxDims, " separate dimensions are not supported");
+    METAADAMW_CHECK(merges || shape.dims < kMaxDims, "tensors with more than ", kMaxDims, " separate dimensions are not supported");
     shape.dims += merges ? 0 : 1;
     shape.size[shape.dims - 1] = merges ? shape.size[shape.dims - 1] * leader.size(d) : leader.size(d);
-    for (int i = 0; i < N; ++i) {
-      if (tensors[i] != nullptr) {
-        row.operands[i].stride[shape.dims - 1] = tensors[i]->stride(d);
-      }
+    for (int i = 0; i < kOperands; ++i) {
+      layout.stride[i][shape.dims - 1] = tensors[i] == nullptr ? 0 : tensors[i]->stride(d);
     }
   }
-  for (int i = 0; i < N; ++i) {
-    row.operands[i].dense = tensors[i] == nullptr || shape.dims == 0 || (shape.dims == 1 && row.operands[i].stride[0] == 1);
-  }
-}
-
-inline void check_tensor(const Tensor& x, const char* list, size_t index, bool on_cuda) {
-  STD_TORCH_CHECK(x.layout() == torch::headeronly::Layout::Strided, list, "[", index,
-                  "] is sparse: only dense tensors are supported");
-  STD_TORCH_CHECK(on_cuda ? x.is_cuda() : x.is_cpu(), list, "[", index,
-                  "] is on another device than the first tensor of the lists");
-  const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, list,
-      "[", index, "] has dtype ", torch::headeronly::toString(dtype),
-      ": only float32, float64, bfloat16 and float16 are supported");
-}
-
-struct List {
-  const char* name;
-  const std::vector<Tensor>* tensors;  // null: the op was called without this list
-  bool may_be_absent;                  // an entry without elements says that this row has no such operand
-  bool written;
-};
-
-// Lists of equal length T to T rows. The last list leads: it is always given and its shapes rule.
-template <int N>
-std::vector<Row<N>> make_rows(const std::array<List, N>& lists, bool on_cuda) {
-  const std::vector<Tensor>& leaders = *lists[N - 1].tensors;
-  std::vector<Row<N>> rows(leaders.size());
-  for (const List& list : lists) {
-    STD_TORCH_CHECK(list.tensors == nullptr || list.tensors->size() == rows.size(), list.name, " has ",
-                    list.tensors == nullptr ? 0 : list.tensors->size(), " tensors, ", lists[N - 1].name, " has ", rows.size());
-  }
-  for (size_t t = 0; t < rows.size(); ++t) {
-    const Tensor& leader = leaders[t];
-    check_tensor(leader, lists[N - 1].name, t, on_cuda);
-    rows[t].numel = leader.numel();
-    std::array<const Tensor*, N> tensors{};
-    for (int i = 0; i < N; ++i) {
-      if (lists[i].tensors == nullptr) {
-        continue;
-      }
-      const Tensor& x = (*lists[i].tensors)[t];
-      check_tensor(x, lists[i].name, t, on_cuda);
-      if (lists[i].may_be_absent && x.numel() == 0) {
-        continue;
-      }
-      STD_TORCH_CHECK(std::equal(x.sizes().begin(), x.sizes().end(), leader.sizes().begin(), leader.sizes().end()), lists[i].name,
-                      "[", t, "] and ", lists[N - 1].name, "[", t, "] differ in shape");
-      if (lists[i].written && x.numel() != 0) {
-        for (int64_t d = 0; d < x.dim(); ++d) {
-          STD_TORCH_CHECK(x.stride(d) != 0 || x.size(d) < 2, lists[i].name, "[", t,
-                          "] is expanded: several of its elements share one place in memory, so it cannot be updated");
-        }
-      }
-      tensors[i] = &x;
-      rows[t].operands[i].data = static_cast<char*>(x.data_ptr());
-      rows[t].operands[i].dtype = x.scalar_type();
+  bool all = true;
+  for (int i = 0; i < kOperands; ++i) {
+    int64_t run = 1;
+    bool dense = true;
+    for (int d = shape.dims - 1; d >= 0; run *= shape.size[d--]) {
+      dense = dense && (tensors[i] == nullptr || layout.stride[i][d] == run);
     }
-    set_layout<N>(rows[t], tensors);
+    row.dense &= ~(!dense << i);
+    all = all && dense;
   }
-  return rows;
+  return all ? std::nullopt : std::optional(layout);
 }
 
-// The number of chunks before each tensor, then their total: see tensor_of_chunk.
-template <int N>
-std::vector<int64_t> chunk_offsets(const std::vector<Row<N>>& rows) {
-  std::vector<int64_t> first_chunk(rows.size() + 1, 0);
-  for (size_t t = 0; t < rows.size(); ++t) {
-    first_chunk[t + 1] = first_chunk[t] + chunks_of(rows[t].numel);
+// Fills row t of the table, checks its tensors, and adds those that will be written to `extents`.
+inline std::optional<Layout> make_row(const Lists& lists, size_t t, int64_t device, Row& row, std::vector<Extent>& extents) {
+  const Tensor& leader = (*lists.tensors[lists.leader()])[t];
+  check_tensor(leader, lists.leader(), t, lists, device);
+  row = Row{};
+  row.numel = leader.numel();
+  RowTensors tensors{};
+  for (int i = 0; i < kOperands; ++i) {
+    if (!lists.tensors[i]) {
+      continue;
+    }
+    const Tensor& x = (*lists.tensors[i])[t];
+    check_tensor(x, i, t, lists, device);
+    row.type[i] = element_type(x.scalar_type());
+    if (Lists::may_be_absent(i) && x.numel() == 0) {
+      continue;
+    }
+    METAADAMW_CHECK(std::equal(x.sizes().begin(), x.sizes().end(), leader.sizes().begin(), leader.sizes().end()), Lists::name(i),
+                    "[", t, "] and ", Lists::name(lists.leader()), "[", t, "] differ in shape: ", shape_name(x), ", ",
+                    shape_name(leader));
+    if (lists.written && i != kGrad && row.numel != 0) {
+      extents.push_back(written_extent(x, i, t));
+    }
+    tensors[i] = &x;
+    row.data[i] = static_cast<char*>(x.data_ptr());
   }
-  return first_chunk;
+  if (row.lacks_gradient()) {  // one that comes later will most likely be as autograd makes it
+    row.type[kGrad] = row.type[lists.leader()];
+    tensors[kGrad] = &leader;
+  }
+  int widest = 0;
+  for (int i = 0; i < kOperands; ++i) {
+    widest = tensors[i] == nullptr ? widest : std::max(widest, itemsize(row.type[i]));
+  }
+  row.is_double = widest == 8;
+  row.vector = 16 / std::max(widest, 2);
+  return walk(row, tensors, leader);
+}
+
+// The launch table of these lists, as int64 so that it is aligned.
+inline std::vector<int64_t> make_table(const Lists& lists) {
+  const int leader = lists.leader();
+  const std::vector<Tensor>& leaders = *lists.tensors[leader];
+  for (int i = 0; i < kOperands; ++i) {
+    METAADAMW_CHECK(!lists.tensors[i] || lists.tensors[i]->size() == leaders.size(), Lists::name(i), " has ",
+                    lists.tensors[i] ? lists.tensors[i]->size() : 0, " tensors, ", Lists::name(leader), " has ", leaders.size());
+  }
+  METAADAMW_CHECK(!lists.written || (lists.tensors[kParam] && lists.tensors[kSecondMoment]),
+                  "the update needs params and exp_avg_sqs");
+  Header header{};
+  header.tensors = leaders.size();
+  header.written = lists.written;
+  for (int i = 0; i < kOperands; ++i) {
+    header.given |= lists.tensors[i].has_value() << i;
+  }
+  header.device = leaders.empty() ? -1 : device_of(leaders[0]);
+  METAADAMW_CHECK(header.device == -1 || (kHasCuda && header.device >= 0), Lists::name(leader), "[0] is on ",
+                  device_name(header.device), kHasCuda ? "" : ", and the extension was built for the CPU only");
+  std::vector<Row> rows(leaders.size());
+  std::vector<int64_t> first_chunk{0}, shape_begin{0}, shapes;
+  std::vector<Layout> layouts;
+  std::vector<Extent> extents;
+  for (size_t t = 0; t < leaders.size(); ++t) {
+    const auto layout = make_row(lists, t, header.device, rows[t], extents);
+    rows[t].layout = layout ? static_cast<int64_t>(layouts.size()) : -1;
+    if (layout) {
+      layouts.push_back(*layout);
+    }
+    first_chunk.push_back(first_chunk.back() + chunks_of(rows[t].numel));
+    const Tensor& grad = rows[t].lacks_gradient() ? leaders[t] : (*lists.tensors[kGrad])[t];
+    shapes.insert(shapes.end(), grad.sizes().begin(), grad.sizes().end());
+    shapes.insert(shapes.end(), grad.strides().begin(), grad.strides().end());
+    shape_begin.push_back(shapes.size());
+  }
+  check_distinct(extents);
+  header.chunks = first_chunk.back();
+  header.layouts = layouts.size();
+  header.copied_bytes = Table::copied_bytes(header);
+  header.device_bytes = header.copied_bytes + header.chunks * kPartialBytes;
+  std::vector<int64_t> memory(header.copied_bytes / 8 + shape_begin.size() + shapes.size(), 0);
+  const Table table(header, reinterpret_cast<char*>(memory.data()));
+  *reinterpret_cast<Header*>(memory.data()) = header;
+  std::copy(rows.begin(), rows.end(), table.rows);
+  std::copy(first_chunk.begin(), first_chunk.end(), table.first_chunk);
+  std::copy(layouts.begin(), layouts.end(), table.layouts);
+  std::copy(shape_begin.begin(), shape_begin.end(), table.shape_begin);
+  std::copy(shapes.begin(), shapes.end(), table.shape_begin + header.tensors + 1);
+  return memory;
+}
+
+// Of what tensor_stats is asked for.
+inline void check_columns(const Header& header, bool params, bool exp_avg_sqs, ScalarType dtype) {
+  METAADAMW_CHECK((!params || header.has(kParam)) && (!exp_avg_sqs || header.has(kSecondMoment)),
+                  "the launch was made without the lists of these columns");
+  METAADAMW_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "the statistics are float32 or float64, not ",
+                  torch::headeronly::toString(dtype));
 }
 
 // A [T] float64 tensor of hyper-parameters.
-inline const double* hyperparameter(const Tensor& x, const char* name, int64_t tensors) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double && x.dim() == 1 && x.size(0) == tensors && x.is_contiguous() && x.is_cpu(),
-                  name, " must be a contiguous float64 tensor of shape [", tensors, "]");
+inline const double* hyperparameter(const Tensor& x, const char* name, const Header& header) {
+  METAADAMW_CHECK(x.scalar_type() == ScalarType::Double && x.dim() == 1 && x.size(0) == header.tensors && x.is_contiguous() &&
+                      device_of(x) == header.device,
+                  name, " must be a contiguous float64 tensor of shape [", header.tensors, "] on the device of the tensors");
   return static_cast<const double*>(x.data_ptr());
+}
+
+// Also checks that the table may be used for an update.
+inline HyperparameterVectors hyperparameters(const Tensor& step_size, const Tensor& decay_factor, const Tensor& step,
+                                             const Tensor& beta1, const Tensor& beta2, const Tensor& eps,
+                                             const std::optional<Tensor>& grad_scale, const Header& header) {
+  METAADAMW_CHECK(header.written, "the launch was not made for updates: written=False");
+  return {hyperparameter(step_size, "step_size", header),
+          hyperparameter(decay_factor, "decay_factor", header),
+          hyperparameter(step, "step", header),
+          hyperparameter(beta1, "beta1", header),
+          hyperparameter(beta2, "beta2", header),
+          hyperparameter(eps, "eps", header),
+          grad_scale ? hyperparameter(*grad_scale, "grad_scale", header) : nullptr};
+}
+
+// Where the update writes the sums of what it leaves, null if it need not.
+inline double* sums_output(const std::optional<Tensor>& x, const Header& header) {
+  METAADAMW_CHECK(!x || (x->scalar_type() == ScalarType::Double && x->dim() == 2 && x->size(0) == header.tensors &&
+                         x->size(1) == 2 && x->is_contiguous() && device_of(*x) == header.device),
+                  "new_sums must be a contiguous float64 tensor of shape [", header.tensors, ", 2] on the device of the tensors");
+  return x ? static_cast<double*>(x->data_ptr()) : nullptr;
 }
 
 }  // namespace metaadamw

@@ -12,10 +12,11 @@ namespace metaadamw {
 constexpr int64_t kChunk = 32768;
 constexpr int kMaxDims = 16;
 
-METAADAMW_INLINE int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+// A tensor without elements has one empty chunk, so that whoever takes it writes the zeros of its row.
+METAADAMW_INLINE int64_t chunks_of(int64_t numel) { return numel == 0 ? 1 : (numel + kChunk - 1) / kChunk; }
 
 // The tensor that owns `chunk`, by binary search: first_chunk[t] is the number of chunks before tensor t, and
-// first_chunk[tensors] their total. Empty tensors own none, wherever they stand.
+// first_chunk[tensors] their total.
 METAADAMW_INLINE int64_t tensor_of_chunk(const int64_t* first_chunk, int64_t tensors, int64_t chunk) {
   int64_t low = 0, high = tensors;
   while (high - low > 1) {

@@ -1,6 +1,69 @@
-// The schemas of the ops, once, and the Python module that carries them. What they compute is documented in metaadamw_fast/ops.py.
+// The schemas of the ops, once, the launch table, and the Python module that carries them. What the ops compute is documented in
+// metaadamw_fast/ops.py, the life of a launch table in metaadamw_fast/launch.py.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
+
+#include "checks.h"
+
+namespace metaadamw {
+namespace {
+
+Tensor launch_table(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, List params, List exp_avg_sqs, List max_exp_avg_sqs,
+                    bool written) {
+  const auto memory = make_table(Lists{
+      {std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs)}, written});
+  Tensor table = torch::stable::empty({static_cast<int64_t>(memory.size())}, ScalarType::Long);
+  std::memcpy(table.data_ptr(), memory.data(), memory.size() * sizeof(int64_t));
+  return table;
+}
+
+enum Outcome : int64_t { kSame, kOtherAddresses, kOtherTable };  // see metaadamw_fast/launch.py
+
+// Whether `grad` is the gradient that the table expects in this row, but for its address. As few calls of the ABI as possible.
+bool is_expected(const Tensor& grad, const Row& row, const int64_t* shape, int64_t dims, int64_t device) {
+  if (grad.layout() != torch::headeronly::Layout::Strided || device_of(grad) != device) {
+    return false;
+  }
+  const ScalarType dtype = grad.scalar_type();
+  const auto sizes = grad.sizes();
+  return is_supported(dtype) && element_type(dtype) == row.type[kGrad] && static_cast<int64_t>(sizes.size()) == dims &&
+         std::equal(shape, shape + dims, sizes.data()) && std::equal(shape + dims, shape + 2 * dims, grad.strides().data());
+}
+
+// The addresses of other gradients into the table. Nothing but addresses can be changed here, and nothing is unless all gradients
+// are of the dtypes and layouts that the table was made for.
+int64_t launch_set_gradients(Tensor memory, std::vector<Tensor> grads) {
+  const Header& header = *static_cast<Header*>(memory.data_ptr());
+  const Table table(header, static_cast<char*>(memory.data_ptr()));
+  if (static_cast<int64_t>(grads.size()) != table.tensors) {
+    return kOtherTable;
+  }
+  const int64_t* shapes = table.shape_begin + table.tensors + 1;
+  std::vector<char*> addresses(grads.size());
+  bool same = true;
+  for (int64_t t = 0; t < table.tensors; ++t) {
+    const Row& row = table.rows[t];
+    const int64_t begin = table.shape_begin[t], dims = (table.shape_begin[t + 1] - begin) / 2;
+    if (is_expected(grads[t], row, shapes + begin, dims, header.device)) {
+      addresses[t] = static_cast<char*>(grads[t].data_ptr());
+    } else if (grads[t].numel() == 0 && row.numel != 0 && grads[t].layout() == torch::headeronly::Layout::Strided) {
+      addresses[t] = nullptr;
+    } else {
+      return kOtherTable;
+    }
+    same = same && addresses[t] == row.data[kGrad];
+  }
+  for (int64_t t = 0; t < table.tensors; ++t) {
+    table.rows[t].data[kGrad] = addresses[t];
+  }
+  return same ? kSame : kOtherAddresses;
+}
+
+}  // namespace
+}  // namespace metaadamw
 
 STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
   m.def(
@@ -11,6 +74,23 @@ STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
       "adamw_update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
       " Tensor(d!)[]? max_exp_avg_sqs, Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1, Tensor beta2, Tensor eps,"
       " Tensor? grad_scale, Tensor(e!)? new_sums=None) -> ()");
+  // The same on a launch table. They reach the tensors through addresses that no schema can tell of, so they are not for
+  // torch.compile. `copy` is the GPU's part of the table, None on the CPU.
+  m.def(
+      "launch_table(Tensor[] grads, Tensor[] exp_avgs, Tensor[]? params, Tensor[]? exp_avg_sqs, Tensor[]? max_exp_avg_sqs, bool "
+      "written) -> Tensor");
+  m.def("launch_set_gradients(Tensor(a!) table, Tensor[] grads) -> int");
+  m.def(
+      "launch_tensor_stats(Tensor table, Tensor? copy, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype)"
+      " -> Tensor");
+  m.def(
+      "launch_adamw_update_(Tensor table, Tensor? copy, Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1, Tensor"
+      " beta2, Tensor eps, Tensor? grad_scale, Tensor(a!)? new_sums) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CompositeExplicitAutograd, m) {
+  m.impl("launch_table", TORCH_BOX(&metaadamw::launch_table));
+  m.impl("launch_set_gradients", TORCH_BOX(&metaadamw::launch_set_gradients));
 }
 
 // `import metaadamw_fast._C` loads the library, which registers the ops; the hash of the sources lets Python refuse a stale build.

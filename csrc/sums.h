@@ -10,6 +10,19 @@ namespace metaadamw {
 enum Sum { kGradSquared, kGradMomentum, kMomentumSquared, kParamSquared, kSecondMomentSquared, kGradNonzero, kMomentumNonzero };
 constexpr int kSums = 7;
 
+// The sums that one call of tensor_stats returns.
+struct Columns {
+  int count = 0;
+  int sum[kSums];
+
+  Columns(bool params, bool exp_avg_sqs, bool count_nonzero) {
+    const bool wanted[kSums] = {true, true, true, params, exp_avg_sqs, count_nonzero, count_nonzero};
+    for (int s = 0; s < kSums; ++s) {
+      if (wanted[s]) sum[count++] = s;
+    }
+  }
+};
+
 // counts = false leaves the last two untouched: only the `enhanced` features want them.
 template <bool counts, typename V>
 METAADAMW_INLINE void accumulate(V (&sums)[kSums], V g, V m, V p, V v) {

@@ -25,7 +25,7 @@ def check_lists(leader: OpList, *others: OpList) -> None:
     """Lists of one length; dense floating tensors on one device, of one shape at each position.
 
     Raises:
-        RuntimeError: something of it does not hold, or an expanded tensor would be written.
+        RuntimeError: something of it does not hold, or a tensor would be written whose elements share memory.
     """
     leading = leader.tensors or ()
     for name, tensors, written, optional in (leader, *others):
@@ -41,9 +41,52 @@ def check_lists(leader: OpList, *others: OpList) -> None:
             if x.dtype not in DTYPES:
                 raise RuntimeError(f"{name}[{i}] has dtype {x.dtype}: only float32, float64, bfloat16, float16 are supported")
             if x.shape != like.shape and not (optional and x.numel() == 0):
-                raise RuntimeError(f"{name}[{i}] and {leader.name}[{i}] differ in shape: {tuple(x.shape)}, {tuple(like.shape)}")
-            if written and x.numel() and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-                raise RuntimeError(f"{name}[{i}] is expanded: several of its elements share one place in memory")
+                shapes = f"{list(x.shape)}, {list(like.shape)}"
+                raise RuntimeError(f"{name}[{i}] and {leader.name}[{i}] differ in shape: {shapes}")
+            if written and x.numel() and _reach(x) is None:
+                raise RuntimeError(
+                    f"{name}[{i}] is expanded or overlaps itself: several of its elements share one place in memory, so it"
+                    " cannot be updated"
+                )
+
+
+def _reach(x: Tensor) -> int | None:
+    """Elements of memory from the first to the last of ``x``; None if two of them share a place.
+
+    Each stride must lead beyond all that the smaller ones reach. That refuses a few exotic tensors whose elements interleave
+    without meeting.
+    """
+    reach = 1
+    for stride, size in sorted(pair for pair in zip(x.stride(), x.shape, strict=True) if pair[1] != 1):
+        if stride < reach:
+            return None
+        reach += (size - 1) * stride
+    return reach
+
+
+def check_distinct(*lists: OpList) -> None:
+    """No two tensors that will be written share memory for certain; strided ones that interleave are fine.
+
+    Raises:
+        RuntimeError: two of them do, and would be updated twice.
+    """
+    extents = []
+    for name, tensors, written, _ in lists:
+        for i, x in enumerate(tensors or ()):
+            reach = _reach(x)
+            if written and x.numel() and reach is not None:
+                begin = x.data_ptr()
+                extents.append((begin, begin + reach * x.element_size(), reach == x.numel(), f"{name}[{i}]"))
+    extents.sort(key=lambda extent: extent[0])
+    full_end, full_name = 0, ""  # of those before that hold every byte in between, the one that ends last
+    last_begin, last_name = -1, ""
+    for begin, end, full, name in extents:
+        other = last_name if begin == last_begin else full_name if begin < full_end else None
+        if other is not None:
+            raise RuntimeError(f"{name} and {other} share memory, so they cannot be updated")
+        if full and end > full_end:
+            full_end, full_name = end, name
+        last_begin, last_name = begin, name
 
 
 def check_stats(
@@ -56,8 +99,25 @@ def check_stats(
     """:func:`check_lists` for ``tensor_stats``."""
     if dtype not in (torch.float32, torch.float64):
         raise RuntimeError(f"the statistics are float32 or float64, not {dtype}")
-    others = (OpList("grads", grads, optional=True), OpList("params", params), OpList("exp_avg_sqs", exp_avg_sqs))
-    check_lists(OpList("exp_avgs", exp_avgs), *others)
+    lists = [OpList("params", params), OpList("exp_avgs", exp_avgs)][params is None :]
+    check_lists(*lists, OpList("grads", grads, optional=True), OpList("exp_avg_sqs", exp_avg_sqs))
+
+
+def update_lists(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor] | None,
+) -> tuple[OpList, ...]:
+    """The lists of ``adamw_update_`` for :func:`check_lists` and :func:`check_distinct`."""
+    return (
+        OpList("params", params, written=True),
+        OpList("grads", grads, optional=True),
+        OpList("exp_avgs", exp_avgs, written=True),
+        OpList("exp_avg_sqs", exp_avg_sqs, written=True),
+        OpList("max_exp_avg_sqs", max_exp_avg_sqs, written=True, optional=True),
+    )
 
 
 def check_update(
@@ -69,13 +129,7 @@ def check_update(
     *hyperparameters: Tensor | None,
 ) -> None:
     """:func:`check_lists` for ``adamw_update_``; hyper-parameters must be float64 [T] on the tensors' device."""
-    check_lists(
-        OpList("params", params, written=True),
-        OpList("grads", grads),
-        OpList("exp_avgs", exp_avgs, written=True),
-        OpList("exp_avg_sqs", exp_avg_sqs, written=True),
-        OpList("max_exp_avg_sqs", max_exp_avg_sqs, written=True, optional=True),
-    )
+    check_lists(*update_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs))
     for name, x in zip(HYPERPARAMETERS, hyperparameters, strict=True):
         if x is None:
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from . import reference
 from .checks import HYPERPARAMETERS, check_stats, check_update
 
-Tensors = Sequence[Tensor]
+Tensors = Iterable[Tensor]
 BACKENDS = ("cpp", "triton", "reference")
 
 
@@ -146,6 +146,8 @@ def tensor_stats(
         RuntimeError: lists of different lengths, tensors of different shapes or devices, sparse or non-floating tensors.
     """
     with torch.no_grad():
+        grads, exp_avgs = list(grads), list(exp_avgs)
+        params, exp_avg_sqs = _listed(params), _listed(exp_avg_sqs)
         run = resolve_backend(backend, _device(exp_avgs))
         if not len(exp_avgs):
             run = ReferenceBackend  # without a tensor, torch's dispatcher does not know where to go
@@ -189,7 +191,7 @@ def adamw_update_(
 
     Args:
         params, exp_avgs, exp_avg_sqs: T tensors each, written.
-        grads: T tensors, read.
+        grads: T tensors, read. One without elements where its parameter has some leaves all of its row as it is.
         step_size: [T] or a number, lr·lr_scale.
         decay_factor: [T] or a number, 1 - lr·lr_scale·wd_scale·weight_decay.
         step: [T] or a number, the step count k >= 1, this step included.
@@ -202,6 +204,8 @@ def adamw_update_(
         RuntimeError: as :func:`tensor_stats`; a written tensor whose elements share memory. Nothing has changed then.
     """
     with torch.no_grad():
+        params, grads, exp_avgs, exp_avg_sqs = list(params), list(grads), list(exp_avgs), list(exp_avg_sqs)
+        max_exp_avg_sqs = _listed(max_exp_avg_sqs)
         device = _device(params)
         numbers = (step_size, decay_factor, step, *betas, eps, grad_scale)
         hyper = [None if x is None else _per_tensor(x, len(params), device) for x in numbers]
@@ -210,10 +214,14 @@ def adamw_update_(
         mark_written(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or ())
 
 
-def mark_written(*lists: Tensors) -> None:
+def mark_written(*lists: Sequence[Tensor]) -> None:
     """Bumps the version counters, as torch's own in-place ops do: autograd's checks and EMA-like observers rely on it."""
     for tensors in lists:
         torch.autograd.graph.increment_version(tensors)
+
+
+def _listed(tensors: Iterable[Tensor] | None) -> list[Tensor] | None:
+    return None if tensors is None else list(tensors)
 
 
 def _per_tensor(value: Tensor | float, count: int, device: torch.device) -> Tensor:
@@ -221,7 +229,7 @@ def _per_tensor(value: Tensor | float, count: int, device: torch.device) -> Tens
     return torch.as_tensor(value, dtype=torch.float64, device=device).expand(count).contiguous()
 
 
-def _device(tensors: Tensors) -> torch.device:
+def _device(tensors: Sequence[Tensor]) -> torch.device:
     return tensors[0].device if len(tensors) else torch.device("cpu")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_stats, check_update
+from .checks import check_distinct, check_stats, check_update, update_lists
 
 Tensors = Sequence[Tensor]
 
@@ -68,9 +68,12 @@ def adamw_update_(
     """The modulated AdamW update; see :func:`metaadamw_fast.ops.adamw_update_`."""
     hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
     check_update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyperparameters)
+    check_distinct(*update_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs))
     bias_correction1 = 1 - beta1**step
     bias_correction2 = 1 - beta2**step
     for t, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        if param.numel() and not grad.numel():
+            continue
         arithmetic = _arithmetic_dtype(param, grad, exp_avg, exp_avg_sq)
         g = grad.to(arithmetic)
         if grad_scale is not None:

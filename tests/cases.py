@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from metaadamw_fast import MetaAdamW, ops, reference
+from metaadamw_fast.launch import CppLaunch, ReferenceLaunch
 
 from .tolerances import stored, sum_bound, update_bounds
 
@@ -123,6 +124,10 @@ class Lists(NamedTuple):
             self.grads, self.exp_avgs, self.params, self.exp_avg_sqs, count_nonzero=count_nonzero, dtype=dtype, backend=backend
         )
 
+    def launch(self, backend="cpp", written=True):
+        kind = {"cpp": CppLaunch, "reference": ReferenceLaunch}[backend]
+        return kind(self.grads, self.exp_avgs, self.params, self.exp_avg_sqs, self.maxima, written=written)
+
     def update(self, h, backend="cpp"):
         """Updates in place; returns self."""
         keywords = {"step": h.step, "betas": (h.beta1, h.beta2), "eps": h.eps, "grad_scale": h.grad_scale}
@@ -146,6 +151,10 @@ class Hyper(NamedTuple):
         """Numbers for tensor ``t`` of ``count``."""
         vectors = [torch.as_tensor(1.0 if x is None else x, dtype=F64).expand(count) for x in self]
         return Hyper(*(x[t].item() for x in vectors))
+
+    def of_tensors(self, count):
+        """Vectors [count], as a launch takes them."""
+        return [None if x is None else torch.as_tensor(x, dtype=F64).expand(count).contiguous() for x in self]
 
 
 def random_lists(shapes, dtypes, seed=0, amsgrad=False, integers=False):

@@ -206,6 +206,19 @@ def test_no_tensors_at_all(backend):
 
 
 @BACKENDS
+def test_any_iterable_is_a_list(backend):
+    lists = random_lists([(3,), (BLOCK + 1,)], "fp32", amsgrad=True)
+
+    def generators(lists):
+        return lists._replace(**{name: (x for x in tensors) for name, tensors in lists._asdict().items()})
+
+    assert same_bits(generators(lists).stats(backend), lists.stats(backend))
+    want, after = lists.map(clone).update(Hyper(), backend), lists.map(clone)
+    generators(after).update(Hyper(), backend)
+    assert after.same_bits(want)
+
+
+@BACKENDS
 def test_columns(backend):
     lists = random_lists([(3,), (0,), (BLOCK + 1,)], "fp32")
     lists.grads[0][1] = lists.exp_avgs[2][5] = 0.0

@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 
+from metaadamw_fast import ops
+
 from .cases import BLOCK, CHUNK, F32, F64, Hyper, clone, place, random_lists, same_bits
 
 BACKENDS = pytest.mark.parametrize("backend", ["cpp", "reference"])
@@ -64,6 +66,25 @@ def test_amsgrad_takes_the_maximum_as_torch_does(backend):
     want = torch.maximum(values[:, 1], 0.5 * values[:, 0])
     maxima = lists.update(Hyper(beta2=0.5), backend).maxima[0]
     torch.testing.assert_close(maxima, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("step", [1, 3], ids=["dense", "strided"])
+@BACKENDS
+def test_every_float16_is_read_and_every_rounding_to_it_is_torchs(backend, step):
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    halves = halves[halves.isfinite()]
+    up = halves.float().nextafter(torch.tensor(torch.inf))
+    between = (halves.float() + halves.nextafter(torch.tensor(torch.inf, dtype=torch.float16)).float()) / 2  # ties
+    values = torch.cat([halves.float(), up, between, torch.tensor([65519.9, 65520.0, -1e9, 1e-30, 2e-40])])
+    values = values[values.isfinite()]
+    n = len(values)
+    p, v, m = (place(torch.zeros(n, dtype=torch.float16), step=step) for _ in range(3))
+    ops.adamw_update_([p], [values], [m], [v], 0.0, 0.0, step=1, betas=(0.0, 0.0), eps=1.0, backend=backend)
+    assert torch.equal(m, values.half())  # beta1 = 0: the momentum is the gradient
+    p = place(halves, step=step)
+    zeros = [torch.zeros(len(halves)) for _ in range(3)]
+    ops.adamw_update_(zeros[:1], [p], zeros[1:2], zeros[2:], 0.0, 0.0, step=1, betas=(0.0, 0.0), eps=1.0, backend=backend)
+    assert torch.equal(zeros[1], halves.float())
 
 
 # ------------------------------------------------------------------------------------------------------------ as torch ops

@@ -1,0 +1,90 @@
+// The launch table: all that the ops have to know of their tensors, as plain numbers in one block of memory.
+//
+// It is made once and read by every launch; from step to step only the gradients' addresses change. It knows no torch types, so the
+// CPU reads it where it lies and a GPU reads a copy of its first part.
+//
+//   Header | Row[tensors] | first_chunk[tensors + 1] | Layout[layouts] | tickets[tensors]      the part that a GPU gets a copy of
+//   | shape_begin[tensors + 1] | sizes and strides of the gradients                            host only; a GPU has the partial
+//   sums there
+#pragma once
+
+#include "chunks.h"
+#include "sums.h"
+
+namespace metaadamw {
+
+enum class ElementType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+METAADAMW_INLINE int itemsize(ElementType type) {
+  return type == ElementType::kFloat64 ? 8 : type == ElementType::kFloat32 ? 4 : 2;
+}
+
+enum { kGrad, kMomentum, kParam, kSecondMoment, kMaximum, kOperands };
+
+// One position of all lists: tensors of the same shape, walked together.
+struct Row {
+  int64_t numel;
+  char* data[kOperands];        // null where the row has no such operand
+  int64_t layout;               // number of its Layout, -1 if every operand is dense
+  ElementType type[kOperands];  // of an absent gradient: the one expected
+  uint8_t dense;                // bit i: the elements of operand i lie one after another in the order in which the row is walked
+  bool is_double;               // float64 tensors are computed in float64, all others in float32
+  uint8_t vector;               // consecutive elements that one GPU thread takes: 16 bytes of the widest operand
+
+  METAADAMW_INLINE bool is_dense(int operand) const { return dense >> operand & 1; }
+  // The update leaves such a row alone. (A tensor without elements has no address either, and is not meant.)
+  METAADAMW_INLINE bool lacks_gradient() const { return data[kGrad] == nullptr && numel != 0; }
+};
+static_assert(sizeof(Row) == 64, "a row is one cache line, and copied to a GPU as it is");
+
+// How a row with strided operands is walked. Rows that are dense throughout, the usual case, have none.
+struct Layout {
+  Shape shape;
+  int64_t stride[kOperands][kMaxDims];
+};
+
+constexpr int64_t kPartialBytes = kSums * sizeof(double);  // per chunk
+
+struct Header {
+  int64_t copied_bytes;  // the part of the table that a GPU gets a copy of; these two are read by metaadamw_fast/launch.py
+  int64_t device_bytes;  // that part, and the partial sums behind it
+  int64_t tensors;
+  int64_t chunks;
+  int64_t layouts;
+  int64_t device;  // of every tensor: -1 for the CPU, else the number of the GPU
+  uint8_t given;   // bit i: the table was made with a list of operand i
+  bool written;    // it was made for updates too
+
+  METAADAMW_INLINE bool has(int operand) const { return given >> operand & 1; }
+};
+
+// The parts of a table that begins at `base`, on the host or on a GPU.
+struct Table {
+  int64_t tensors;
+  int64_t chunks;
+  Row* rows;
+  int64_t* first_chunk;  // the number of chunks before each tensor, then their total: see tensor_of_chunk
+  Layout* layouts;
+  uint32_t* tickets;  // per tensor, chunks that are done: 0 between launches
+  union {
+    double* partials;      // on a GPU, kSums per chunk
+    int64_t* shape_begin;  // on the host, where the gradient's sizes and strides begin among those that follow
+  };
+
+  Table(const Header& header, char* base)
+      : tensors(header.tensors),
+        chunks(header.chunks),
+        rows(reinterpret_cast<Row*>(base + sizeof(Header))),
+        first_chunk(reinterpret_cast<int64_t*>(rows + tensors)),
+        layouts(reinterpret_cast<Layout*>(first_chunk + tensors + 1)),
+        tickets(reinterpret_cast<uint32_t*>(layouts + header.layouts)),
+        partials(reinterpret_cast<double*>(base + header.copied_bytes)) {}
+
+  static int64_t copied_bytes(const Header& header) {
+    const int64_t bytes = sizeof(Header) + header.tensors * sizeof(Row) + (header.tensors + 1) * sizeof(int64_t) +
+                          header.layouts * sizeof(Layout) + header.tensors * sizeof(uint32_t);
+    return (bytes + 15) / 16 * 16;
+  }
+};
+
+}  // namespace metaadamw

@@ -1,0 +1,165 @@
+"""The ops on fixed lists of tensors, of which only the gradients change from call to call.
+
+An optimizer calls the same two ops on the same tensors in every step. A launch makes all checks and, in C++, writes down all
+addresses, sizes and strides once, in a table (csrc/table.h); after that a call costs little more than its arithmetic.
+
+Both classes take the same arguments:
+
+    grads: T gradients. None, or a tensor without elements where its momentum has some, is an absent one: it counts as zeros in the
+        statistics, and the update leaves its row alone.
+    exp_avgs: T first moments.
+    params, exp_avg_sqs: T tensors each; the update needs both.
+    max_exp_avg_sqs: T running maxima (amsgrad); None, or a tensor without elements, leaves its tensor plain.
+    written: whether the update will be called; then no tensors but the gradients may share memory.
+
+Elements are walked in the order of the parameters' memory, or of the first moments' without parameters. Errors are those of the ops
+of the same names in :mod:`metaadamw_fast.ops`; nothing has changed then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import OpList, check_distinct, check_lists
+
+Tensors = Iterable[Tensor]
+OptionalTensors = Iterable[Tensor | None]
+
+_SAME, _OTHER_ADDRESSES, _OTHER_TABLE = range(3)  # what launch_set_gradients returns; csrc/ops.cpp
+
+
+def _listed(tensors: Tensors | None) -> list[Tensor] | None:
+    return None if tensors is None else list(tensors)
+
+
+def _filled(tensors: OptionalTensors, absent: Tensor) -> list[Tensor]:
+    return [absent if x is None else x for x in tensors]
+
+
+class CppLaunch:
+    """The C++ ops on the CPU or a CUDA device; see the head of this file."""
+
+    def __init__(
+        self,
+        grads: OptionalTensors,
+        exp_avgs: Tensors,
+        params: Tensors | None = None,
+        exp_avg_sqs: Tensors | None = None,
+        max_exp_avg_sqs: OptionalTensors | None = None,
+        *,
+        written: bool,
+    ) -> None:
+        exp_avgs = list(exp_avgs)
+        self._absent = exp_avgs[0].new_empty(0) if exp_avgs else torch.empty(0)
+        maxima = None if max_exp_avg_sqs is None else _filled(max_exp_avg_sqs, self._absent)
+        self._lists = (exp_avgs, _listed(params), _listed(exp_avg_sqs), maxima)
+        self._written = written
+        self._make_table(_filled(grads, self._absent))
+
+    def _make_table(self, grads: list[Tensor]) -> None:
+        self._table: Tensor = torch.ops.metaadamw_fast.launch_table.default(grads, *self._lists, self._written)
+        self._grads = grads  # the table holds addresses: whom they belong to must live
+
+    def set_gradients(self, grads: OptionalTensors) -> None:
+        """Takes T other gradients. Cheap if their dtypes and layouts are as before, which addresses may they have.
+
+        Raises:
+            RuntimeError: as the constructor; the launch then keeps the gradients that it had.
+        """
+        grads = _filled(grads, self._absent)
+        outcome = torch.ops.metaadamw_fast.launch_set_gradients.default(self._table, grads)
+        if outcome == _OTHER_TABLE:
+            self._make_table(grads)
+        self._grads = grads
+
+    def tensor_stats(self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype) -> Tensor:
+        """Sums [T, S], as :func:`metaadamw_fast.ops.tensor_stats`; columns that are not asked for are not read."""
+        op = torch.ops.metaadamw_fast.launch_tensor_stats.default
+        statistics: Tensor = op(self._table, None, params, exp_avg_sqs, count_nonzero, dtype)
+        return statistics
+
+    def adamw_update_(
+        self,
+        step_size: Tensor,
+        decay_factor: Tensor,
+        step: Tensor,
+        beta1: Tensor,
+        beta2: Tensor,
+        eps: Tensor,
+        grad_scale: Tensor | None = None,
+        new_sums: Tensor | None = None,
+    ) -> None:
+        """Updates in place; float64 [T] each, absent rows counted. See :func:`metaadamw_fast.ops.adamw_update_`.
+
+        ``new_sums``, float64 [T, 2], gets Σp² and Σv² of what the update leaves, in the bits that ``tensor_stats(True, True, ...)``
+        would find now; rows without a gradient keep what it holds.
+        """
+        hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
+        torch.ops.metaadamw_fast.launch_adamw_update_.default(self._table, None, *hyperparameters, new_sums)
+
+
+class ReferenceLaunch:
+    """Plain eager PyTorch; see the head of this file."""
+
+    def __init__(
+        self,
+        grads: OptionalTensors,
+        exp_avgs: Tensors,
+        params: Tensors | None = None,
+        exp_avg_sqs: Tensors | None = None,
+        max_exp_avg_sqs: OptionalTensors | None = None,
+        *,
+        written: bool,
+    ) -> None:
+        self._exp_avgs, self._params, self._exp_avg_sqs = list(exp_avgs), _listed(params), _listed(exp_avg_sqs)
+        self._absent = self._exp_avgs[0].new_empty(0) if self._exp_avgs else torch.empty(0)
+        self._maxima = None if max_exp_avg_sqs is None else _filled(max_exp_avg_sqs, self._absent)
+        self._written = written
+        if written and (self._params is None or self._exp_avg_sqs is None):
+            raise RuntimeError("the update needs params and exp_avg_sqs")
+        self.set_gradients(grads)
+
+    def set_gradients(self, grads: OptionalTensors) -> None:
+        """Takes T other gradients.
+
+        Raises:
+            RuntimeError: as the constructor; the launch then keeps the gradients that it had.
+        """
+        grads = _filled(grads, self._absent)
+        leaders = [OpList("params", self._params, self._written), OpList("exp_avgs", self._exp_avgs, self._written)]
+        others = (
+            OpList("exp_avg_sqs", self._exp_avg_sqs, self._written),
+            OpList("max_exp_avg_sqs", self._maxima, self._written, optional=True),
+        )
+        lists = (*leaders[self._params is None :], OpList("grads", grads, optional=True), *others)
+        check_lists(*lists)
+        check_distinct(*lists)
+        self._grads = grads
+
+    def tensor_stats(self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype) -> Tensor:
+        """As :meth:`CppLaunch.tensor_stats`."""
+        if (params and self._params is None) or (exp_avg_sqs and self._exp_avg_sqs is None):
+            raise RuntimeError("the launch was made without the lists of these columns")
+        chosen = (self._params if params else None, self._exp_avg_sqs if exp_avg_sqs else None)
+        return reference.tensor_stats(self._grads, self._exp_avgs, *chosen, count_nonzero, dtype)
+
+    def adamw_update_(
+        self,
+        step_size: Tensor,
+        decay_factor: Tensor,
+        step: Tensor,
+        beta1: Tensor,
+        beta2: Tensor,
+        eps: Tensor,
+        grad_scale: Tensor | None = None,
+        new_sums: Tensor | None = None,
+    ) -> None:
+        """As :meth:`CppLaunch.adamw_update_`."""
+        if not self._written or self._params is None or self._exp_avg_sqs is None:
+            raise RuntimeError("the launch was not made for updates: written=False")
+        lists = (self._params, self._grads, self._exp_avgs, self._exp_avg_sqs, self._maxima)
+        reference.adamw_update_(*lists, step_size, decay_factor, step, beta1, beta2, eps, grad_scale, new_sums)
