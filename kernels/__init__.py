@@ -1,5 +1,1 @@
-"""Triton kernels, installed as metaadamw_fast.kernels. Importing this imports Triton; nothing here imports the rest of the library."""
-
-from .launch import TritonBackend, TritonLaunch
-
-__all__ = ["TritonBackend", "TritonLaunch"]
+"""Triton kernels, installed as metaadamw_fast.kernels: `launch` has the ops. Nothing here imports the rest of the library."""

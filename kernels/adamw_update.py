@@ -209,7 +209,7 @@ def adamw_update_(
         RuntimeError: a hyper-parameter or new_sums of another dtype, shape, layout or device; a launch that is not to be written.
     """
     if not launch.written:
-        raise RuntimeError("the launch was built with written=False: its tensors cannot be updated")
+        raise RuntimeError("the launch was not made for updates: written=False")
     hyper = {
         "step_size": step_size, "decay_factor": decay_factor, "step": step, "beta1": beta1, "beta2": beta2, "eps": eps,
         "grad_scale": grad_scale,

@@ -46,6 +46,16 @@ def arithmetic_type(kind):
 
 
 @triton.constexpr_function
+def vector_bytes(kind, operand):
+    """What a thread accesses at once: 16 bytes of the widest operand, as many elements of the others.
+
+    With 16 bytes of bfloat16 a thread would hold more of its elements than of float32, and they would change hands in every block.
+    """
+    sizes = (0, 4, 2, 2, 8)
+    return 16 * sizes[kind >> (4 * operand) & 15] // max(sizes[kind >> (4 * each) & 15] for each in range(5))
+
+
+@triton.constexpr_function
 def is_strided(kind):
     """Whether the elements of these rows are found through their layout."""
     return kind >> 20 != 0
@@ -115,10 +125,10 @@ def operand_offsets(layout, begin, offsets, strided: tl.constexpr):
 
 
 @triton.jit
-def _pointers(address, begin, offsets, storage: tl.constexpr, aligned: tl.constexpr):
-    first = address.to(tl.pointer_type(storage)) + begin
-    if aligned:  # an address from memory tells the compiler nothing; the hint makes it access 16 bytes at once
-        first = tl.multiple_of(first, 16)
+def _pointers(address, begin, offsets, operand: tl.constexpr, kind: tl.constexpr, aligned: tl.constexpr):
+    first = address.to(tl.pointer_type(storage_type(kind, operand))) + begin
+    if aligned:  # an address from memory tells the compiler nothing; with the hint it makes one access of several elements
+        first = tl.multiple_of(first, vector_bytes(kind, operand))
     return first + offsets
 
 
@@ -130,9 +140,9 @@ def load(address, begin, offsets, mask, operand: tl.constexpr, kind: tl.constexp
     if storage is None:
         x = tl.zeros([BLOCK], arithmetic)
     elif mask is None:
-        x = tl.load(_pointers(address, begin, offsets, storage, aligned)).to(arithmetic)
+        x = tl.load(_pointers(address, begin, offsets, operand, kind, aligned)).to(arithmetic)
     else:
-        x = tl.load(_pointers(address, begin, offsets, storage, aligned), mask=mask, other=0.0).to(arithmetic)
+        x = tl.load(_pointers(address, begin, offsets, operand, kind, aligned), mask=mask, other=0.0).to(arithmetic)
     return x
 
 
@@ -157,7 +167,7 @@ def store(address, begin, offsets, mask, x, operand: tl.constexpr, kind: tl.cons
         if storage == tl.bfloat16 and INTERPRETED:
             stored = _round_to_bfloat16(stored)
     stored = stored.to(storage)
-    tl.store(_pointers(address, begin, offsets, storage, aligned), stored, mask=mask)
+    tl.store(_pointers(address, begin, offsets, operand, kind, aligned), stored, mask=mask)
     return stored.to(x.dtype)
 
 

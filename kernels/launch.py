@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from .elements import INTERPRETED
 from .table import LaunchTable
 from .tensor_stats import tensor_stats
 
-Tensors = Sequence[Tensor]
+Tensors = Iterable[Tensor]
 
 
 class TritonLaunch(LaunchTable):

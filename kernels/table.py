@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from .checks import OpList, check_distinct, check_lists
 from .elements import CHUNK, DTYPE_CODES, FIELDS, STRIDED_KIND
 
-Tensors = Sequence[Tensor]
-MaybeTensors = Sequence[Tensor | None]
-NAMES = ("grads", "exp_avgs", "params", "exp_avg_sqs", "max_exp_avg_sqs")  # in the order of the operands
-OPERANDS = len(NAMES)
+Tensors = Iterable[Tensor]
+MaybeTensors = Iterable[Tensor | None]
+OPERANDS = 5  # gradient, first moment, parameter, second moment, maximum: in this order everywhere
 
 
 class LaunchTable:
@@ -49,36 +49,45 @@ class LaunchTable:
         written: bool,
     ) -> None:
         self.written = written
-        self.exp_avgs, self.params, self.exp_avg_sqs, self.max_exp_avg_sqs = exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs
-        self.tensors = len(exp_avgs)
-        self.device = exp_avgs[0].device if self.tensors else torch.device("cpu")
+        self.exp_avgs = list(exp_avgs)
+        self.params = None if params is None else list(params)
+        self.exp_avg_sqs = None if exp_avg_sqs is None else list(exp_avg_sqs)
+        self.max_exp_avg_sqs = None if max_exp_avg_sqs is None else list(max_exp_avg_sqs)
+        if written and (self.params is None or self.exp_avg_sqs is None):
+            raise RuntimeError("the update needs params and exp_avg_sqs")
+        self.tensors = len(self.exp_avgs)
+        self.device = self.exp_avgs[0].device if self.exp_avgs else torch.device("cpu")
         self._on_gpu = self.device.type != "cpu"
         self._captured: list[Tensor] = []  # what CUDA graphs copy from at every replay
         # Memory to capture an upload from, allocated now: during a capture it may not be.
         self._spare = torch.empty(self.tensors, dtype=torch.int64, pin_memory=True) if self._on_gpu else None
-        self._fill(grads)
+        self._fill(list(grads))
 
     # ------------------------------------------------------------------------------------------------------------ construction
 
-    def _fill(self, grads: MaybeTensors) -> None:
+    def _fill(self, grads: list[Tensor | None]) -> None:
         """Checks everything, then describes it."""
+        empty = torch.empty(0, device=self.device)
+        present = [[empty if x is None else x for x in tensors or ()] for tensors in (grads, self.max_exp_avg_sqs)]
+        leaders = [OpList("params", self.params, self.written), OpList("exp_avgs", self.exp_avgs, self.written)]
+        check = (
+            *leaders[self.params is None :],
+            OpList("grads", present[0], optional=True),
+            OpList("exp_avg_sqs", self.exp_avg_sqs, self.written),
+            OpList("max_exp_avg_sqs", None if self.max_exp_avg_sqs is None else present[1], self.written, optional=True),
+        )
+        check_lists(*check)
+        check_distinct(*check)
         lists = (grads, self.exp_avgs, self.params, self.exp_avg_sqs, self.max_exp_avg_sqs)
-        leaders = self.exp_avgs if self.params is None else self.params
-        for name, tensors in zip(NAMES, lists, strict=True):
-            if tensors is not None and len(tensors) != len(leaders):
-                leading = NAMES[1 if self.params is None else 2]
-                raise RuntimeError(f"{name} has {len(tensors)} tensors, {leading} has {len(leaders)}")
-        rows = []
-        for t, leader in enumerate(leaders):
-            # The leader first: the others are compared with it.
-            self._check(NAMES[1 if self.params is None else 2], t, leader, leader)
-            row = [None if tensors is None else tensors[t] for tensors in lists]
-            rows.append([self._check(name, t, x, leader) for name, x in zip(NAMES, row, strict=True)])
+        rows = [[None if tensors is None else tensors[t] for tensors in lists] for t in range(self.tensors)]
+        # Without elements: either absent, or all of the row is empty and no address matters.
+        rows = [[None if x is None or not x.numel() else x for x in row] for row in rows]
+        leading = self.exp_avgs if self.params is None else self.params
 
         addresses = [[0 if x is None else x.data_ptr() for x in row] for row in rows]
         layouts: list[int] = [1, 2**62] + [1] * OPERANDS  # the one of all rows that are walked flat: offset = index
         numels, kinds, layout_of, chunk_rows, first_chunks = [], [], [], [], []
-        for t, (row, leader) in enumerate(zip(rows, leaders, strict=True)):
+        for t, (row, leader) in enumerate(zip(rows, leading, strict=True)):
             dimensions = _layout(row, leader)
             kind = sum(DTYPE_CODES[x.dtype] << (4 * i) for i, x in enumerate(row) if x is not None)
             kinds.append(kind if dimensions is None else kind | STRIDED_KIND)
@@ -94,7 +103,7 @@ class LaunchTable:
         fields += [numels, first_chunks, [self.kinds.index(x) for x in kinds], [start_of_layouts + x for x in layout_of]]
         values = [x for field in fields for x in field] + chunk_rows + layouts
 
-        self.grads = list(grads)
+        self.grads = grads
         self.chunks = len(chunk_rows)
         # As they stand in the table; the layout of an absent gradient is that of the last one that was there.
         self._addresses = [row[0] for row in addresses]
@@ -103,25 +112,6 @@ class LaunchTable:
         self.partials = torch.empty(7 * self.chunks, dtype=torch.float64, device=self.device)
         self.tickets = torch.zeros(self.tensors, dtype=torch.int32, device=self.device)
         self._upload(self.table, values)
-
-    def _check(self, name: str, t: int, x: Tensor | None, leader: Tensor) -> Tensor | None:
-        """The tensor, or None where the row has no such operand."""
-        if x is None:
-            return None
-        if x.layout is not torch.strided:
-            raise RuntimeError(f"{name}[{t}] is sparse: only dense tensors are supported")
-        if x.device != self.device:
-            raise RuntimeError(f"{name}[{t}] is on {x.device}, another device than exp_avgs[0] on {self.device}")
-        if x.dtype not in DTYPE_CODES:
-            raise RuntimeError(f"{name}[{t}] has dtype {x.dtype}: only float32, float64, bfloat16, float16 are supported")
-        if name in ("grads", "max_exp_avg_sqs") and not x.numel():
-            return None
-        if x.shape != leader.shape:
-            raise RuntimeError(f"{name}[{t}] differs in shape from the others: {tuple(x.shape)}, {tuple(leader.shape)}")
-        if self.written and name != "grads" and x.numel():
-            if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-                raise RuntimeError(f"{name}[{t}] is expanded: several of its elements share one place in memory")
-        return x
 
     def check_vector(self, name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
         """Float64, contiguous, of this shape and on the tensors' device; or None."""
@@ -138,13 +128,15 @@ class LaunchTable:
         Raises:
             RuntimeError: as the constructor; nothing has changed then.
         """
+        grads = list(grads)
         if len(grads) != self.tensors:
-            raise RuntimeError(f"grads has {len(grads)} tensors, exp_avgs has {self.tensors}")
+            return self._fill(grads)  # which says what is wrong
         addresses = []
         for g, known, old in zip(grads, self._layouts, self._addresses, strict=True):
             if g is None:
                 addresses.append(0)
                 continue
+            # An absent one without elements comes here, too, in the end: its shape is not the known one.
             if known is None or g.dtype != known[0] or g.shape != known[1] or g.layout is not torch.strided or g.stride() != known[2]:
                 return self._fill(grads)
             address = g.data_ptr()
@@ -154,7 +146,7 @@ class LaunchTable:
         if addresses != self._addresses or self._captured or self._capturing():
             self._upload(self.table[: self.tensors], addresses)
             self._addresses = addresses
-        self.grads = list(grads)
+        self.grads = grads
 
     def _upload(self, destination: Tensor, values: list[int]) -> None:
         source = torch.tensor(values, dtype=torch.int64)

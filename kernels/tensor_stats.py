@@ -141,9 +141,8 @@ def tensor_stats(launch: LaunchTable, params: bool, exp_avg_sqs: bool, count_non
     """
     if dtype not in (torch.float32, torch.float64):
         raise RuntimeError(f"the statistics are float32 or float64, not {dtype}")
-    for wanted, name in ((params, "params"), (exp_avg_sqs, "exp_avg_sqs")):
-        if wanted and getattr(launch, name) is None:
-            raise RuntimeError(f"the launch was built without {name}: their sums cannot be computed")
+    if (params and launch.params is None) or (exp_avg_sqs and launch.exp_avg_sqs is None):
+        raise RuntimeError("the launch was made without the lists of these columns")
     out = torch.empty(launch.tensors, 3 + params + exp_avg_sqs + 2 * count_nonzero, dtype=dtype, device=launch.device)
     if launch.tensors:
         with launch.device_guard():
