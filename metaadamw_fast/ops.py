@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,20 @@ class ReferenceBackend:
     launch = ReferenceLaunch
 
 
+def _triton_backend() -> Any:
+    """The Triton ops. Imported when they are asked for: importing Triton takes a good part of a second."""
+    return importlib.import_module("metaadamw_fast.kernels.launch").TritonBackend
+
+
 def _unavailable(name: str, device: torch.device) -> str | None:
     """Why backend ``name`` cannot run on ``device``; None if it can."""
     if name == "reference":
         return None
     if name == "triton":
-        return "the Triton kernels are not part of this version"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed; pip install triton"
+        reason: str | None = _triton_backend().unavailable(device)
+        return reason
     if _NO_EXTENSION is not None:
         return _NO_EXTENSION
     return None if device.type == "cpu" else f"the extension was built for the CPU only, the tensors are on {device.type}"
@@ -99,7 +108,7 @@ def resolve_backend(name: str, device: torch.device) -> Any:
     for candidate in candidates:
         reason = _unavailable(candidate, device)
         if reason is None:
-            return CppBackend if candidate == "cpp" else ReferenceBackend
+            return {"cpp": CppBackend, "reference": ReferenceBackend}.get(candidate) or _triton_backend()
         if name != "auto":
             raise RuntimeError(f"backend={name!r} cannot run here: {reason}")
     raise AssertionError("reference runs everywhere")
@@ -139,7 +148,7 @@ def tensor_stats(
         count_nonzero: append the two counts.
         dtype: of the result, float32 or float64. The sums are accumulated in float64 over blocks of at most 1024 elements; products
             and sums inside a block are in the arithmetic type.
-        backend: ``auto``, ``cpp`` or ``reference``.
+        backend: ``auto``, ``cpp``, ``triton`` or ``reference``.
 
     Returns:
         [T, S], columns Σg², Σg·m, Σm² (then Σp², Σv² where given, then the non-zeros of g and of m if counted). 0 for an empty
@@ -164,7 +173,7 @@ def tensor_dots(xs: Tensors, ys: Tensors, *, dtype: torch.dtype = torch.float32,
     Args:
         xs, ys: T tensors each, shapes equal pair by pair.
         dtype: of the result, float32 or float64.
-        backend: ``auto``, ``cpp`` or ``reference``.
+        backend: ``auto``, ``cpp``, ``triton`` or ``reference``.
 
     Returns:
         [T]. It is a column of :func:`tensor_stats`: both read every element once, so the squares cost nothing.
@@ -201,7 +210,7 @@ def adamw_update_(
         betas, eps: [T] or a number each.
         max_exp_avg_sqs: T running maxima of v, written (amsgrad); an entry without elements leaves its tensor plain.
         grad_scale: [T] or a number: unscaling, clipping, or -1 to maximize.
-        backend: ``auto``, ``cpp`` or ``reference``.
+        backend: ``auto``, ``cpp``, ``triton`` or ``reference``.
 
     Raises:
         RuntimeError: as :func:`tensor_stats`; a written tensor whose elements share memory. Nothing has changed then.

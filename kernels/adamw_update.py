@@ -1,0 +1,225 @@
+"""The modulated AdamW update of all tensors in one launch: the arithmetic of csrc/adamw.h, operation by operation."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .elements import (
+    BLOCK,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    FIELDS,
+    GRAD,
+    KIND,
+    LAYOUT,
+    MAXIMUM,
+    NUMEL,
+    PARAM,
+    WARPS,
+    arithmetic_type,
+    chunk_bounds,
+    element,
+    finish_sums,
+    is_strided,
+    length,
+    load,
+    operand_offsets,
+    storage_type,
+    store,
+    store_sum,
+)
+from .table import LaunchTable
+
+
+@triton.jit
+def integer_power(base, exponent):
+    """base^exponent by repeated squaring in float64: the same bits as on every other machine, which no library's pow promises."""
+    result = tl.full([], 1.0, tl.float64)
+    bits = exponent.to(tl.int64)
+    while bits > 0:  # not `!= 0`: a step that is NaN or negative must not run forever
+        if bits & 1 != 0:
+            result *= base
+        base *= base
+        bits >>= 1
+    return result
+
+
+@triton.jit
+def _square_root(x):
+    if x.dtype == tl.float64:  # always correctly rounded; sqrt_rn and div_rn exist for float32 only
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def _quotient(x, y):
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def _update_block(
+    pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, offsets, mask, layout,
+    grad_scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor, inverse_sqrt_bias_correction2, eps,
+    sums: tl.constexpr, kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
+):  # fmt: skip
+    """Updates one block, and adds the squares of what it stores to the lanes of the sums."""
+    g_offsets, m_offsets, p_offsets, v_offsets, max_offsets = operand_offsets(layout, begin, offsets, strided)
+    g = load(grad, begin, g_offsets, mask, GRAD, kind, aligned) * grad_scale
+    m = load(exp_avg, begin, m_offsets, mask, EXP_AVG, kind, aligned)
+    v = load(exp_avg_sq, begin, v_offsets, mask, EXP_AVG_SQ, kind, aligned)
+    p = load(param, begin, p_offsets, mask, PARAM, kind, aligned)
+
+    start = tl.where(lerp_from_grad, g, m)
+    end = tl.where(lerp_from_grad, m, g)
+    m = start + momentum_weight * (end - start)
+    v = beta2 * v + beta2_complement * g * g
+    largest = v
+    amsgrad: tl.constexpr = storage_type(kind, MAXIMUM) is not None
+    if amsgrad:
+        old = load(maximum, begin, max_offsets, mask, MAXIMUM, kind, aligned)
+        largest = tl.where((old >= v) | (old != old), old, v)  # NaN if either is, as torch.maximum
+    denominator = _square_root(largest) * inverse_sqrt_bias_correction2 + eps
+    p = decay_factor * p - _quotient(step_size * m, denominator)
+
+    if amsgrad:
+        store(maximum, begin, max_offsets, mask, largest, MAXIMUM, kind, aligned)
+    store(exp_avg, begin, m_offsets, mask, m, EXP_AVG, kind, aligned)
+    v = store(exp_avg_sq, begin, v_offsets, mask, v, EXP_AVG_SQ, kind, aligned)
+    p = store(param, begin, p_offsets, mask, p, PARAM, kind, aligned)
+    if sums:
+        if mask is not None:
+            v = tl.where(mask, v, 0.0)
+            p = tl.where(mask, p, 0.0)
+        pp += p * p
+        vv += v * v
+    return pp, vv
+
+
+@triton.jit
+def _update_chunk(
+    table, tensors, chunk, chunks, row, partials, tickets, new_sums,
+    step_size, decay_factor, step, beta1, beta2, eps, grad_scale, kind: tl.constexpr,
+):  # fmt: skip
+    arithmetic: tl.constexpr = arithmetic_type(kind)
+    begin, count, first_chunk, chunks_of_row = chunk_bounds(table, tensors, chunk, row)
+    grad = tl.load(table + GRAD * tensors + row)
+    exp_avg = tl.load(table + EXP_AVG * tensors + row)
+    param = tl.load(table + PARAM * tensors + row)
+    exp_avg_sq = tl.load(table + EXP_AVG_SQ * tensors + row)
+    maximum = tl.load(table + MAXIMUM * tensors + row)
+    lane = tl.arange(0, BLOCK)
+    pp = tl.zeros([BLOCK], arithmetic)
+    vv = pp
+
+    # Folded in float64 and rounded once, as `fold` in csrc/adamw.h.
+    beta1 = tl.load(beta1 + row)
+    beta2 = tl.load(beta2 + row)
+    step = tl.load(step + row)
+    bias_correction1 = 1.0 - integer_power(beta1, step)
+    bias_correction2 = 1.0 - integer_power(beta2, step)
+    lerp_from_grad = beta1 < 0.5
+    momentum_weight = tl.where(lerp_from_grad, beta1, 1.0 - beta1).to(arithmetic)
+    beta2_complement = (1.0 - beta2).to(arithmetic)
+    beta2 = beta2.to(arithmetic)
+    step_size = (tl.load(step_size + row) / bias_correction1).to(arithmetic)
+    decay_factor = tl.load(decay_factor + row).to(arithmetic)
+    inverse_sqrt_bias_correction2 = (1.0 / tl.sqrt(bias_correction2)).to(arithmetic)
+    eps = tl.load(eps + row).to(arithmetic)
+    if grad_scale is None:
+        scale = tl.full([], 1.0, arithmetic)
+    else:
+        scale = tl.load(grad_scale + row).to(arithmetic)
+
+    sums: tl.constexpr = new_sums is not None
+    layout = table + tl.load(table + LAYOUT * tensors + row)
+    strided: tl.constexpr = is_strided(kind)
+    done = 0
+    if ((grad | exp_avg | param | exp_avg_sq | maximum) % 16 == 0) & (not strided):
+        done = count // BLOCK * BLOCK
+        for i in range(0, done, BLOCK):
+            pp, vv = _update_block(
+                pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, None, layout,
+                scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor, inverse_sqrt_bias_correction2,
+                eps, sums, kind, False, True,
+            )  # fmt: skip
+    for i in range(done, count, BLOCK):
+        mask = i + lane < count
+        pp, vv = _update_block(
+            pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, mask, layout,
+            scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor, inverse_sqrt_bias_correction2,
+            eps, sums, kind, strided, False,
+        )  # fmt: skip
+
+    if sums:
+        store_sum(pp, 0, 2, row, chunk, chunks, chunks_of_row, partials, new_sums)
+        store_sum(vv, 1, 2, row, chunk, chunks, chunks_of_row, partials, new_sums)
+        finish_sums(2, row, chunks, first_chunk, chunks_of_row, partials, tickets, new_sums)
+
+
+@triton.jit(
+    do_not_specialize=["tensors", "chunks"],
+    do_not_specialize_on_alignment=["new_sums", "step_size", "decay_factor", "step", "beta1", "beta2", "eps", "grad_scale"],
+)
+def adamw_update_kernel(
+    table, tensors, chunks, partials, tickets, new_sums, step_size, decay_factor, step, beta1, beta2, eps, grad_scale,
+    kinds: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk; see `LaunchTable` for the table and the kinds."""
+    # Backward through what the statistics went through forward: the first programs find the end of it in the cache.
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = tl.load(table + FIELDS * tensors + chunk)
+    kind_of_row = tl.load(table + KIND * tensors + row)
+    has_gradient = (tl.load(table + GRAD * tensors + row) != 0) | (tl.load(table + NUMEL * tensors + row) == 0)
+    for i in tl.static_range(length(kinds)):
+        if has_gradient & (kind_of_row == i):
+            _update_chunk(
+                table, tensors, chunk, chunks, row, partials, tickets, new_sums,
+                step_size, decay_factor, step, beta1, beta2, eps, grad_scale, element(kinds, i),
+            )  # fmt: skip
+
+
+def adamw_update_(
+    launch: LaunchTable,
+    step_size: Tensor,
+    decay_factor: Tensor,
+    step: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    grad_scale: Tensor | None = None,
+    new_sums: Tensor | None = None,
+) -> None:
+    """AdamW with per-tensor hyper-parameters, in place; rows without a gradient stay as they are.
+
+    Args:
+        launch: the T tensors, built with ``written=True``.
+        step_size, decay_factor, step, beta1, beta2, eps: contiguous float64 [T] on the tensors' device.
+        grad_scale: likewise, or None for 1.
+        new_sums: contiguous float64 [T, 2] or None; receives Σp², Σv² as stored, in the bits of a later full pass of `tensor_stats`.
+            Rows without a gradient keep what it holds.
+
+    Raises:
+        RuntimeError: a hyper-parameter or new_sums of another dtype, shape, layout or device; a launch that is not to be written.
+    """
+    if not launch.written:
+        raise RuntimeError("the launch was not made for updates: written=False")
+    hyper = {
+        "step_size": step_size, "decay_factor": decay_factor, "step": step, "beta1": beta1, "beta2": beta2, "eps": eps,
+        "grad_scale": grad_scale,
+    }  # fmt: skip
+    for name, x in hyper.items():
+        launch.check_vector(name, x, (launch.tensors,))
+    launch.check_vector("new_sums", new_sums, (launch.tensors, 2))
+    if launch.tensors:
+        with launch.device_guard():
+            adamw_update_kernel[(launch.chunks,)](
+                launch.table, launch.tensors, launch.chunks, launch.partials, launch.tickets, new_sums, *hyper.values(),
+                launch.kinds, num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip

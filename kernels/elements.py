@@ -1,0 +1,215 @@
+"""What both kernels share: where the elements of a chunk lie, how they are read and written, and how sums are finished.
+
+Every program takes one chunk of one tensor and walks it in blocks of BLOCK lanes. Names and order of the arithmetic are those of
+csrc/adamw.h and csrc/sums.h; the kernels are compiled without contraction of a*b+c (``enable_fp_fusion=False``).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+LEVELS = tl.constexpr(10)
+BLOCK = tl.constexpr(2**10)  # lanes: 8 for each of 128 threads, so that float32 moves in two accesses of 16 bytes
+# Elements: 16 of them share the lane of an accumulator, and reading the table and folding the hyper-parameters, about 2 us of
+# latency, is paid once for 64 KiB of each operand. 11.7 million elements still make 700 programs.
+CHUNK = tl.constexpr(16 * 2**10)
+WARPS = 4
+
+# The table: int64. First these fields, T entries each; then the row of each chunk; then the layouts.
+ADDRESSES = tl.constexpr(0)  # five fields, in the order of the operands; 0: the row has no such operand
+GRAD, EXP_AVG, PARAM, EXP_AVG_SQ, MAXIMUM = (tl.constexpr(i) for i in range(5))
+NUMEL = tl.constexpr(5)
+FIRST_CHUNK = tl.constexpr(6)  # the number of chunks before the row; an empty row has one, too, which writes its sums
+KIND = tl.constexpr(7)  # which of the kinds of rows it is, see `LaunchTable.kinds`
+LAYOUT = tl.constexpr(8)  # where in the table the row's layout lies: dims, then for each, innermost first, size and five strides
+FIELDS = tl.constexpr(9)
+
+# A kind says what rows have in common that the kernels are compiled for: four bits for the dtype of each operand (0: none of the
+# rows has it), then one for rows that are not walked flat. A kernel has one branch for each kind that occurs, around everything.
+DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
+STRIDED_KIND = 1 << 20
+
+
+@triton.constexpr_function
+def storage_type(kind, operand):
+    """The dtype of an operand, or None."""
+    return (None, tl.float32, tl.bfloat16, tl.float16, tl.float64)[kind >> (4 * operand) & 15]
+
+
+@triton.constexpr_function
+def arithmetic_type(kind):
+    """float64 if any operand is, else float32."""
+    return tl.float64 if any(kind >> (4 * operand) & 15 == 4 for operand in range(5)) else tl.float32
+
+
+@triton.constexpr_function
+def vector_bytes(kind, operand):
+    """What a thread accesses at once: 16 bytes of the widest operand, as many elements of the others.
+
+    With 16 bytes of bfloat16 a thread would hold more of its elements than of float32, and they would change hands in every block.
+    """
+    sizes = (0, 4, 2, 2, 8)
+    return 16 * sizes[kind >> (4 * operand) & 15] // max(sizes[kind >> (4 * each) & 15] for each in range(5))
+
+
+@triton.constexpr_function
+def is_strided(kind):
+    """Whether the elements of these rows are found through their layout."""
+    return kind >> 20 != 0
+
+
+@triton.constexpr_function
+def element(items, index):
+    """items[index] of a compile-time tuple."""
+    return items[index]
+
+
+@triton.constexpr_function
+def length(items):
+    """Of a compile-time tuple."""
+    return len(items)
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+# Decided by TRITON_INTERPRET when Triton was imported.
+INTERPRETED = tl.constexpr(isinstance(_nothing, InterpretedFunction))
+
+
+# ----------------------------------------------------------------------------------------------------------------- reading
+
+
+@triton.jit
+def chunk_bounds(table, tensors, chunk, row):
+    """First element of the chunk and number of elements in it; first chunk of the row and number of its chunks."""
+    numel = tl.load(table + NUMEL * tensors + row)
+    first_chunk = tl.load(table + FIRST_CHUNK * tensors + row)
+    begin = (chunk - first_chunk) * CHUNK
+    count = tl.minimum(numel - begin, CHUNK).to(tl.int32)
+    chunks_of_row = tl.maximum((numel + CHUNK - 1) // CHUNK, 1).to(tl.int32)
+    return begin, count, first_chunk.to(tl.int32), chunks_of_row
+
+
+@triton.jit
+def operand_offsets(layout, begin, offsets, strided: tl.constexpr):
+    """Where the elements begin + offsets of the row lie in each of the five operands, in elements after its element ``begin``.
+
+    For rows that are walked flat that is ``offsets`` itself; others go through ``layout`` in 64 bits, dimension by dimension.
+    """
+    if not strided:
+        return offsets, offsets, offsets, offsets, offsets
+    else:
+        index = begin + offsets
+        grad = offsets * 0 - begin
+        exp_avg = grad
+        param = grad
+        exp_avg_sq = grad
+        maximum = grad
+        for _ in range(tl.load(layout)):
+            size = tl.load(layout + 1)
+            coordinate = index % size
+            grad += coordinate * tl.load(layout + 2)
+            exp_avg += coordinate * tl.load(layout + 3)
+            param += coordinate * tl.load(layout + 4)
+            exp_avg_sq += coordinate * tl.load(layout + 5)
+            maximum += coordinate * tl.load(layout + 6)
+            index = index // size
+            layout += 6
+        return grad, exp_avg, param, exp_avg_sq, maximum
+
+
+@triton.jit
+def _pointers(address, begin, offsets, operand: tl.constexpr, kind: tl.constexpr, aligned: tl.constexpr):
+    first = address.to(tl.pointer_type(storage_type(kind, operand))) + begin
+    if aligned:  # an address from memory tells the compiler nothing; with the hint it makes one access of several elements
+        first = tl.multiple_of(first, vector_bytes(kind, operand))
+    return first + offsets
+
+
+@triton.jit
+def load(address, begin, offsets, mask, operand: tl.constexpr, kind: tl.constexpr, aligned: tl.constexpr):
+    """Elements begin + offsets of an operand in the type of the arithmetic; 0 where the mask is off or the kind lacks it."""
+    storage: tl.constexpr = storage_type(kind, operand)
+    arithmetic: tl.constexpr = arithmetic_type(kind)
+    if storage is None:
+        x = tl.zeros([BLOCK], arithmetic)
+    elif mask is None:
+        x = tl.load(_pointers(address, begin, offsets, operand, kind, aligned)).to(arithmetic)
+    else:
+        x = tl.load(_pointers(address, begin, offsets, operand, kind, aligned), mask=mask, other=0.0).to(arithmetic)
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------------------- writing
+
+
+@triton.jit
+def _round_to_bfloat16(x):
+    """float32 to the nearest bfloat16, ties to even, kept in float32. Only the interpreter needs it: its own cast truncates."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), float("nan"))
+
+
+@triton.jit
+def store(address, begin, offsets, mask, x, operand: tl.constexpr, kind: tl.constexpr, aligned: tl.constexpr):
+    """Writes elements begin + offsets of an operand; returns them as a later load will see them."""
+    storage: tl.constexpr = storage_type(kind, operand)
+    stored = x
+    if storage == tl.bfloat16 or storage == tl.float16:  # float64 goes through float32, as in torch
+        stored = stored.to(tl.float32)
+        if storage == tl.bfloat16 and INTERPRETED:
+            stored = _round_to_bfloat16(stored)
+    stored = stored.to(storage)
+    tl.store(_pointers(address, begin, offsets, operand, kind, aligned), stored, mask=mask)
+    return stored.to(x.dtype)
+
+
+# -------------------------------------------------------------------------------------------------------------------- sums
+
+
+@triton.jit
+def pairwise_sum(lanes):
+    """The sum of BLOCK lanes in float64.
+
+    Each level adds neighbours, two at a time. A plain ``tl.sum`` adds in an order that depends on how the compiler laid the lanes
+    over threads, which may differ between two kernels; with two terms there is only one order.
+    """
+    x = lanes.to(tl.float64)
+    for level in tl.static_range(LEVELS):
+        x = tl.sum(tl.reshape(x, [BLOCK >> (level + 1), 2]), axis=1)
+    return tl.sum(x, axis=0)
+
+
+@triton.jit
+def store_sum(lanes, column, width, row, chunk, chunks, chunks_of_row, partials, out):
+    """The sum of one chunk: into the result [T, width] if it is the whole row, else into partials [width, chunks]."""
+    total = pairwise_sum(lanes)
+    if chunks_of_row == 1:
+        tl.store(out + row * width + column, total)
+    else:
+        tl.store(partials + column * chunks + chunk, total)
+
+
+@triton.jit
+def finish_sums(width, row, chunks, first_chunk, chunks_of_row, partials, tickets, out):
+    """The program that finishes last among those of a row adds their partial sums, in chunk order whichever it is."""
+    if chunks_of_row > 1:
+        tl.debug_barrier()  # all threads have stored before one takes the ticket: its release covers the whole program
+        if tl.atomic_add(tickets + row, 1, sem="acq_rel", scope="gpu") == chunks_of_row - 1:
+            tl.debug_barrier()
+            lane = tl.arange(0, BLOCK)
+            for column in range(width):
+                lanes = tl.zeros([BLOCK], tl.float64)
+                for i in range(0, chunks_of_row, BLOCK):
+                    # .cg: from the second-level cache, which all programs share
+                    pointers = partials + column * chunks + first_chunk + i + lane
+                    lanes += tl.load(pointers, mask=i + lane < chunks_of_row, other=0.0, cache_modifier=".cg")
+                tl.store(out + row * width + column, pairwise_sum(lanes))
+            tl.store(tickets + row, 0)  # for the next launch

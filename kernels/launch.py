@@ -1,0 +1,70 @@
+"""The multi-tensor ops on a launch table that is kept, and on lists that come once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .adamw_update import adamw_update_
+from .elements import INTERPRETED
+from .table import LaunchTable
+from .tensor_stats import tensor_stats
+
+Tensors = Iterable[Tensor]
+
+
+class TritonLaunch(LaunchTable):
+    """A `LaunchTable` with the ops as methods, one launch each whatever T is."""
+
+    tensor_stats = tensor_stats
+    adamw_update_ = adamw_update_
+
+
+class TritonBackend:
+    """The same ops on lists: a table is built for each call, which costs the host more than the kernels take on small models."""
+
+    name = "triton"
+    Launch = TritonLaunch
+
+    @staticmethod
+    def tensor_stats(
+        grads: Tensors,
+        exp_avgs: Tensors,
+        params: Tensors | None,
+        exp_avg_sqs: Tensors | None,
+        count_nonzero: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Sums per tensor, [T, S]; see `kernels.tensor_stats`."""
+        _refuse_capture()
+        launch = TritonLaunch(grads, exp_avgs, params, exp_avg_sqs, written=False)
+        return launch.tensor_stats(params is not None, exp_avg_sqs is not None, count_nonzero, dtype)
+
+    @staticmethod
+    def adamw_update_(
+        params: Tensors,
+        grads: Tensors,
+        exp_avgs: Tensors,
+        exp_avg_sqs: Tensors,
+        max_exp_avg_sqs: Tensors | None,
+        *hyperparameters: Tensor | None,
+    ) -> None:
+        """The update, in place; ``hyperparameters`` are the arguments of `kernels.adamw_update`."""
+        _refuse_capture()
+        TritonLaunch(grads, exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs, written=True).adamw_update_(*hyperparameters)
+
+    @staticmethod
+    def unavailable(device: torch.device) -> str | None:
+        """Why the kernels cannot run on ``device``; None if they can."""
+        if device.type == "cuda" and not INTERPRETED.value:
+            return None
+        if device.type == "cpu":
+            return None if INTERPRETED.value else "Triton needs a GPU (for tests, TRITON_INTERPRET=1 interprets it on the CPU)"
+        return "Triton interprets on the CPU only" if INTERPRETED.value else f"these Triton kernels do not run on {device.type}"
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a table that lives for one call cannot be captured in a CUDA graph: keep a TritonLaunch instead")

@@ -1,0 +1,194 @@
+"""The launch table: everything a kernel must know about T tensors, in one int64 tensor on their device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .checks import OpList, check_distinct, check_lists
+from .elements import CHUNK, DTYPE_CODES, FIELDS, STRIDED_KIND
+
+Tensors = Iterable[Tensor]
+MaybeTensors = Iterable[Tensor | None]
+OPERANDS = 5  # gradient, first moment, parameter, second moment, maximum: in this order everywhere
+
+
+class LaunchTable:
+    """T tensors and their states, checked once and described on the device.
+
+    Args:
+        grads: T gradients. None, or one without elements where its momentum has some, is absent: it counts as zeros in the
+            statistics and the update leaves the whole row as it is.
+        exp_avgs: T first moments.
+        params, exp_avg_sqs: T tensors each, or None for an op that does without.
+        max_exp_avg_sqs: T running maxima or None; an entry may be absent as a gradient may: plain AdamW then.
+        written: everything but the gradients will be updated, so their elements must not share memory.
+
+    The elements of a row are walked in the order of the last given of params, else of exp_avgs, in memory. Where all operands are
+    dense in that order they are walked flat, else through sizes and strides in the table.
+
+    The table, the tensors and what the kernels write between programs belong to this object: keep it as long as a CUDA graph that
+    captured a launch, and use it on one stream at a time.
+
+    Raises:
+        RuntimeError: lists of different lengths, tensors of different shapes or devices, sparse or non-floating tensors, an
+            expanded tensor that would be written.
+    """
+
+    def __init__(
+        self,
+        grads: MaybeTensors,
+        exp_avgs: Tensors,
+        params: Tensors | None = None,
+        exp_avg_sqs: Tensors | None = None,
+        max_exp_avg_sqs: MaybeTensors | None = None,
+        *,
+        written: bool,
+    ) -> None:
+        self.written = written
+        self.exp_avgs = list(exp_avgs)
+        self.params = None if params is None else list(params)
+        self.exp_avg_sqs = None if exp_avg_sqs is None else list(exp_avg_sqs)
+        self.max_exp_avg_sqs = None if max_exp_avg_sqs is None else list(max_exp_avg_sqs)
+        if written and (self.params is None or self.exp_avg_sqs is None):
+            raise RuntimeError("the update needs params and exp_avg_sqs")
+        self.tensors = len(self.exp_avgs)
+        self.device = self.exp_avgs[0].device if self.exp_avgs else torch.device("cpu")
+        self._on_gpu = self.device.type != "cpu"
+        self._captured: list[Tensor] = []  # what CUDA graphs copy from at every replay
+        # Memory to capture an upload from, allocated now: during a capture it may not be.
+        self._spare = torch.empty(self.tensors, dtype=torch.int64, pin_memory=True) if self._on_gpu else None
+        self._fill(list(grads))
+
+    # ------------------------------------------------------------------------------------------------------------ construction
+
+    def _fill(self, grads: list[Tensor | None]) -> None:
+        """Checks everything, then describes it."""
+        empty = torch.empty(0, device=self.device)
+        present = [[empty if x is None else x for x in tensors or ()] for tensors in (grads, self.max_exp_avg_sqs)]
+        leaders = [OpList("params", self.params, self.written), OpList("exp_avgs", self.exp_avgs, self.written)]
+        check = (
+            *leaders[self.params is None :],
+            OpList("grads", present[0], optional=True),
+            OpList("exp_avg_sqs", self.exp_avg_sqs, self.written),
+            OpList("max_exp_avg_sqs", None if self.max_exp_avg_sqs is None else present[1], self.written, optional=True),
+        )
+        check_lists(*check)
+        check_distinct(*check)
+        lists = (grads, self.exp_avgs, self.params, self.exp_avg_sqs, self.max_exp_avg_sqs)
+        rows = [[None if tensors is None else tensors[t] for tensors in lists] for t in range(self.tensors)]
+        # Without elements: either absent, or all of the row is empty and no address matters.
+        rows = [[None if x is None or not x.numel() else x for x in row] for row in rows]
+        leading = self.exp_avgs if self.params is None else self.params
+
+        addresses = [[0 if x is None else x.data_ptr() for x in row] for row in rows]
+        layouts: list[int] = [1, 2**62] + [1] * OPERANDS  # the one of all rows that are walked flat: offset = index
+        numels, kinds, layout_of, chunk_rows, first_chunks = [], [], [], [], []
+        for t, (row, leader) in enumerate(zip(rows, leading, strict=True)):
+            dimensions = _layout(row, leader)
+            kind = sum(DTYPE_CODES[x.dtype] << (4 * i) for i, x in enumerate(row) if x is not None)
+            kinds.append(kind if dimensions is None else kind | STRIDED_KIND)
+            layout_of.append(0 if dimensions is None else len(layouts))
+            if dimensions is not None:
+                layouts += [len(dimensions), *(x for dimension in reversed(dimensions) for x in dimension)]
+            numels.append(leader.numel())
+            first_chunks.append(len(chunk_rows))
+            chunk_rows += [t] * max(-(-leader.numel() // CHUNK.value), 1)
+        self.kinds = tuple(sorted(set(kinds)))
+        start_of_layouts = FIELDS.value * self.tensors + len(chunk_rows)
+        fields = [list(column) for column in zip(*addresses, strict=True)]
+        fields += [numels, first_chunks, [self.kinds.index(x) for x in kinds], [start_of_layouts + x for x in layout_of]]
+        values = [x for field in fields for x in field] + chunk_rows + layouts
+
+        self.grads = grads
+        self.chunks = len(chunk_rows)
+        # As they stand in the table; the layout of an absent gradient is that of the last one that was there.
+        self._addresses = [row[0] for row in addresses]
+        self._layouts = [None if x is None else (x.dtype, x.shape, x.stride()) for x in (row[0] for row in rows)]
+        self.table = torch.empty(len(values), dtype=torch.int64, device=self.device)
+        self.partials = torch.empty(7 * self.chunks, dtype=torch.float64, device=self.device)
+        self.tickets = torch.zeros(self.tensors, dtype=torch.int32, device=self.device)
+        self._upload(self.table, values)
+
+    def check_vector(self, name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
+        """Float64, contiguous, of this shape and on the tensors' device; or None."""
+        if x is not None and (x.dtype != torch.float64 or x.shape != shape or x.device != self.device or not x.is_contiguous()):
+            raise RuntimeError(f"{name} must be a contiguous float64 tensor of shape {list(shape)} on {self.device}")
+
+    # ---------------------------------------------------------------------------------------------------------- from step to step
+
+    def set_gradients(self, grads: MaybeTensors) -> None:
+        """Other gradients. Addresses that changed are uploaded; the table is built anew only for other dtypes, shapes or strides.
+
+        While a CUDA graph is captured the addresses are uploaded in any case, so that every replay finds those of its capture.
+
+        Raises:
+            RuntimeError: as the constructor; nothing has changed then.
+        """
+        grads = list(grads)
+        if len(grads) != self.tensors:
+            return self._fill(grads)  # which says what is wrong
+        addresses = []
+        for g, known, old in zip(grads, self._layouts, self._addresses, strict=True):
+            if g is None:
+                addresses.append(0)
+                continue
+            # An absent one without elements comes here, too, in the end: its shape is not the known one.
+            if known is None or g.dtype != known[0] or g.shape != known[1] or g.layout is not torch.strided or g.stride() != known[2]:
+                return self._fill(grads)
+            address = g.data_ptr()
+            if (address != old or address == 0) and g.device != self.device:
+                return self._fill(grads)
+            addresses.append(address)
+        if addresses != self._addresses or self._captured or self._capturing():
+            self._upload(self.table[: self.tensors], addresses)
+            self._addresses = addresses
+        self.grads = grads
+
+    def _upload(self, destination: Tensor, values: list[int]) -> None:
+        source = torch.tensor(values, dtype=torch.int64)
+        if not self._on_gpu:
+            destination.copy_(source)
+            return
+        capturing = self._capturing()
+        if capturing and self._spare is not None and len(values) == self.tensors:
+            pinned, self._spare = self._spare.copy_(source), None
+        else:
+            pinned = source.pin_memory()
+        # Asynchronous: torch does not reuse pinned memory before copies from it are done.
+        destination.copy_(pinned, non_blocking=True)
+        if capturing:
+            self._captured.append(pinned)
+        elif self._spare is None:
+            self._spare = torch.empty(self.tensors, dtype=torch.int64, pin_memory=True)
+
+    def _capturing(self) -> bool:
+        return self._on_gpu and torch.cuda.is_current_stream_capturing()
+
+    def device_guard(self) -> contextlib.AbstractContextManager[object]:
+        """Triton launches on the current device."""
+        return torch.cuda.device(self.device) if self._on_gpu else contextlib.nullcontext()
+
+
+def _layout(row: list[Tensor | None], leader: Tensor) -> list[tuple[int, ...]] | None:
+    """Size and five strides of each dimension, outermost first in the leader's memory; None where the row is walked flat.
+
+    Dimensions of size 1 are dropped, and neighbours merged where every operand allows it: tensors that are transposed or
+    channels_last all alike are flat, too.
+    """
+    if not leader.numel() or all(x is None or x.is_contiguous() for x in row):
+        return None
+    dimensions: list[tuple[int, ...]] = []
+    order = (d for d in range(leader.dim()) if leader.size(d) != 1)
+    for d in sorted(order, key=leader.stride, reverse=True):
+        size = leader.size(d)
+        strides = [0 if x is None else x.stride(d) for x in row]
+        if dimensions and all(x is None or outer == stride * size for x, outer, stride in zip(row, dimensions[-1][1:], strides)):
+            size *= dimensions.pop()[0]
+        dimensions.append((size, *strides))
+    flat = all(x is None or stride == 1 for x, stride in zip(row, dimensions[0][1:])) if len(dimensions) == 1 else not dimensions
+    return None if flat else dimensions
+
