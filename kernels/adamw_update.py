@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,23 +50,21 @@ def integer_power(base, exponent):
 def _square_root(x):
     if x.dtype == tl.float64:  # always correctly rounded; sqrt_rn and div_rn exist for float32 only
         return tl.sqrt(x)
-    else:
-        return tl.sqrt_rn(x)
+    return tl.sqrt_rn(x)
 
 
 @triton.jit
 def _quotient(x, y):
     if x.dtype == tl.float64:
         return x / y
-    else:
-        return tl.div_rn(x, y)
+    return tl.div_rn(x, y)
 
 
 @triton.jit
 def _update_block(
     pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, offsets, mask, layout,
-    grad_scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor, inverse_sqrt_bias_correction2, eps,
-    sums: tl.constexpr, kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
+    grad_scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor,
+    inverse_sqrt_bias_correction2, eps, sums: tl.constexpr, kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
     """Updates one block, and adds the squares of what it stores to the lanes of the sums."""
     g_offsets, m_offsets, p_offsets, v_offsets, max_offsets = operand_offsets(layout, begin, offsets, strided)
@@ -146,14 +143,16 @@ def _update_chunk(
         for i in range(0, done, BLOCK):
             pp, vv = _update_block(
                 pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, None, layout,
-                scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor, inverse_sqrt_bias_correction2,
+                scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor,
+                inverse_sqrt_bias_correction2,
                 eps, sums, kind, False, True,
             )  # fmt: skip
     for i in range(done, count, BLOCK):
         mask = i + lane < count
         pp, vv = _update_block(
             pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, mask, layout,
-            scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor, inverse_sqrt_bias_correction2,
+            scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor,
+                inverse_sqrt_bias_correction2,
             eps, sums, kind, strided, False,
         )  # fmt: skip
 
@@ -202,7 +201,7 @@ def adamw_update_(
         launch: the T tensors, built with ``written=True``.
         step_size, decay_factor, step, beta1, beta2, eps: contiguous float64 [T] on the tensors' device.
         grad_scale: likewise, or None for 1.
-        new_sums: contiguous float64 [T, 2] or None; receives Σp², Σv² as stored, in the bits of a later full pass of `tensor_stats`.
+        new_sums: contiguous float64 [T, 2] or None; receives Σp², Σv² as stored, in the bits of a later pass of `tensor_stats`.
             Rows without a gradient keep what it holds.
 
     Raises:

@@ -26,7 +26,7 @@ class TritonBackend:
     """The same ops on lists: a table is built for each call, which costs the host more than the kernels take on small models."""
 
     name = "triton"
-    Launch = TritonLaunch
+    launch = TritonLaunch
 
     @staticmethod
     def tensor_stats(

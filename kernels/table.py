@@ -130,18 +130,27 @@ class LaunchTable:
         """
         grads = list(grads)
         if len(grads) != self.tensors:
-            return self._fill(grads)  # which says what is wrong
+            self._fill(grads)  # which says what is wrong
+            return
         addresses = []
         for g, known, old in zip(grads, self._layouts, self._addresses, strict=True):
             if g is None:
                 addresses.append(0)
                 continue
             # An absent one without elements comes here, too, in the end: its shape is not the known one.
-            if known is None or g.dtype != known[0] or g.shape != known[1] or g.layout is not torch.strided or g.stride() != known[2]:
-                return self._fill(grads)
+            if (
+                known is None
+                or g.dtype != known[0]
+                or g.shape != known[1]
+                or g.layout is not torch.strided
+                or g.stride() != known[2]
+            ):
+                self._fill(grads)
+                return
             address = g.data_ptr()
             if (address != old or address == 0) and g.device != self.device:
-                return self._fill(grads)
+                self._fill(grads)
+                return
             addresses.append(address)
         if addresses != self._addresses or self._captured or self._capturing():
             self._upload(self.table[: self.tensors], addresses)
@@ -186,9 +195,14 @@ def _layout(row: list[Tensor | None], leader: Tensor) -> list[tuple[int, ...]] |
     for d in sorted(order, key=leader.stride, reverse=True):
         size = leader.size(d)
         strides = [0 if x is None else x.stride(d) for x in row]
-        if dimensions and all(x is None or outer == stride * size for x, outer, stride in zip(row, dimensions[-1][1:], strides)):
+        if dimensions and all(
+            x is None or outer == stride * size for x, outer, stride in zip(row, dimensions[-1][1:], strides, strict=True)
+        ):
             size *= dimensions.pop()[0]
         dimensions.append((size, *strides))
-    flat = all(x is None or stride == 1 for x, stride in zip(row, dimensions[0][1:])) if len(dimensions) == 1 else not dimensions
+    flat = (
+        all(x is None or stride == 1 for x, stride in zip(row, dimensions[0][1:], strict=True))
+        if len(dimensions) == 1
+        else not dimensions
+    )
     return None if flat else dimensions
-

@@ -1,4 +1,4 @@
-"""The Triton kernels: on a GPU, or interpreted on the CPU in a process with TRITON_INTERPRET=1 (test_triton_interpreter.py starts it).
+"""The Triton kernels: on a GPU, or interpreted on the CPU in a process with TRITON_INTERPRET=1 (see test_triton_interpreter.py).
 
 The update is compared in every bit with the C++ backend on the CPU, the sums with the float64 reference within derived bounds.
 """
@@ -66,7 +66,7 @@ def sums_of(launch, dtype=F64):
 
 
 def assert_same_update(lists, h):
-    """Updates a copy; it is what the C++ backend makes of it, bit for bit, and within the bounds; the new sums are a later pass's."""
+    """Updates a copy; it is what the C++ backend makes of it, bit for bit, and within the bounds; so are the new sums."""
     launch, there = launched(lists)
     new_sums = torch.full((len(lists.params), 2), -1.0, dtype=F64, device=DEVICE)
     launch.adamw_update_(*hyper_vectors(h, len(lists.params)), new_sums)
