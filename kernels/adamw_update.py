@@ -50,14 +50,16 @@ def integer_power(base, exponent):
 def _square_root(x):
     if x.dtype == tl.float64:  # always correctly rounded; sqrt_rn and div_rn exist for float32 only
         return tl.sqrt(x)
-    return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt_rn(x)
 
 
 @triton.jit
 def _quotient(x, y):
     if x.dtype == tl.float64:
         return x / y
-    return tl.div_rn(x, y)
+    else:
+        return tl.div_rn(x, y)
 
 
 @triton.jit
@@ -152,7 +154,7 @@ def _update_chunk(
         pp, vv = _update_block(
             pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, mask, layout,
             scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor,
-                inverse_sqrt_bias_correction2,
+            inverse_sqrt_bias_correction2,
             eps, sums, kind, strided, False,
         )  # fmt: skip
 

@@ -104,23 +104,24 @@ def operand_offsets(layout, begin, offsets, strided: tl.constexpr):
     """
     if not strided:
         return offsets, offsets, offsets, offsets, offsets
-    index = begin + offsets
-    grad = offsets * 0 - begin
-    exp_avg = grad
-    param = grad
-    exp_avg_sq = grad
-    maximum = grad
-    for _ in range(tl.load(layout)):
-        size = tl.load(layout + 1)
-        coordinate = index % size
-        grad += coordinate * tl.load(layout + 2)
-        exp_avg += coordinate * tl.load(layout + 3)
-        param += coordinate * tl.load(layout + 4)
-        exp_avg_sq += coordinate * tl.load(layout + 5)
-        maximum += coordinate * tl.load(layout + 6)
-        index = index // size
-        layout += 6
-    return grad, exp_avg, param, exp_avg_sq, maximum
+    else:
+        index = begin + offsets
+        grad = offsets * 0 - begin
+        exp_avg = grad
+        param = grad
+        exp_avg_sq = grad
+        maximum = grad
+        for _ in range(tl.load(layout)):
+            size = tl.load(layout + 1)
+            coordinate = index % size
+            grad += coordinate * tl.load(layout + 2)
+            exp_avg += coordinate * tl.load(layout + 3)
+            param += coordinate * tl.load(layout + 4)
+            exp_avg_sq += coordinate * tl.load(layout + 5)
+            maximum += coordinate * tl.load(layout + 6)
+            index = index // size
+            layout += 6
+        return grad, exp_avg, param, exp_avg_sq, maximum
 
 
 @triton.jit

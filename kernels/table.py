@@ -20,8 +20,8 @@ class LaunchTable:
     """T tensors and their states, checked once and described on the device.
 
     Args:
-        grads: T gradients. None, or one without elements where its momentum has some, is absent: it counts as zeros in the
-            statistics and the update leaves the whole row as it is.
+        grads: T gradients, not kept alive. None, or one without elements where its momentum has some, is absent: it counts as
+            zeros in the statistics and the update leaves the whole row as it is.
         exp_avgs: T first moments.
         params, exp_avg_sqs: T tensors each, or None for an op that does without.
         max_exp_avg_sqs: T running maxima or None; an entry may be absent as a gradient may: plain AdamW then.
@@ -103,7 +103,6 @@ class LaunchTable:
         fields += [numels, first_chunks, [self.kinds.index(x) for x in kinds], [start_of_layouts + x for x in layout_of]]
         values = [x for field in fields for x in field] + chunk_rows + layouts
 
-        self.grads = grads
         self.chunks = len(chunk_rows)
         # As they stand in the table; the layout of an absent gradient is that of the last one that was there.
         self._addresses = [row[0] for row in addresses]
@@ -155,7 +154,6 @@ class LaunchTable:
         if addresses != self._addresses or self._captured or self._capturing():
             self._upload(self.table[: self.tensors], addresses)
             self._addresses = addresses
-        self.grads = grads
 
     def _upload(self, destination: Tensor, values: list[int]) -> None:
         source = torch.tensor(values, dtype=torch.int64)
