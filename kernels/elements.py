@@ -133,42 +133,45 @@ def _pointers(address, begin, offsets, operand: tl.constexpr, kind: tl.constexpr
 
 
 @triton.jit
+def _widened(x, arithmetic: tl.constexpr):
+    if x.dtype == tl.bfloat16 and INTERPRETED:  # whose own conversion is wrong for subnormal numbers
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(arithmetic)
+
+
+@triton.jit
 def load(address, begin, offsets, mask, operand: tl.constexpr, kind: tl.constexpr, aligned: tl.constexpr):
     """Elements begin + offsets of an operand in the type of the arithmetic; 0 where the mask is off or the kind lacks it."""
-    storage: tl.constexpr = storage_type(kind, operand)
-    arithmetic: tl.constexpr = arithmetic_type(kind)
-    if storage is None:
-        x = tl.zeros([BLOCK], arithmetic)
+    if storage_type(kind, operand) is None:
+        x = tl.zeros([BLOCK], arithmetic_type(kind))
     elif mask is None:
-        x = tl.load(_pointers(address, begin, offsets, operand, kind, aligned)).to(arithmetic)
+        x = tl.load(_pointers(address, begin, offsets, operand, kind, aligned))
     else:
-        x = tl.load(_pointers(address, begin, offsets, operand, kind, aligned), mask=mask, other=0.0).to(arithmetic)
-    return x
+        x = tl.load(_pointers(address, begin, offsets, operand, kind, aligned), mask=mask, other=0.0)
+    return _widened(x, arithmetic_type(kind))
 
 
 # ----------------------------------------------------------------------------------------------------------------- writing
 
 
 @triton.jit
-def _round_to_bfloat16(x):
-    """float32 to the nearest bfloat16, ties to even, kept in float32. Only the interpreter needs it: its own cast truncates."""
-    bits = x.to(tl.uint32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return tl.where(x == x, bits.to(tl.float32, bitcast=True), float("nan"))
+def _rounded(x, storage: tl.constexpr):
+    if storage == tl.bfloat16 or storage == tl.float16:  # float64 goes through float32, as in torch
+        x = x.to(tl.float32)
+    if storage == tl.bfloat16 and INTERPRETED:  # whose own conversion truncates: to the nearest, ties to even
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(storage)
 
 
 @triton.jit
 def store(address, begin, offsets, mask, x, operand: tl.constexpr, kind: tl.constexpr, aligned: tl.constexpr):
     """Writes elements begin + offsets of an operand; returns them as a later load will see them."""
-    storage: tl.constexpr = storage_type(kind, operand)
-    stored = x
-    if storage == tl.bfloat16 or storage == tl.float16:  # float64 goes through float32, as in torch
-        stored = stored.to(tl.float32)
-        if storage == tl.bfloat16 and INTERPRETED:
-            stored = _round_to_bfloat16(stored)
-    stored = stored.to(storage)
+    stored = _rounded(x, storage_type(kind, operand))
     tl.store(_pointers(address, begin, offsets, operand, kind, aligned), stored, mask=mask)
-    return stored.to(x.dtype)
+    return _widened(stored, x.dtype)
 
 
 # -------------------------------------------------------------------------------------------------------------------- sums
