@@ -79,6 +79,7 @@ STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
   m.def(
       "launch_table(Tensor[] grads, Tensor[] exp_avgs, Tensor[]? params, Tensor[]? exp_avg_sqs, Tensor[]? max_exp_avg_sqs, bool "
       "written) -> Tensor");
+  m.def("launch_capture(Tensor like) -> int");  // CUDA only
   m.def("launch_set_gradients(Tensor(a!) table, Tensor[] grads) -> int");
   m.def(
       "launch_tensor_stats(Tensor table, Tensor? copy, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype)"
