@@ -226,7 +226,7 @@ inline std::optional<Layout> make_row(const Lists& lists, size_t t, int64_t devi
     widest = tensors[i] == nullptr ? widest : std::max(widest, itemsize(row.type[i]));
   }
   row.is_double = widest == 8;
-  row.vector = 16 / std::max(widest, 2);
+  row.vector = row.is_double ? 1 : 16 / std::max(widest, 2);
   return walk(row, tensors, leader);
 }
 

@@ -79,6 +79,7 @@ STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
   m.def(
       "launch_table(Tensor[] grads, Tensor[] exp_avgs, Tensor[]? params, Tensor[]? exp_avg_sqs, Tensor[]? max_exp_avg_sqs, bool "
       "written) -> Tensor");
+  m.def("launch_capture(Tensor like) -> int");  // CUDA only
   m.def("launch_set_gradients(Tensor(a!) table, Tensor[] grads) -> int");
   m.def(
       "launch_tensor_stats(Tensor table, Tensor? copy, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype)"
@@ -93,12 +94,17 @@ STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CompositeExplicitAutograd, m) {
   m.impl("launch_set_gradients", TORCH_BOX(&metaadamw::launch_set_gradients));
 }
 
-// `import metaadamw_fast._C` loads the library, which registers the ops; the hash of the sources lets Python refuse a stale build.
+// `import metaadamw_fast._C` loads the library, which registers the ops; the hash of the sources lets Python refuse a stale build, and
+// the GPU architectures tell what else was built: "" for nothing but the CPU.
+#ifndef METAADAMW_CUDA
+#define METAADAMW_CUDA ""
+#endif
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module != nullptr) {
     PyModule_AddStringConstant(module, "source_hash", METAADAMW_SOURCE_HASH);
+    PyModule_AddStringConstant(module, "cuda_architectures", METAADAMW_CUDA);
   }
   return module;
 }

@@ -41,8 +41,56 @@ def _filled(tensors: OptionalTensors, absent: Tensor) -> list[Tensor]:
     return [absent if x is None else x for x in tensors]
 
 
+class DeviceCopy:
+    """A GPU's copy of a launch table, brought up to date when it has to be.
+
+    Nothing waits for the GPU: the table goes through pinned memory, which is written once and then left alone, since the copy from
+    it may be carried out at any later time. In a CUDA graph it is carried out at every replay. So a graph gets a copy of its own,
+    which no upload outside of it touches, and this and the pinned memory are kept in ``in_graphs``.
+
+    Args:
+        table: int64, on the CPU (csrc/table.h).
+        device: the GPU.
+        in_graphs: what must live and stay as it is while graphs may be replayed; the launch has it to its end.
+    """
+
+    def __init__(self, table: Tensor, device: torch.device, in_graphs: list[tuple[Tensor, Tensor]]) -> None:
+        copied_bytes, device_bytes = table[:2].tolist()
+        self.is_stale = True  # the table has changed since it was copied
+        self._table = table[: copied_bytes // 8]
+        self._size, self._device, self._in_graphs = device_bytes // 8, device, in_graphs
+        self._capture = 0  # in which the copy was made; 0 outside of any
+        self._copy = torch.empty(self._size, dtype=torch.int64, device=device)
+        # Pinned memory cannot be allocated while a graph is captured, so there is always one in stock.
+        self._spare: Tensor | None = torch.empty_like(self._table, pin_memory=True)
+
+    def current(self) -> Tensor:
+        """The copy, int64 on the device: the table and, behind it, room for partial sums."""
+        capture = 0
+        if torch.cuda.is_current_stream_capturing():
+            capture = torch.ops.metaadamw_fast.launch_capture.default(self._copy)
+        if capture != self._capture:
+            self._capture, self.is_stale = capture, True
+            self._copy = torch.empty(self._size, dtype=torch.int64, device=self._device)
+        if self.is_stale:
+            pinned = self._spare if self._spare is not None else torch.empty_like(self._table, pin_memory=True)
+            pinned.copy_(self._table)
+            self._copy[: len(pinned)].copy_(pinned, non_blocking=True)
+            if capture:
+                self._in_graphs.append((pinned, self._copy))
+                self._spare = None
+            else:
+                # torch gives freed pinned memory away again when the copies from it are done.
+                self._spare = torch.empty_like(self._table, pin_memory=True)
+            self.is_stale = False
+        return self._copy
+
+
 class CppLaunch:
-    """The C++ ops on the CPU or a CUDA device; see the head of this file."""
+    """The C++ ops on the CPU or a CUDA device; see the head of this file.
+
+    A CUDA graph that captured its ops must not be replayed after its end. What is captured are the gradients of that time.
+    """
 
     def __init__(
         self,
@@ -59,10 +107,13 @@ class CppLaunch:
         maxima = None if max_exp_avg_sqs is None else _filled(max_exp_avg_sqs, self._absent)
         self._lists = (exp_avgs, _listed(params), _listed(exp_avg_sqs), maxima)
         self._written = written
+        self._in_graphs: list[tuple[Tensor, Tensor]] = []
         self._make_table(_filled(grads, self._absent))
 
     def _make_table(self, grads: list[Tensor]) -> None:
         self._table: Tensor = torch.ops.metaadamw_fast.launch_table.default(grads, *self._lists, self._written)
+        on_gpu = self._absent.is_cuda
+        self._device_copy = DeviceCopy(self._table, self._absent.device, self._in_graphs) if on_gpu else None
 
     def set_gradients(self, grads: OptionalTensors) -> None:
         """Takes T other gradients. Cheap if their dtypes and layouts are as before, whatever their addresses.
@@ -74,11 +125,16 @@ class CppLaunch:
         outcome = torch.ops.metaadamw_fast.launch_set_gradients.default(self._table, grads)
         if outcome == _OTHER_TABLE:
             self._make_table(grads)
+        elif outcome == _OTHER_ADDRESSES and self._device_copy is not None:
+            self._device_copy.is_stale = True
+
+    def _copy(self) -> Tensor | None:
+        return None if self._device_copy is None else self._device_copy.current()
 
     def tensor_stats(self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype) -> Tensor:
         """Sums [T, S], as :func:`metaadamw_fast.ops.tensor_stats`; columns that are not asked for are not read."""
         op = torch.ops.metaadamw_fast.launch_tensor_stats.default
-        statistics: Tensor = op(self._table, None, params, exp_avg_sqs, count_nonzero, dtype)
+        statistics: Tensor = op(self._table, self._copy(), params, exp_avg_sqs, count_nonzero, dtype)
         return statistics
 
     def adamw_update_(
@@ -98,7 +154,7 @@ class CppLaunch:
         would find now; rows without a gradient keep what it holds.
         """
         hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
-        torch.ops.metaadamw_fast.launch_adamw_update_.default(self._table, None, *hyperparameters, new_sums)
+        torch.ops.metaadamw_fast.launch_adamw_update_.default(self._table, self._copy(), *hyperparameters, new_sums)
 
 
 class ReferenceLaunch:

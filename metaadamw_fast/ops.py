@@ -89,7 +89,27 @@ def _unavailable(name: str, device: torch.device) -> str | None:
         return reason
     if _NO_EXTENSION is not None:
         return _NO_EXTENSION
-    return None if device.type == "cpu" else f"the extension was built for the CPU only, the tensors are on {device.type}"
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"there are C++ kernels for the CPU and for CUDA, the tensors are on {device.type}"
+    built: str = importlib.import_module("metaadamw_fast._C").cuda_architectures
+    rebuild = "reinstall with METAADAMW_CUDA=1 pip install --no-build-isolation . (needs nvcc)"
+    if not built:
+        return f"the extension was built for the CPU only, the tensors are on {device.type}; {rebuild}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if not any(_runs_on(architecture, major, minor) for architecture in built.split(",")):
+        return f"the extension was built for the GPU architectures {built}, {device} is {major}.{minor}; {rebuild}"
+    return None
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether code for ``architecture``, "9.0" or "10.0+PTX", runs on a GPU of this compute capability."""
+    number = architecture.removesuffix("+PTX")
+    built = tuple(int(x) for x in number.rstrip("af").split("."))
+    if number.endswith("a"):  # nowhere else
+        return built == (major, minor)
+    return built <= (major, minor) and (built[0] == major or architecture.endswith("+PTX"))
 
 
 def resolve_backend(name: str, device: torch.device) -> Any:

@@ -1,0 +1,113 @@
+// Which elements a GPU thread takes, and where they lie. No torch and no CUDA types: the tests run these very functions in a loop
+// over (block, thread) on the CPU.
+//
+// A block takes one chunk. The chunk is cut into groups of V consecutive elements, of which thread i takes the i-th, then the one
+// kThreads further on, and so on: neighbours touch neighbouring memory. A group of the widest operand has 16 bytes, the widest
+// access there is; but float64 goes element by element, which a warp fetches as well. Which thread adds which elements in which
+// order depends on the dtypes of the row alone, so sums do not depend on alignment and strides, and the update adds up what a later
+// pass of the statistics would.
+#pragma once
+
+#include "table.h"
+
+namespace metaadamw {
+
+// A block's size and how many of them a multiprocessor of 65,536 registers must hold at once: up to 80 registers a thread. That the
+// update needs most of them is the price of one kernel for all dtypes; 768 threads with 64 bytes under way each are more than
+// enough.
+constexpr int kThreads = 256;
+constexpr int kBlocksPerMultiprocessor = 3;
+
+// Elements that are added up by themselves before their sum goes to the thread's: at most 4 + kChunk / kThreads / 4 = 36 roundings.
+constexpr int kPart = 4;
+
+// The part of a tensor that one block takes.
+struct Chunk {
+  int64_t number;
+  int64_t tensor;
+  int64_t first;  // its first element
+  int count;
+};
+
+METAADAMW_INLINE Chunk chunk_of_block(const Table& table, int64_t number) {
+  Chunk chunk;
+  chunk.number = number;
+  chunk.tensor = tensor_of_chunk(table.first_chunk, table.tensors, number);
+  chunk.first = (number - table.first_chunk[chunk.tensor]) * kChunk;
+  const int64_t left = table.rows[chunk.tensor].numel - chunk.first;
+  chunk.count = static_cast<int>(left < kChunk ? left : kChunk);
+  return chunk;
+}
+
+// Whether every operand of the row that `operands` has a bit for can be read and written a group at a time. Chunks begin at
+// multiples of kChunk, so it is the same for all of them.
+METAADAMW_INLINE bool has_whole_groups(const Row& row, int operands) {
+  bool whole = true;
+  for (int i = 0; i < kOperands; ++i) {
+    const uintptr_t group_bytes = row.vector * itemsize(row.type[i]);
+    whole = whole && (!(operands >> i & 1) || (row.is_dense(i) && reinterpret_cast<uintptr_t>(row.data[i]) % group_bytes == 0));
+  }
+  return whole;
+}
+
+// Calls group(first element) for each group of V elements that this thread takes as a whole, and elements(begin, end) for each part
+// that it takes element by element. Elements are counted from the beginning of the chunk, and come in the same order either way.
+template <int V, typename Group, typename Elements>
+METAADAMW_INLINE void for_each_group(int thread, int count, bool whole, const Group& group, const Elements& elements) {
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+  for (int first = thread * V; first < count; first += kThreads * V) {
+    if (V > 1 && whole && count - first >= V) {
+      group(first);
+      continue;
+    }
+    const int end = count - first < V ? count : first + V;
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+    for (int part = first; part < end; part += kPart) {
+      elements(part, end - part < kPart ? end : part + kPart);
+    }
+  }
+}
+
+// The multi-index of element `first` of a tensor: the base of a chunk, from which offset_in_chunk goes on in 32 bits.
+METAADAMW_INLINE void coordinates_of(const Shape& shape, int64_t first, int64_t* coordinates) {
+  for (int d = shape.dims - 1; d >= 0; --d) {
+    coordinates[d] = first % shape.size[d];
+    first /= shape.size[d];
+  }
+}
+
+// As strided_offset of the element `index` further on, without a 64-bit division.
+METAADAMW_INLINE int64_t offset_in_chunk(const Shape& shape, const int64_t* coordinates, const int64_t* stride, int index) {
+  int64_t offset = 0;
+  auto carry = static_cast<uint32_t>(index);
+  for (int d = shape.dims - 1; d >= 0; --d) {
+    int64_t at = coordinates[d] + carry;
+    if (shape.size[d] > kChunk) {  // then at most one wrap
+      carry = at >= shape.size[d];
+      at -= carry ? shape.size[d] : 0;
+    } else {
+      const auto size = static_cast<uint32_t>(shape.size[d]);
+      carry = static_cast<uint32_t>(at) / size;
+      at = static_cast<uint32_t>(at) % size;
+    }
+    offset += at * stride[d];
+  }
+  return offset;
+}
+
+// Where element `index` of a chunk lies. `coordinates` are those of the chunk's first element; only rows with a layout have any.
+METAADAMW_INLINE char* address_in_chunk(const Table& table, const Row& row, int operand, int64_t first, const int64_t* coordinates,
+                                        int index) {
+  const int size = itemsize(row.type[operand]);
+  if (row.is_dense(operand)) {
+    return row.data[operand] + first * size + index * size;
+  }
+  const Layout& layout = table.layouts[row.layout];
+  return row.data[operand] + offset_in_chunk(layout.shape, coordinates, layout.stride[operand], index) * size;
+}
+
+}  // namespace metaadamw

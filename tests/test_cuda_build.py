@@ -1,0 +1,113 @@
+"""csrc/cuda.cu through nvcc, without a GPU: what its kernels cost in registers, and the instructions they may and may not consist of."""
+
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parent.parent
+SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup") if (ROOT / "setup.py").exists() else None
+HOME = SETUP and SETUP["cuda_home"]()
+ARCHITECTURES = ("8.0", "9.0", "10.0")
+KERNELS = ("tensor_stats_kernelILb0", "tensor_stats_kernelILb1", "adamw_update_kernel")  # as mangled: without and with counts
+
+pytestmark = pytest.mark.skipif(not HOME, reason="there is no nvcc")
+
+
+class Compiled(NamedTuple):
+    """Texts by kernel: the PTX, the SASS, and what ptxas reports."""
+
+    ptx: dict
+    sass: dict
+    report: dict
+
+
+def disassembler():
+    directories = [HOME / "bin", Path(sys.prefix) / "lib" / f"python3.{sys.version_info.minor}" / "site-packages/nvidia/cu13/bin"]
+    found = shutil.which("nvdisasm", path=":".join(map(str, directories))) or shutil.which("nvdisasm")
+    assert found, "no nvdisasm: pip install nvidia-cuda-nvdisasm (pyproject.toml's `test` has it)"
+    return found
+
+
+def sections(text, start):
+    """The parts of a text that begin with a match of ``start``, by the kernel named there."""
+    parts = re.split(start, text)[1:]
+    return {next(k for k in KERNELS if k in name): body for name, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def compile_for(architecture, directory):
+    directory.mkdir()
+    command = SETUP["nvcc_command"](HOME, include_paths(), [architecture])
+    command[command.index("-c")] = "-cubin"
+    cubin = directory / "cuda.cubin"
+    keep = ["-o", str(cubin), "--keep", "--keep-dir", str(directory), "-Xptxas", "-v"]
+    run = subprocess.run([*command, *keep], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (ptx,) = directory.glob("*.ptx")
+    sass = subprocess.run([disassembler(), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    return Compiled(
+        sections(ptx.read_text(), r"\.entry (\w+)"),
+        sections(sass, r"\n\s*\.section\s+(\.text\.\w+)"),
+        sections(run.stderr, r"Compiling entry function '(\w+)'"),
+    )
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("nvcc")
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {name: pool.submit(compile_for, name, directory / name) for name in ARCHITECTURES}
+    return {name: job.result() for name, job in jobs.items()}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def one(request, compiled):
+    return compiled[request.param]
+
+
+def test_every_kernel_is_there(one):
+    for texts in one:
+        assert set(texts) == set(KERNELS)
+
+
+def test_registers_and_no_spills(one):
+    constants = dict(re.findall(r"constexpr int (k\w+) = (\d+);", (ROOT / "csrc" / "mapping.h").read_text()))
+    threads = int(constants["kThreads"]) * int(constants["kBlocksPerMultiprocessor"])
+    budget = 65536 // threads // 8 * 8  # registers are handed out by the eight
+    assert budget == 80
+    for kernel, report in one.report.items():
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, kernel
+        assert int(re.search(r"Used (\d+) registers", report)[1]) <= budget, kernel
+        assert not re.search(r"\b(LDL|STL)\b", one.sass[kernel]), f"{kernel} uses local memory"
+
+
+def test_accesses_of_16_bytes_to_global_memory(one):
+    for kernel, sass in one.sass.items():
+        loads, stores = re.findall(r"\bLDG\.E[.\w]*", sass), re.findall(r"\bSTG\.E[.\w]*", sass)
+        # Four tensors are read whatever the dtypes are; the update writes three, with amsgrad four.
+        assert sum(".128" in x for x in loads) >= 4, kernel
+        if kernel == "adamw_update_kernel":
+            assert sum(".128" in x for x in stores) >= 3 + 4
+        assert not re.search(r"\b(LD|ST)\.E", sass), f"{kernel} does not know that an address is global"
+
+
+def test_the_only_atomics_count_chunks(one):
+    for kernel, sass in one.sass.items():
+        atomics = re.findall(r"\b(?:ATOM|ATOMG|RED|REDG|ATOMS)\.[.\w]*", sass)
+        assert atomics, kernel
+        assert not [x for x in atomics if re.search(r"\.B?F\d\d", x)], "float atomics: sums would not be repeatable"
+
+
+def test_no_fused_approximate_or_flushing_operation(one):
+    for kernel, ptx in one.ptx.items():
+        wrong = re.findall(r"\b(?:fma\.\S+|mad\.\S*f\d\d|\w+\.\S*(?:approx|ftz)\S*)", ptx)
+        assert not wrong, (kernel, set(wrong))
+    for operation in ("div.rn.f32", "sqrt.rn.f32", "div.rn.f64", "sqrt.rn.f64"):
+        assert operation in one.ptx["adamw_update_kernel"]
