@@ -1,10 +1,10 @@
-"""csrc/cuda.cu through nvcc, without a GPU: what its kernels cost in registers, and the instructions they may and may not consist of."""
+"""csrc/cuda.cu through nvcc, without a GPU: the registers its kernels take, the instructions they may and may not have."""
 
+import importlib.util
 import re
 import runpy
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -30,9 +30,11 @@ class Compiled(NamedTuple):
 
 
 def disassembler():
-    directories = [HOME / "bin", Path(sys.prefix) / "lib" / f"python3.{sys.version_info.minor}" / "site-packages/nvidia/cu13/bin"]
+    """nvdisasm of the toolkit, or Triton's; some packages of nvcc come without."""
+    triton = importlib.util.find_spec("triton")
+    directories = [HOME / "bin", *([Path(triton.origin).parent / "backends/nvidia/bin"] if triton else [])]
     found = shutil.which("nvdisasm", path=":".join(map(str, directories))) or shutil.which("nvdisasm")
-    assert found, "no nvdisasm: pip install nvidia-cuda-nvdisasm (pyproject.toml's `test` has it)"
+    assert found, "there is an nvcc, but no nvdisasm"
     return found
 
 

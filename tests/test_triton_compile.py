@@ -8,12 +8,11 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is built for Linux only")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
 from metaadamw_fast.kernels.adamw_update import adamw_update_kernel  # noqa: E402
 from metaadamw_fast.kernels.elements import STRIDED_KIND, WARPS  # noqa: E402
 from metaadamw_fast.kernels.tensor_stats import tensor_stats_kernel  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
 CUDA = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 TARGETS = {name: GPUTarget("cuda", number, 32) for name, number in CUDA.items()} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -98,7 +97,9 @@ def test_cuda_resources(variant, target, tmp_path):
     assert registers <= (255 if "many" in variant else 128), report
 
 
-@pytest.mark.parametrize(("variant", "loads", "stores"), [("stats, fp32", 4, 0), ("update, fp32", 4, 3), ("update, fp32, amsgrad", 5, 4)])
+@pytest.mark.parametrize(
+    ("variant", "loads", "stores"), [("stats, fp32", 4, 0), ("update, fp32", 4, 3), ("update, fp32, amsgrad", 5, 4)]
+)
 @pytest.mark.parametrize("target", TARGETS)
 def test_dense_fp32_moves_16_bytes_at_once(variant, loads, stores, target):
     if target in CUDA:

@@ -1,4 +1,4 @@
-"""Runs test_triton_ops.py through Triton's interpreter, which must have been chosen before Triton is imported: in other processes."""
+"""Runs test_triton_ops.py through Triton's interpreter: in other processes, since it is chosen when Triton is imported."""
 
 import os
 import re
