@@ -94,8 +94,8 @@ STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CompositeExplicitAutograd, m) {
   m.impl("launch_set_gradients", TORCH_BOX(&metaadamw::launch_set_gradients));
 }
 
-// `import metaadamw_fast._C` loads the library, which registers the ops; the hash of the sources lets Python refuse a stale build, and
-// the GPU architectures tell what else was built: "" for nothing but the CPU.
+// `import metaadamw_fast._C` loads the library, which registers the ops; the hash of the sources lets Python refuse a stale build,
+// and the GPU architectures tell what else was built: "" for nothing but the CPU.
 #ifndef METAADAMW_CUDA
 #define METAADAMW_CUDA ""
 #endif
