@@ -21,7 +21,7 @@ namespace metaadamw {
 struct Hyperparameters {
   double step_size;     // lr * lr_scale
   double decay_factor;  // d: what the parameter is multiplied with
-  double step;          // k >= 1, this step included
+  double step;          // k >= 1, this step included; 0: the tensor is left alone
   double beta1;
   double beta2;
   double eps;
@@ -37,6 +37,9 @@ struct HyperparameterVectors {
   const double* beta2;
   const double* eps;
   const double* grad_scale;
+
+  // Whether tensor t is to be left alone. Told by its step count, so that a device can decide what the host does not wait to know.
+  METAADAMW_INLINE bool skips(int64_t t) const { return step[t] == 0.0; }
 
   METAADAMW_INLINE Hyperparameters operator[](int64_t t) const {
     return {step_size[t], decay_factor[t], step[t], beta1[t], beta2[t], eps[t], grad_scale != nullptr ? grad_scale[t] : 1.0};

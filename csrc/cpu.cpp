@@ -197,7 +197,7 @@ void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperpar
 void adamw_update_(const Table& table, const HyperparameterVectors& hyperparameters, double* new_sums) {
   std::vector<std::array<double, kSums>> partials(new_sums != nullptr ? table.chunks : 0, std::array<double, kSums>{});
   for_each_chunk<Order::kBackward>(table, [&](const Row& row, int64_t t, int64_t chunk, int64_t first, int64_t count) {
-    if (row.lacks_gradient()) {
+    if (row.lacks_gradient() || hyperparameters.skips(t)) {
       return;
     }
     static_assert(kOperands == 5);
@@ -207,7 +207,7 @@ void adamw_update_(const Table& table, const HyperparameterVectors& hyperparamet
     (row.is_double ? update_chunk<double> : update_chunk<float>)(operands, hyperparameters[t], first, count, totals);
   });
   for (int64_t t = 0; t < table.tensors && new_sums != nullptr; ++t) {
-    if (table.rows[t].lacks_gradient()) {
+    if (table.rows[t].lacks_gradient() || hyperparameters.skips(t)) {
       continue;
     }
     new_sums[2 * t] = new_sums[2 * t + 1] = 0.0;

@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     work.begin(table, gridDim.x - 1 - blockIdx.x);
   }
   __syncthreads();
-  if (work.row.lacks_gradient()) {
+  if (work.row.lacks_gradient() || hyperparameters.skips(work.chunk.tensor)) {
     return;
   }
   double totals[2];

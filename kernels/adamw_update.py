@@ -178,8 +178,9 @@ def adamw_update_kernel(
     row = tl.load(table + FIELDS * tensors + chunk)
     kind_of_row = tl.load(table + KIND * tensors + row)
     has_gradient = (tl.load(table + GRAD * tensors + row) != 0) | (tl.load(table + NUMEL * tensors + row) == 0)
+    wanted = has_gradient & (tl.load(step + row) != 0)
     for i in tl.static_range(length(kinds)):
-        if has_gradient & (kind_of_row == i):
+        if wanted & (kind_of_row == i):
             _update_chunk(
                 table, tensors, chunk, chunks, row, partials, tickets, new_sums,
                 step_size, decay_factor, step, beta1, beta2, eps, grad_scale, element(kinds, i),
@@ -197,14 +198,14 @@ def adamw_update_(
     grad_scale: Tensor | None = None,
     new_sums: Tensor | None = None,
 ) -> None:
-    """AdamW with per-tensor hyper-parameters, in place; rows without a gradient stay as they are.
+    """AdamW with per-tensor hyper-parameters, in place; rows without a gradient, or whose step is 0, stay as they are.
 
     Args:
         launch: the T tensors, built with ``written=True``.
         step_size, decay_factor, step, beta1, beta2, eps: contiguous float64 [T] on the tensors' device.
         grad_scale: likewise, or None for 1.
         new_sums: contiguous float64 [T, 2] or None; receives Σp², Σv² as stored, in the bits of a later pass of `tensor_stats`.
-            Rows without a gradient keep what it holds.
+            Rows that stay as they are keep what it holds.
 
     Raises:
         RuntimeError: a hyper-parameter or new_sums of another dtype, shape, layout or device; a launch that is not to be written.

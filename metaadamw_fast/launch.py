@@ -151,7 +151,7 @@ class CppLaunch:
         """Updates in place; float64 [T] each, absent rows counted. See :func:`metaadamw_fast.ops.adamw_update_`.
 
         ``new_sums``, float64 [T, 2], gets Σp² and Σv² of what the update leaves, in the bits that ``tensor_stats(True, True, ...)``
-        would find now; rows without a gradient keep what it holds.
+        would find now; rows without a gradient, or whose step is 0, keep what it holds.
         """
         hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
         torch.ops.metaadamw_fast.launch_adamw_update_.default(self._table, self._copy(), *hyperparameters, new_sums)

@@ -226,7 +226,8 @@ def adamw_update_(
         grads: T tensors, read. One without elements where its parameter has some leaves all of its row as it is.
         step_size: [T] or a number, lr·lr_scale.
         decay_factor: [T] or a number, 1 - lr·lr_scale·wd_scale·weight_decay.
-        step: [T] or a number, the step count k >= 1, this step included.
+        step: [T] or a number, the step count k >= 1, this step included. A tensor whose k is 0 is left as it is: this is how a
+            device decides what the host need not know, as with GradScaler's found_inf.
         betas, eps: [T] or a number each.
         max_exp_avg_sqs: T running maxima of v, written (amsgrad); an entry without elements leaves its tensor plain.
         grad_scale: [T] or a number: unscaling, clipping, or -1 to maximize.

@@ -82,15 +82,21 @@ def adamw_update_(
             g = g * grad_scale[t]
         m = beta1[t] * exp_avg.to(arithmetic) + (1 - beta1[t]) * g
         v = beta2[t] * exp_avg_sq.to(arithmetic) + (1 - beta2[t]) * g * g
-        exp_avg.copy_(m)
-        exp_avg_sq.copy_(v)
+        skip = step[t] == 0
+        _write(exp_avg, m, skip)
+        _write(exp_avg_sq, v, skip)
         if max_exp_avg_sqs is not None and max_exp_avg_sqs[t].numel():
             v = torch.maximum(max_exp_avg_sqs[t].to(arithmetic), v)
-            max_exp_avg_sqs[t].copy_(v)
+            _write(max_exp_avg_sqs[t], v, skip)
         m_hat = m / bias_correction1[t]
         v_hat = v / bias_correction2[t]
         p = decay_factor[t] * param.to(arithmetic) - step_size[t] * m_hat / (v_hat.sqrt() + eps[t])
-        param.copy_(p)
+        _write(param, p, skip)
         if new_sums is not None:
-            new_sums[t, 0] = _sum(param.to(arithmetic).square())
-            new_sums[t, 1] = _sum(exp_avg_sq.to(arithmetic).square())
+            left = [_sum(x.to(arithmetic).square()) for x in (param, exp_avg_sq)]
+            _write(new_sums[t], torch.stack(left), skip)
+
+
+def _write(x: Tensor, value: Tensor, skip: Tensor) -> None:
+    """``x = value``, unless ``skip``; decided where the tensors are."""
+    x.copy_(torch.where(skip, x.to(value.dtype), value))

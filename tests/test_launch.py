@@ -114,6 +114,28 @@ def test_an_absent_maximum_leaves_its_tensor_plain(kind, backend):
     assert same_bits(some.maxima[0], twin.maxima[0])
 
 
+@BACKENDS
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_a_row_whose_step_is_zero_is_left_alone(dtypes, backend):
+    """Whatever its gradient and its other hyper-parameters are."""
+    lists = placed(dtypes)
+    skipped = torch.arange(len(SHAPES)) % 3 == 1
+    for t in skipped.nonzero().flatten().tolist():
+        lists.grads[t].fill_(float("inf"))
+    rest = [t for t in range(len(SHAPES)) if not skipped[t]]
+    ours, before = lists.map(clone), lists.map(clone)
+    hyper = H._replace(step=torch.where(skipped, 0.0, 3.0), step_size=torch.where(skipped, float("nan"), H.step_size))
+    sums = torch.full((len(SHAPES), 2), -1.0, dtype=F64)
+    launch = ours.launch(backend)
+    launch.adamw_update_(*hyper.of_tensors(len(SHAPES)), sums)
+    assert ours.rows(skipped.nonzero().flatten().tolist()).same_bits(before.rows(skipped.nonzero().flatten().tolist()))
+    assert (sums[skipped] == -1).all()
+    assert same_bits(sums[~skipped], launch.tensor_stats(True, True, False, F64)[~skipped, 3:])
+    others = before.rows(rest)
+    others.update(Hyper(*(x if not isinstance(x, torch.Tensor) else x[~skipped] for x in hyper)), backend)
+    assert ours.rows(rest).same_bits(others)
+
+
 def test_the_list_op_leaves_the_row_of_an_absent_gradient_alone_too():
     for backend in ("cpp", "reference"):
         lists = random_lists([(5,), (3, 4), (0,)], "fp32")

@@ -173,7 +173,21 @@ def test_bias_corrections(step, beta1, beta2):
     assert_same_update(random_lists([(3,)], "fp64"), Hyper(step=step, beta1=beta1, beta2=beta2))
 
 
-@pytest.mark.parametrize("step", [0.0, -3.0, float("nan")])
+def test_a_row_whose_step_is_zero_is_left_alone():
+    lists = random_lists([(3,), (CHUNK + 5,), (0,), (7,)], "fp32", amsgrad=True)
+    lists.grads[1].fill_(float("inf"))
+    launch, there = launched(lists)
+    new_sums = torch.full((4, 2), -1.0, dtype=F64, device=DEVICE)
+    step = torch.tensor([2.0, 0.0, 2.0, 0.0], dtype=F64)
+    launch.adamw_update_(*hyper_vectors(Hyper(step=step), 4), new_sums)
+    after = back(there)
+    assert after.rows([1, 3]).same_bits(lists.rows([1, 3]))
+    assert new_sums[[1, 3]].tolist() == [[-1, -1]] * 2
+    assert after.rows([0, 2]).same_bits(lists.rows([0, 2]).map(clone).update(Hyper(step=2.0), "cpp"))
+    assert same_bits(new_sums[[0, 2]].cpu(), sums_of(launch)[[0, 2], 3:5])
+
+
+@pytest.mark.parametrize("step", [-3.0, float("nan")])
 def test_a_step_that_is_none_ends_all_the_same(step):
     launch, there = launched(random_lists([(3,)], "fp32"))
     launch.adamw_update_(*hyper_vectors(Hyper(step=step), 1))
