@@ -36,7 +36,7 @@ def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
         "encoder": dict(optimizer.encoder.state_dict()),
         "generator": optimizer.encoder.generator.get_state(),
         "scales": optimizer._scales,
-        "lagged": None if optimizer._lagged is None else list(optimizer._lagged),
+        "lagged": None if optimizer._lagged is None else [optimizer._lagged, float(optimizer._progress(0))],
     }
 
 
@@ -187,8 +187,7 @@ def load_extra(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     optimizer.encoder.generator.set_state(extra["generator"].cpu())
     optimizer._scales = _like(extra["scales"], optimizer._scales)
     if extra["lagged"] is not None:
-        statistics, t = extra["lagged"]
-        optimizer._lagged = (_like(statistics, optimizer._statistics), float(t))
+        optimizer._lagged = _like(extra["lagged"][0], optimizer._statistics)
 
 
 def _like(value: Tensor, like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from . import sync
 from .features import FeatureConfig, standardize
 
 
@@ -242,7 +243,7 @@ class GroupEncoder(nn.Module):
     @staticmethod
     def _valid(features: Tensor) -> Tensor | None:
         """[G] bool, or None if it is known without a device sync that every group is valid."""
-        if features.device.type == "cpu" and math.isfinite(features.detach().sum().item()):
+        if sync.readable(features) and math.isfinite(features.detach().sum().item()):
             return None
         return features.isfinite().all(dim=1)
 

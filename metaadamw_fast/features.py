@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -139,20 +140,25 @@ def feature_table(
     )
 
 
-def training_progress(step: int, total_steps: int | None) -> float:
+Number = TypeVar("Number", float, Tensor)
+
+
+def training_progress(step: Number, total_steps: int | None) -> Number:
     """The t column: ``step`` is 1 in the first step. s/total_steps if known, else 2·sigmoid(s/1000) - 1."""
     if total_steps is not None:
         return step / total_steps
+    if isinstance(step, Tensor):
+        return 2 * torch.sigmoid(step / 1000) - 1
     return 2 / (1 + math.exp(-step / 1000)) - 1
 
 
-def group_features(statistics: Tensor, table: FeatureTable, t: float) -> Tensor:
+def group_features(statistics: Tensor, table: FeatureTable, t: float | Tensor) -> Tensor:
     """Features before gating and standardisation, group embeddings left 0.
 
     Args:
         statistics: [T, S] sums per tensor; see :func:`metaadamw_fast.ops.tensor_stats`.
         table: from :func:`feature_table`.
-        t: the training progress; see :func:`training_progress`.
+        t: the training progress, a number or 0-dim; see :func:`training_progress`.
 
     Returns:
         [G, D]. A group with a non-finite statistic has non-finite features and does not touch the others.

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import sync
+
 
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
     """Raises ValueError in the words of ``torch.optim.AdamW``; a NaN is as invalid as a negative number."""
@@ -47,7 +49,7 @@ class HyperparameterTable:
     """Follows ``param_groups`` from step to step and rebuilds the vectors only when a value changed.
 
     A tensor on a device (lr or weight decay) is read there every step, so that a scheduler or a captured graph changes it live;
-    a tensor on the CPU is a number.
+    a tensor on the CPU is a number. The host never waits for the device.
 
     Args:
         param_group_of: for each of the T tensors the index of its entry of ``param_groups``.
@@ -58,6 +60,7 @@ class HyperparameterTable:
         self._index = torch.tensor(param_group_of, dtype=torch.long, device=device)
         self._device = device
         self._key: list[tuple[Any, ...]] | None = None
+        self._table = torch.empty(0, device=device)
         self._vectors: Hyperparameters | None = None
 
     def update(self, param_groups: Sequence[Mapping[str, Any]]) -> Hyperparameters:
@@ -66,25 +69,32 @@ class HyperparameterTable:
             (row, column, group[name])
             for row, group in enumerate(param_groups)
             for column, name in enumerate(("lr", "weight_decay"))
-            if isinstance(group[name], Tensor) and group[name].device.type != "cpu"
+            if isinstance(group[name], Tensor) and not sync.readable(group[name])
         ]
         key = [
             (_number(g["lr"]), _number(g["weight_decay"]), *map(float, g["betas"]), float(g["eps"]), g["maximize"])
             for g in param_groups
         ]
-        if self._vectors is None or live or key != self._key:
-            rows = [[*values[:5], -1.0 if values[5] else 1.0] for values in key]
-            table = torch.tensor(rows, dtype=torch.float64).to(self._device)
+        if self._vectors is not None and not live and key == self._key:
+            return self._vectors
+        table = self._table
+        if key != self._key:
+            table = sync.upload([[*values[:5], -1.0 if values[5] else 1.0] for values in key], torch.float64, self._device)
+        cached = not sync.capturing(self._device)  # what is captured has no content until the graph is replayed
+        if cached:
+            self._table, self._key = table, key
+        if live:
+            table = table.clone()
             for row, column, value in live:
-                table[row, column] = value.reshape(())
-            vectors = table.index_select(0, self._index).t().contiguous().unbind()
-            maximize = any(g["maximize"] for g in param_groups)
-            lr, weight_decay, beta1, beta2, eps, sign = vectors
-            self._vectors = Hyperparameters(lr, weight_decay, beta1, beta2, eps, sign if maximize else None)
-            self._key = key
-        return self._vectors
+                table[row, column].copy_(value.reshape(()))
+        lr, weight_decay, beta1, beta2, eps, sign = table.index_select(0, self._index).t().contiguous().unbind()
+        maximize = any(g["maximize"] for g in param_groups)
+        vectors = Hyperparameters(lr, weight_decay, beta1, beta2, eps, sign if maximize else None)
+        if cached:
+            self._vectors = None if live else vectors
+        return vectors
 
 
 def _number(value: float | Tensor) -> float:
     """A value as a key: tensors elsewhere than on the CPU are read live and do not count."""
-    return 0.0 if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
+    return 0.0 if isinstance(value, Tensor) and not sync.readable(value) else float(value)

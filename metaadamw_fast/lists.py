@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import sync
 from .grouping import Member
 from .ops import mark_written
 
@@ -24,6 +25,7 @@ class StateLists:
         param_groups: ``optimizer.param_groups``.
         device: of the parameters. The steps live there too: nothing is copied to or from the host in a step.
         launch: the class of the backend that holds the lists between two steps.
+        done: 0-dim, the steps that the optimizer has taken; copied. The lists then count them as ``self.done``.
 
     Raises:
         RuntimeError: a state that does not fit its parameter.
@@ -36,10 +38,15 @@ class StateLists:
         param_groups: Sequence[Mapping[str, Any]],
         device: torch.device,
         launch: Any,
+        done: Tensor,
     ) -> None:
         self.params = [m.param for m in members]
         self.device = device
-        self.steps = torch.tensor([float(state[p].get("step", 0.0)) for p in self.params], dtype=torch.float32, device=device)
+        # The optimizer's own count stands behind those of the parameters: one operation counts all.
+        counts = [*(float(state[p].get("step", 0.0)) for p in self.params), float(done)]
+        self._counts = torch.tensor(counts, dtype=torch.float32, device=device)
+        self.steps, self.done = self._counts[:-1], self._counts[-1]
+        self.warm = False  # whether a step was taken with these lists: everything is compiled and uploaded then
         with_maximum = [bool(param_groups[m.param_group]["amsgrad"]) for m in members]
         for p, wanted, step in zip(self.params, with_maximum, self.steps.unbind(), strict=True):
             for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if wanted else 2]:
@@ -84,9 +91,9 @@ class StateLists:
         """[T, 2] float64 Σp², Σv² as the last update left them, or None if an in-place operation has written one since."""
         return self._sums if self._sums_of is not None and self._sums_of == self._versions() else None
 
-    def new_sums(self, statistics: Tensor) -> Tensor:
-        """Where the update writes Σp², Σv², [T, 2] float64; rows without a gradient keep those of ``statistics`` [T, S]."""
-        if self._present is not None and self.carried() is None:
+    def new_sums(self, statistics: Tensor, go: Tensor | bool = True) -> Tensor:
+        """Where the update writes Σp², Σv², [T, 2] float64; rows that it leaves alone keep those of ``statistics`` [T, S]."""
+        if (self._present is not None or go is not True) and self.carried() is None:
             self._sums.copy_(statistics[:, 3:5])
         return self._sums
 
@@ -110,16 +117,17 @@ class StateLists:
         if not absent:
             self._present = None
         elif self._present is None or self._present[0] != absent:
-            present = torch.ones(len(grads), dtype=self.steps.dtype)
-            present[absent] = 0
-            self._present = (absent, present.to(self.device))
+            present = sync.upload([[float(g is not None) for g in grads] + [1.0]], self._counts.dtype, self.device)
+            self._present = (absent, present[0])
 
-    def next_steps(self) -> Tensor:
-        """Step counts of the step that comes now, [T] float64; nothing is counted yet."""
-        return self.steps.double() + 1
+    def next_steps(self, go: Tensor | bool = True) -> Tensor:
+        """Step counts of the step that comes now, [T] float64; nothing is counted yet. All are 0 if ``go``, 0-dim, is False."""
+        steps = self.steps.double() + 1
+        return steps if go is True else steps * go
 
-    def after_update(self) -> None:
-        """Counts the step of the tensors that have a gradient, and marks them written."""
-        self.steps += 1 if self._present is None else self._present[1]
+    def after_update(self, go: Tensor | bool = True) -> None:
+        """Counts the step of the tensors that have a gradient, and marks them written; counts nothing if ``go`` is False."""
+        present: Tensor | int = 1 if self._present is None else self._present[1]
+        self._counts += present if go is True else present * go
         mark_written(self._tensors)
         self.carry(True)

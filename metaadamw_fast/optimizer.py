@@ -5,6 +5,7 @@ The file is one class, read top to bottom: what it is made of, the step, what ca
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import checkpoint
+from . import checkpoint, sync
 from . import grouping as grouping_
 from .encoder import EncoderConfig, GroupEncoder
 from .features import FeatureConfig, FeatureTable, feature_table, group_features, training_progress
@@ -33,7 +34,10 @@ class MetaAdamW(Optimizer):
     Args:
         params: parameters, named parameters or param groups, as for any torch optimizer.
         lr, betas, eps, weight_decay, amsgrad, maximize: as ``torch.optim.AdamW``; lr and weight_decay may be 1-element tensors.
-        capturable: CUDA graph capture; needs parameters on a CUDA device.
+        capturable: ``step`` may be captured in a CUDA graph (parameters on a CUDA device; take a step before). lr and weight_decay
+            given as tensors on the device are read at every replay, and what can be read of the optimizer is what the last replay
+            left. The statistics read p and v again in every step, since a replay cannot tell who wrote them meanwhile. Capture
+            anew after ``load_state_dict``, ``add_param_group`` or a changed parameter.
         model: gives names to unnamed parameters and the owning modules to fine-grained grouping.
         grouping: ``auto`` (fine_grained if names are known), ``param_groups``, ``fine_grained`` (layer type × depth × bias) or a
             callable ``(name, param) -> hashable``.
@@ -55,6 +59,8 @@ class MetaAdamW(Optimizer):
             for a grouping that needs them, a feature width that the heads do not divide.
         RuntimeError: the chosen backend cannot run.
     """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to the step
 
     def __init__(
         self,
@@ -105,7 +111,7 @@ class MetaAdamW(Optimizer):
         self.total_steps = total_steps
         self.max_grad_norm = max_grad_norm
         self.variant = variant
-        self.steps_done = 0
+        self._done = torch.zeros(())  # steps taken; on the device, which may decide that one is none
         self.groups: list[grouping_.Group] = []
         self._statistics_mode = statistics
         self._model = None if model is None else weakref.ref(model)
@@ -114,7 +120,7 @@ class MetaAdamW(Optimizer):
         self._members: list[grouping_.Member] = []
         self._group_ids: list[int] = []
         self._scales = torch.ones(4, 0)
-        self._lagged: tuple[Tensor, float] | None = None
+        self._lagged: Tensor | None = None
         self._built = False
         super().__init__(params, defaults)
 
@@ -207,7 +213,6 @@ class MetaAdamW(Optimizer):
         self._group_of = torch.tensor(self._group_ids, dtype=torch.long, device=device)
         self.encoder.to(device)
         self._table: FeatureTable | None = None
-        self._grad_norm: Tensor | None = None
         like = self.encoder.head.weight.detach()
         scales = like.new_zeros(4, len(self.groups))
         scales[:2] = 1
@@ -215,12 +220,14 @@ class MetaAdamW(Optimizer):
         self._scales = scales
         self._features = like.new_zeros(len(self.groups), self.encoder.dim)
         self._statistics = like.new_zeros(len(self._members), 7 if self.encoder.features.enhanced else 5)
+        self._grad_norm = None if self.max_grad_norm is None else like.new_zeros(())
         if self._lagged is not None:  # a model that moved; other parameters make the statistics of the last step useless
-            statistics, t = self._lagged
-            self._lagged = (statistics.to(like), t) if statistics.shape[0] == len(self._members) else None
+            self._lagged = self._lagged.to(like) if self._lagged.shape[0] == len(self._members) else None
 
     def _list_states(self, device: torch.device) -> StateLists:
-        return StateLists(self._members, self.state, self.param_groups, device, self._backend.launch)
+        lists = StateLists(self._members, self.state, self.param_groups, device, self._backend.launch, self._done)
+        self._done = lists.done
+        return lists
 
     def _current_lists(self) -> StateLists:
         """The lists, made anew if somebody replaced a parameter, a state or the data of one since they were made.
@@ -262,7 +269,8 @@ class MetaAdamW(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a sparse gradient, or tensors that changed shape or device. Nothing has changed then.
+            RuntimeError: a sparse gradient, or tensors that changed shape or device; in the capture of a CUDA graph also one that
+                no replay would do right. Nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -270,23 +278,73 @@ class MetaAdamW(Optimizer):
                 loss = closure()
         if not self._members:
             return loss
+        go = self._go()
+        if go is False:
+            return loss
+        if sync.capturing(self._device()):
+            self._check_capture()
         lists = self._current_lists()
         hyper = self._hyperparameters.update(self.param_groups)
-        grads = [p.grad for p in lists.params]
-        statistics = self._measure(lists, grads)
-        statistics, grad_scale, grad_norm = self._transform_gradient(statistics, hyper.sign)
-        t = training_progress(self.steps_done + 1, self.total_steps)
+        statistics = self._measure(lists, [p.grad for p in lists.params])
+        statistics, grad_scale, grad_norm = self._transform_gradient(statistics, hyper.sign, getattr(self, "grad_scale", None))
         features, scales = self._features, self._scales
-        used: tuple[Tensor, float] | None = (statistics, t)
+        if self._statistics_mode == "exact":
+            features, scales = self._encode(statistics, self._progress(1))
+        elif self._lagged is not None:
+            features, scales = self._encode(self._lagged, self._progress(0))
+        self._update(lists, hyper, scales, grad_scale, lists.new_sums(statistics, go), go)
+        lists.warm = True
+        self._publish(go, _features=features, _scales=scales, _statistics=statistics)
+        if grad_norm is not None:
+            self._publish(go, _grad_norm=grad_norm)
         if self._statistics_mode == "lagged":
-            used = self._lagged
-        if used is not None:
-            features, scales = self._encode(*used)
-        self._update(lists, hyper, scales, grad_scale, lists.new_sums(statistics))
-        self._features, self._scales, self._statistics, self._grad_norm = features, scales, statistics, grad_norm
-        self._lagged = (statistics, t) if self._statistics_mode == "lagged" else None
-        self.steps_done += 1
+            if self._lagged is None:
+                self._lagged = torch.full_like(statistics, math.nan)  # of no group: all scales are 1
+            self._publish(go, _lagged=statistics)
         return loss
+
+    def _go(self) -> Tensor | bool:
+        """Whether this step counts: True, False, or a 0-dim bool on the device, where the host must not wait to know.
+
+        ``torch.amp.GradScaler`` sets ``found_inf`` and ``grad_scale`` for the time of a step.
+        """
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return True
+        return not found_inf.item() if sync.readable(found_inf) else found_inf.reshape(()) == 0
+
+    def _check_capture(self) -> None:
+        """Raises RuntimeError on a step that a CUDA graph would not repeat as it is meant."""
+        if not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError("capturing step() in a CUDA graph needs capturable=True in all param groups")
+        if self._lists is None or not self._lists.warm or self._lists.stale():
+            raise RuntimeError(
+                "take a step before one is captured in a CUDA graph, also after parameters or states have changed: the first"
+                " compiles kernels and fills tables"
+            )
+        for index, member in enumerate(self._members):
+            if member.param.requires_grad and member.param.grad is None:
+                raise RuntimeError(
+                    f"parameter {member.name or index} has no gradient: a captured step would leave it out at every replay."
+                    " Call backward() before, or requires_grad_(False) if it is not to be trained"
+                )
+
+    def _progress(self, ahead: int) -> float | Tensor:
+        """The t column when ``ahead`` more steps will have been taken. The host does not wait for a device to know."""
+        if sync.readable(self._done):
+            return training_progress(self._done.item() + ahead, self.total_steps)
+        return training_progress(self._done.double() + ahead, self.total_steps)
+
+    def _publish(self, go: Tensor | bool, **tensors: Tensor) -> None:
+        """What can be read of the step, unless it did not count. Where a graph may be replayed, in the tensors that are there."""
+        in_place = any(group["capturable"] for group in self.param_groups)
+        for name, new in tensors.items():
+            old = getattr(self, name)
+            new = torch.where(go, new, old) if isinstance(go, Tensor) else new
+            if in_place:
+                old.copy_(new)
+            else:
+                setattr(self, name, new)
 
     def _measure(self, lists: StateLists, grads: Sequence[Tensor | None]) -> Tensor:
         """Statistics [T, S] of these gradients and the current state. A missing gradient counts as zeros."""
@@ -301,18 +359,28 @@ class MetaAdamW(Optimizer):
         carried = carried.to(dtype)
         return torch.cat([read[:, :3], carried, read[:, 3:]] if counts else [read, carried], dim=1)
 
-    def _transform_gradient(self, statistics: Tensor, sign: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What maximizing (``sign`` [T]) and clipping make of the statistics.
+    def _transform_gradient(
+        self, statistics: Tensor, sign: Tensor | None, loss_scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What maximizing (``sign`` [T]), unscaling (by 0-dim ``loss_scale``) and clipping make of the statistics.
 
         Returns:
             The new statistics, the factor [T] on the gradients (None if 1) and the norm before clipping (None without clipping).
             Σ(cg)² = c²·Σg² and Σ(cg)m = c·Σgm, so there is no second pass over the gradients.
         """
-        scale, norm = sign, None
+        factor = norm = None
+        if loss_scale is not None:
+            factor = loss_scale.to(statistics.device).double().reciprocal().reshape(())
         if self.max_grad_norm is not None:
             norm = statistics[:, 0].sum().sqrt()
+            if factor is not None:
+                norm = norm * factor
             clip = (self.max_grad_norm / (norm.double() + 1e-6)).clamp(max=1.0)
-            scale = clip.expand(statistics.shape[0]) if sign is None else sign * clip
+            factor = clip if factor is None else factor * clip
+        if factor is None:
+            scale = sign
+        else:
+            scale = factor.expand(statistics.shape[0]) if sign is None else sign * factor
         if scale is None:
             return statistics, None, norm
         statistics = statistics.clone()
@@ -320,7 +388,7 @@ class MetaAdamW(Optimizer):
         statistics[:, 1] *= scale
         return statistics, scale.contiguous(), norm
 
-    def _encode(self, statistics: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    def _encode(self, statistics: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """Features [G, D] and scales [4, G]; with their graph if gradients are enabled."""
         if self._table is None or self._table.template.dtype != statistics.dtype:
             self._table = feature_table(
@@ -330,19 +398,36 @@ class MetaAdamW(Optimizer):
         return features, self.encoder(features)
 
     def _update(
-        self, lists: StateLists, hyper: Hyperparameters, scales: Tensor, grad_scale: Tensor | None, new_sums: Tensor
+        self,
+        lists: StateLists,
+        hyper: Hyperparameters,
+        scales: Tensor,
+        grad_scale: Tensor | None,
+        new_sums: Tensor,
+        go: Tensor | bool,
     ) -> None:
         """The update with these scales [4, G]: step size lr·lr_scale, decay 1 - lr·lr_scale·wd_scale·λ."""
         lr_scale, wd_scale, *_ = scales.index_select(1, self._group_of).double().unbind()
-        step = lists.next_steps()
+        step = lists.next_steps(go)
         size = hyper.lr * lr_scale
         decay = size * wd_scale * hyper.weight_decay
         if self.variant == "released":
             decay = decay / (1 - hyper.beta1**step)
         lists.launch.adamw_update_(size, 1 - decay, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale, new_sums=new_sums)
-        lists.after_update()
+        lists.after_update(go)
+        if any(group["capturable"] for group in self.param_groups):
+            lists.carry(False)  # a replay would not notice writes of others, nor the host a replay
 
     # ------------------------------------------------------------------------------------------------------- what can be read
+
+    @property
+    def steps_done(self) -> int:
+        """How many steps have been taken; steps that a GradScaler skipped do not count. Waits for the device."""
+        return int(self._done)
+
+    @steps_done.setter
+    def steps_done(self, value: int) -> None:
+        self._done.fill_(value)
 
     @property
     def lr_scale(self) -> Tensor:
