@@ -5,7 +5,6 @@ The file is one class, read top to bottom: what it is made of, the step, what ca
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,6 +21,9 @@ from .features import FeatureConfig, FeatureTable, feature_table, group_features
 from .hyperparameters import Hyperparameters, HyperparameterTable, check_hyperparameters
 from .lists import StateLists
 from .ops import resolve_backend
+
+# Instead of a sum of squares: lagged mode has none yet. Its square root is NaN, so the encoder leaves every group at scale 1.
+_NO_SUM = -1.0
 
 
 class MetaAdamW(Optimizer):
@@ -292,6 +294,7 @@ class MetaAdamW(Optimizer):
             features, scales = self._encode(statistics, self._progress(1))
         elif self._lagged is not None:
             features, scales = self._encode(self._lagged, self._progress(0))
+            features = torch.where(self._lagged[0, 0] == _NO_SUM, self._features, features)
         self._update(lists, hyper, scales, grad_scale, lists.new_sums(statistics, go), go)
         lists.warm = True
         self._publish(go, _features=features, _scales=scales, _statistics=statistics)
@@ -299,7 +302,7 @@ class MetaAdamW(Optimizer):
             self._publish(go, _grad_norm=grad_norm)
         if self._statistics_mode == "lagged":
             if self._lagged is None:
-                self._lagged = torch.full_like(statistics, math.nan)  # of no group: all scales are 1
+                self._lagged = torch.full_like(statistics, _NO_SUM)
             self._publish(go, _lagged=statistics)
         return loss
 
@@ -374,7 +377,7 @@ class MetaAdamW(Optimizer):
         if self.max_grad_norm is not None:
             norm = statistics[:, 0].sum().sqrt()
             if factor is not None:
-                norm = norm * factor
+                norm = (norm * factor).to(statistics.dtype)
             clip = (self.max_grad_norm / (norm.double() + 1e-6)).clamp(max=1.0)
             factor = clip if factor is None else factor * clip
         if factor is None:

@@ -1,0 +1,170 @@
+"""Unscaling and clipping in the step, and steps that a GradScaler calls off."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from metaadamw_fast import MetaAdamW, sync
+
+from .cases import everything, same, set_gradients, two_layers
+
+HUGE = 1e4  # a threshold that no gradient here reaches
+
+
+def scaled_by(opt, scale):
+    for group in opt.param_groups:
+        for p in group["params"]:
+            p.grad.mul_(scale)
+
+
+def norm_of(opt):
+    return torch.stack([p.grad.norm() for group in opt.param_groups for p in group["params"]]).norm()
+
+
+def new_scaler(**options):
+    scaler = torch.amp.GradScaler("cpu", **{"init_scale": 1024.0, **options})
+    scaler.scale(torch.ones(()))  # allocates the scale
+    return scaler
+
+
+@pytest.fixture(params=["host", "device"])
+def who_decides(request, monkeypatch):
+    """Where it is found out that a step does not count: on a GPU the host never waits to know."""
+    if request.param == "device":
+        monkeypatch.setattr(sync, "readable", lambda x: False)
+
+
+MODES = pytest.mark.parametrize(
+    "options", [{}, {"statistics": "lagged"}, {"features": "enhanced"}, {"maximize": True}, {"amsgrad": True}], ids=str
+)
+
+
+@MODES
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.3, HUGE])
+@pytest.mark.parametrize("unscales", ["the step", "the user"])
+def test_a_scaled_loss_gives_the_same_steps(unscales, max_grad_norm, backend, options, who_decides):
+    """A scale that is a power of two changes no bit: every sum, product and quotient is the same times it."""
+    pairs = [two_layers(backend=backend, max_grad_norm=max_grad_norm, **options) for _ in range(2)]
+    scaler = new_scaler()
+    for step in range(5):
+        for (_, opt), scaled in zip(pairs, (False, True), strict=True):
+            set_gradients(opt, step)
+            if not scaled:
+                opt.step()
+                continue
+            scaled_by(opt, scaler.get_scale())
+            if unscales == "the user":
+                scaler.unscale_(opt)
+            scaler.step(opt)
+            scaler.update()
+            if unscales == "the step":
+                scaled_by(opt, 1 / scaler.get_scale())  # the step leaves .grad as it was
+        plain, scaled = (everything(opt) for _, opt in pairs)
+        different = [key for key in plain if not same(plain[key], scaled[key])]
+        assert not different, (step, different)
+
+
+@MODES
+@pytest.mark.parametrize("max_grad_norm", [None, 0.3])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("unscales", ["the step", "the user"])
+def test_after_an_overflow_nothing_has_moved(unscales, bad, max_grad_norm, options, who_decides):
+    """And the next step is that of an optimizer that never saw it."""
+    (_, opt), (_, twin) = (two_layers(max_grad_norm=max_grad_norm, **options) for _ in range(2))
+    scaler = new_scaler()
+    for step in range(6):
+        set_gradients(opt, step)
+        set_gradients(twin, step)
+        if step in (0, 3, 4):
+            opt.param_groups[0]["params"][1].grad[2] = bad
+            before = everything(opt)
+        scaled_by(opt, scaler.get_scale())
+        if unscales == "the user":
+            scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update(1024.0)
+        if step in (0, 3, 4):
+            after = everything(opt)
+            changed = [key for key in before if key != "grads" and not same(before[key], after[key])]
+            assert not changed, (step, changed)
+        else:
+            twin.step()
+            ours, theirs = everything(opt), everything(twin)
+            different = [key for key in ours if key != "grads" and not same(ours[key], theirs[key])]
+            assert not different, (step, different)
+
+
+def test_an_overflow_in_the_very_first_step(who_decides):
+    for options in ({}, {"statistics": "lagged"}, {"max_grad_norm": 1.0}):
+        (_, opt), (_, twin) = (fresh(**options) for _ in range(2))
+        scaler = new_scaler()
+        set_gradients(opt, 0)
+        opt.param_groups[0]["params"][0].grad[0, 0] = float("inf")
+        scaler.step(opt)
+        scaler.update(1024.0)
+        assert opt.steps_done == 0
+        for step in range(3):
+            for each in (opt, twin):
+                set_gradients(each, step)
+                each.step()
+            assert_same_optimizers(opt, twin)
+
+
+def fresh(**options):
+    """As two_layers, without its step."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    return model, MetaAdamW(model.named_parameters(), lr=0.1, head_init="xavier", **options)
+
+
+def assert_same_optimizers(opt, twin):
+    ours, theirs = everything(opt), everything(twin)
+    different = [key for key in ours if not same(ours[key], theirs[key])]
+    assert not different, different
+
+
+# ------------------------------------------------------------------------------------------------------------------ clipping
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 3.0], ids=["above", "at the threshold", "below"])
+@pytest.mark.parametrize("options", [{}, {"statistics": "lagged"}, {"maximize": True}], ids=str)
+def test_clipping_in_the_step_is_clipping_before_it(options, factor):
+    """50 steps, within 1e-6 of the largest element: one rounds the gradient once more, the other the square of the norm."""
+    (_, folded), (_, plain) = two_layers(max_grad_norm=1.0, **options), two_layers(**options)
+    folded.load_state_dict(plain.state_dict())
+    for p, q in zip(folded.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
+        p.data.copy_(q)
+    for step in range(50):
+        for opt in (folded, plain):
+            set_gradients(opt, step)
+        max_norm = float(norm_of(plain)) * factor
+        folded.max_grad_norm = max_norm
+        before = norm_of(folded)
+        clip_grad_norm_(plain.param_groups[0]["params"], max_norm)
+        folded.step()
+        plain.step()
+        torch.testing.assert_close(folded.grad_norm, before, rtol=1e-6, atol=0)
+    for p, q in zip(folded.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6 * float(q.detach().abs().max()))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_clipping_of_what_is_not_finite(bad):
+    """One NaN makes a clipped step NaN everywhere, one infinity makes every other gradient 0: as clip_grad_norm_ does."""
+    (_, folded), (_, plain) = two_layers(max_grad_norm=1.0), two_layers()
+    folded.load_state_dict(plain.state_dict())
+    for p, q in zip(folded.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
+        p.data.copy_(q)
+    for opt in (folded, plain):
+        set_gradients(opt, 5)
+        opt.param_groups[0]["params"][0].grad[1, 2] = bad
+    clip_grad_norm_(plain.param_groups[0]["params"], 1.0)
+    folded.step()
+    plain.step()
+    for p, q in zip(folded.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, equal_nan=True)
+        for key in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(folded.state[p][key], plain.state[q][key], rtol=1e-6, atol=1e-9, equal_nan=True)
