@@ -82,6 +82,8 @@ def _unavailable(name: str, device: torch.device) -> str | None:
     """Why backend ``name`` cannot run on ``device``; None if it can."""
     if name == "reference":
         return None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU"
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed; pip install triton"
@@ -91,8 +93,10 @@ def _unavailable(name: str, device: torch.device) -> str | None:
         return _NO_EXTENSION
     if device.type == "cpu":
         return None
-    if device.type != "cuda" or torch.version.cuda is None:
+    if device.type != "cuda":
         return f"there are C++ kernels for the CPU and for CUDA, the tensors are on {device.type}"
+    if torch.version.cuda is None:
+        return "there are C++ kernels for the CPU and for CUDA, this torch is for another kind of GPU"
     built: str = importlib.import_module("metaadamw_fast._C").cuda_architectures
     rebuild = "reinstall with METAADAMW_CUDA=1 pip install --no-build-isolation . (needs nvcc)"
     if not built:

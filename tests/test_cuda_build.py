@@ -1,10 +1,12 @@
 """csrc/cuda.cu through nvcc, without a GPU: the registers its kernels take, the instructions they may and may not have."""
 
 import importlib.util
+import os
 import re
 import runpy
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -113,3 +115,28 @@ def test_no_fused_approximate_or_flushing_operation(one):
         assert not wrong, (kernel, set(wrong))
     for operation in ("div.rn.f32", "sqrt.rn.f32", "div.rn.f64", "sqrt.rn.f64"):
         assert operation in one.ptx["adamw_update_kernel"]
+
+
+def test_an_extension_with_the_kernels_loads_where_there_is_no_gpu(tmp_path):
+    """Also with a torch that was built without CUDA. (Where there is a GPU, other tests run them.)"""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "kernels", "metaadamw_fast"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    environment = {**os.environ, "METAADAMW_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    built = subprocess.run(build, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert "building the CUDA kernels: METAADAMW_CUDA=1" in built.stdout
+    lines = (
+        "import torch, metaadamw_fast as m, metaadamw_fast._C as c",
+        "assert c.__file__.startswith(m.__path__[0]) and c.cuda_architectures == '9.0+PTX', c.cuda_architectures",
+        "p = torch.nn.Parameter(torch.ones(3)); opt = m.MetaAdamW([p], lr=0.1, backend='cpp'); p.grad = torch.ones(3)",
+        "opt.step(); assert (p < 0.95).all(); print(m.backend_report('cuda'))",
+    )
+    code = "import sys; sys.path.insert(0, '.')\n" + "\n".join(lines)
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=hidden, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "cuda: auto runs reference" in run.stdout
+    assert run.stdout.count("torch sees no GPU") == 2
