@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define METAADAMW_INLINE __host__ __device__ __forceinline__
@@ -92,25 +93,37 @@ METAADAMW_INLINE Scalars<T> fold(const Hyperparameters& h) {
 }
 
 // The larger of two, and NaN if either is, as torch.maximum.
-template <typename T>
-METAADAMW_INLINE T nan_maximum(T a, T b) {
-  return a >= b || a != a ? a : b;
+template <typename V>
+METAADAMW_INLINE V nan_maximum(V a, V b) {
+  return (a >= b) | (a != a) ? a : b;
+}
+
+template <typename V>
+METAADAMW_INLINE V square_root(V x) {
+  if constexpr (std::is_floating_point_v<V>) {
+    return std::sqrt(x);
+  } else {
+    for (unsigned lane = 0; lane < sizeof(V) / sizeof(x[0]); ++lane) {
+      x[lane] = std::sqrt(x[lane]);  // the compiler makes it one instruction
+    }
+    return x;
+  }
 }
 
 // m <- beta1*m + (1-beta1)*g;  v <- beta2*v + (1-beta2)*g^2;  p <- d*p - step_size*m_hat / (sqrt(v_hat) + eps)
-// With amsgrad the running maximum of v replaces v in v_hat.
-template <bool amsgrad, typename T>
-METAADAMW_INLINE void adamw_element(const Scalars<T>& s, T grad, T& param, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) {
-  const T g = grad * s.grad_scale;
-  const T from = s.lerp_from_grad ? g : exp_avg;
-  const T to = s.lerp_from_grad ? exp_avg : g;
+// With amsgrad the running maximum of v replaces v in v_hat. V is T, or on the CPU a vector of it.
+template <bool amsgrad, typename T, typename V>
+METAADAMW_INLINE void adamw_element(const Scalars<T>& s, V grad, V& param, V& exp_avg, V& exp_avg_sq, V& max_exp_avg_sq) {
+  const V g = grad * s.grad_scale;
+  const V from = s.lerp_from_grad ? g : exp_avg;
+  const V to = s.lerp_from_grad ? exp_avg : g;
   exp_avg = from + s.momentum_weight * (to - from);
   exp_avg_sq = s.beta2 * exp_avg_sq + s.beta2_complement * g * g;
-  T v = exp_avg_sq;
+  V v = exp_avg_sq;
   if constexpr (amsgrad) {
     v = max_exp_avg_sq = nan_maximum(max_exp_avg_sq, v);
   }
-  const T denominator = std::sqrt(v) * s.inverse_sqrt_bias_correction2 + s.eps;
+  const V denominator = square_root(v) * s.inverse_sqrt_bias_correction2 + s.eps;
   param = s.decay_factor * param - s.step_size * exp_avg / denominator;
 }
 

@@ -142,18 +142,58 @@ Tensor tensor_stats(const Header& header, const Table& table, bool params, bool 
 
 // ------------------------------------------------------------------------------------------------------------ adamw_update_
 
+template <typename T>
+METAADAMW_INLINE typename Lanes<T>::type& lanes_at(T* x) {
+  return *reinterpret_cast<typename Lanes<T>::type*>(x);
+}
+
+// Adds up what it leaves in p and v, with the bits of block_sums.
 template <bool amsgrad, typename T>
-METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* __restrict g, T* __restrict p, T* __restrict m,
-                                   T* __restrict v, T* __restrict v_max, int n) {
+METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* g, T* p, T* m, T* v, T* v_max, int n, double* totals) {
+  using Vector = typename Lanes<T>::type;
   const Scalars<T> s = scalars;  // a local copy: nothing that the loop writes can change it
-  for (int i = 0; i < n; ++i) {
-    adamw_element<amsgrad, T>(s, g[i], p[i], m[i], v[i], v_max[i]);
+  Vector sum_p{}, sum_v{};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (const T* stream : {g, static_cast<const T*>(p), static_cast<const T*>(m), static_cast<const T*>(v)}) {
+      __builtin_prefetch(stream + i + kPrefetch);
+    }
+    Vector x = lanes_at(p + i), y = lanes_at(v + i);
+    adamw_element<amsgrad>(s, lanes_at(const_cast<T*>(g) + i), x, lanes_at(m + i), y, lanes_at(v_max + i));
+    lanes_at(p + i) = x;
+    lanes_at(v + i) = y;
+    sum_p += x * x;
+    sum_v += y * y;
+  }
+  if (i < n) {  // the tail, padded with zeros
+    const T* from[kOperands] = {g, m, p, v, v_max};
+    T* to[kOperands] = {nullptr, m, p, v, v_max};
+    Vector x[kOperands] = {};
+    for (int k = 0; k < kOperands; ++k) {
+      std::memcpy(&x[k], from[k] + i, (n - i) * sizeof(T));
+    }
+    adamw_element<amsgrad>(s, x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum]);
+    for (int k = kGrad + 1; k < (amsgrad ? kOperands : kMaximum); ++k) {
+      std::memcpy(to[k] + i, &x[k], (n - i) * sizeof(T));
+    }
+    Vector last[2] = {};
+    std::memcpy(&last[0], &x[kParam], (n - i) * sizeof(T));
+    std::memcpy(&last[1], &x[kSecondMoment], (n - i) * sizeof(T));
+    sum_p += last[0] * last[0];
+    sum_v += last[1] * last[1];
+  }
+  if (totals != nullptr) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      totals[kParamSquared] += sum_p[lane];
+      totals[kSecondMomentSquared] += sum_v[lane];
+    }
   }
 }
 
-#define METAADAMW_UPDATE_BLOCK(T, amsgrad)                                                                                 \
-  METAADAMW_CLONES void update_block_##T##_##amsgrad(const Scalars<T>& s, const T* g, T* p, T* m, T* v, T* v_max, int n) { \
-    update_block<amsgrad, T>(s, g, p, m, v, v_max, n);                                                                     \
+#define METAADAMW_UPDATE_BLOCK(T, amsgrad)                                                                               \
+  METAADAMW_CLONES void update_block_##T##_##amsgrad(const Scalars<T>& s, const T* g, T* p, T* m, T* v, T* v_max, int n, \
+                                                     double* totals) {                                                   \
+    update_block<amsgrad, T>(s, g, p, m, v, v_max, n, totals);                                                           \
   }
 METAADAMW_UPDATE_BLOCK(float, false)
 METAADAMW_UPDATE_BLOCK(float, true)
@@ -161,11 +201,13 @@ METAADAMW_UPDATE_BLOCK(double, false)
 METAADAMW_UPDATE_BLOCK(double, true)
 #undef METAADAMW_UPDATE_BLOCK
 
-void update(const Scalars<float>& s, const float* g, float* p, float* m, float* v, float* v_max, int n, bool amsgrad) {
-  (amsgrad ? update_block_float_true : update_block_float_false)(s, g, p, m, v, v_max, n);
+void update(const Scalars<float>& s, const float* g, float* p, float* m, float* v, float* v_max, int n, bool amsgrad,
+            double* totals) {
+  (amsgrad ? update_block_float_true : update_block_float_false)(s, g, p, m, v, v_max, n, totals);
 }
-void update(const Scalars<double>& s, const double* g, double* p, double* m, double* v, double* v_max, int n, bool amsgrad) {
-  (amsgrad ? update_block_double_true : update_block_double_false)(s, g, p, m, v, v_max, n);
+void update(const Scalars<double>& s, const double* g, double* p, double* m, double* v, double* v_max, int n, bool amsgrad,
+            double* totals) {
+  (amsgrad ? update_block_double_true : update_block_double_false)(s, g, p, m, v, v_max, n, totals);
 }
 
 // With `totals`, also adds the sums of the new p and v to it, as they were stored and by the very function that tensor_stats uses:
@@ -177,16 +219,18 @@ void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperpar
   T buffers[kOperands][kBlock];
   T* x[kOperands];
   const bool amsgrad = operands[kMaximum].data != nullptr;
+  // Otherwise elements are rounded on their way out of a buffer, and summed up after that.
+  const bool as_stored = in_place<T>(operands[kParam]) && in_place<T>(operands[kSecondMoment]);
   for (int64_t done = 0; done < count; done += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
     for (int i = 0; i < kOperands; ++i) {
       x[i] = i == kMaximum && !amsgrad ? buffers[i] : read<T>(operands[i], first + done, n, buffers[i]);
     }
-    update(scalars, x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum], n, amsgrad);
+    update(scalars, x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum], n, amsgrad, as_stored ? totals : nullptr);
     for (int i = kGrad + 1; i < kOperands; ++i) {
       write<T>(operands[i], first + done, n, x[i]);
     }
-    if (totals != nullptr) {
+    if (totals != nullptr && !as_stored) {
       const T* p = read<T>(operands[kParam], first + done, n, buffers[kParam]);
       const T* v = read<T>(operands[kSecondMoment], first + done, n, buffers[kSecondMoment]);
       sum_block(p, p, p, v, n, /*counts=*/false, totals);

@@ -56,8 +56,8 @@ def test_columns_of_a_launch(backend):
 def test_the_order_of_the_elements_is_that_of_the_parameters(backend):
     lists = random_lists([(37, 53)], "fp32").replaced("params", lambda x: place(x, order=(1, 0)))
     launch = lists.launch(backend)
-    flat = lists.map(lambda x: x.t().contiguous()).launch(backend)
-    assert same_bits(launch.tensor_stats(False, False, False, F64), flat.tensor_stats(False, False, False, F64))
+    flat = lists.map(lambda x: x.t().contiguous())
+    assert same_bits(launch.tensor_stats(False, False, False, F64), flat.launch(backend).tensor_stats(False, False, False, F64))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
