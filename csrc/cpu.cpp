@@ -99,17 +99,77 @@ void sum_block(const double* g, const double* m, const double* p, const double* 
   (counts ? block_sums_double_true : block_sums_double_false)(g, m, p, v, n, totals);
 }
 
+// The sums of gradient and momentum over a block of each half of a chunk, with the bits of two block_sums.
+template <typename T>
+METAADAMW_INLINE void pair_sums(const T* g, const T* m, int64_t half, double (&totals)[2][kSums]) {
+  using Vector = typename Lanes<T>::type;
+  Vector sums[2][kSums] = {};
+  for (int i = 0; i < kBlock; i += kLanes) {
+    for (const int k : {0, 1}) {
+      const T *x = g + k * half + i, *y = m + k * half + i;
+      __builtin_prefetch(x + kPrefetch);
+      __builtin_prefetch(y + kPrefetch);
+      accumulate<false, Vector>(sums[k], *reinterpret_cast<const Vector*>(x), *reinterpret_cast<const Vector*>(y), Vector{},
+                                Vector{});
+    }
+  }
+  for (const int k : {0, 1}) {
+    for (int s = kGradSquared; s <= kMomentumSquared; ++s) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        totals[k][s] += sums[k][s][lane];
+      }
+    }
+  }
+}
+METAADAMW_CLONES void sum_pair(const float* g, const float* m, int64_t half, double (&totals)[2][kSums]) {
+  pair_sums(g, m, half, totals);
+}
+METAADAMW_CLONES void sum_pair(const double* g, const double* m, int64_t half, double (&totals)[2][kSums]) {
+  pair_sums(g, m, half, totals);
+}
+
+// The sums of a chunk are those of its two halves, so that these can be read side by side: two streams of each operand come from
+// memory 4 % faster than one.
+class ChunkSums {
+ public:
+  explicit ChunkSums(int64_t count) : half_((count + 2 * kBlock - 1) / (2 * kBlock) * kBlock) {}
+  int64_t half() const { return half_; }
+  double* of_block(int64_t first) { return sums_[first >= half_]; }
+  double (&of_halves())[2][kSums] { return sums_; }
+  void add_to(double* totals) const {
+    for (int s = 0; s < kSums; ++s) {
+      totals[s] += sums_[0][s] + sums_[1][s];
+    }
+  }
+
+ private:
+  int64_t half_;
+  double sums_[2][kSums] = {};
+};
+
 template <typename T>
 void sum_chunk(const std::array<Operand, 4>& operands, int64_t first, int64_t count, bool counts, double* totals) {
-  T buffers[4][kBlock];
-  const T* x[4];
-  for (int64_t done = 0; done < count; done += kBlock) {
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
-    for (int i = 0; i < 4; ++i) {
-      x[i] = read<T>(operands[i], first + done, n, buffers[i]);
+  ChunkSums sums(count);
+  const auto& [g, m, p, v] = operands;
+  const bool in_pairs = in_place<T>(g) && in_place<T>(m) && g.data != nullptr && p.data == nullptr && v.data == nullptr &&
+                        !counts && count == 2 * sums.half();
+  if (in_pairs) {
+    const T *x = reinterpret_cast<const T*>(g.data) + first, *y = reinterpret_cast<const T*>(m.data) + first;
+    for (int64_t done = 0; done < sums.half(); done += kBlock) {
+      sum_pair(x + done, y + done, sums.half(), sums.of_halves());
     }
-    sum_block(x[0], x[1], x[2], x[3], n, counts, totals);
+  } else {
+    T buffers[4][kBlock];
+    const T* x[4];
+    for (int64_t done = 0; done < count; done += kBlock) {
+      const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
+      for (int i = 0; i < 4; ++i) {
+        x[i] = read<T>(operands[i], first + done, n, buffers[i]);
+      }
+      sum_block(x[0], x[1], x[2], x[3], n, counts, sums.of_block(done));
+    }
   }
+  sums.add_to(totals);
 }
 
 Tensor tensor_stats(const Header& header, const Table& table, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype) {
@@ -221,20 +281,25 @@ void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperpar
   const bool amsgrad = operands[kMaximum].data != nullptr;
   // Otherwise elements are rounded on their way out of a buffer, and summed up after that.
   const bool as_stored = in_place<T>(operands[kParam]) && in_place<T>(operands[kSecondMoment]);
+  ChunkSums sums(count);
   for (int64_t done = 0; done < count; done += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
     for (int i = 0; i < kOperands; ++i) {
       x[i] = i == kMaximum && !amsgrad ? buffers[i] : read<T>(operands[i], first + done, n, buffers[i]);
     }
-    update(scalars, x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum], n, amsgrad, as_stored ? totals : nullptr);
+    double* of_block = sums.of_block(done);
+    update(scalars, x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum], n, amsgrad, as_stored ? of_block : nullptr);
     for (int i = kGrad + 1; i < kOperands; ++i) {
       write<T>(operands[i], first + done, n, x[i]);
     }
     if (totals != nullptr && !as_stored) {
       const T* p = read<T>(operands[kParam], first + done, n, buffers[kParam]);
       const T* v = read<T>(operands[kSecondMoment], first + done, n, buffers[kSecondMoment]);
-      sum_block(p, p, p, v, n, /*counts=*/false, totals);
+      sum_block(p, p, p, v, n, /*counts=*/false, of_block);
     }
+  }
+  if (totals != nullptr) {
+    sums.add_to(totals);
   }
 }
 
