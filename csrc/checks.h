@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "sums.h"
 #include "table.h"
 
 // As STD_TORCH_CHECK, a RuntimeError in Python; but its message is what we say, without the name and line of the source file.
@@ -312,11 +313,12 @@ inline HyperparameterVectors hyperparameters(const Tensor& step_size, const Tens
 }
 
 // Where the update writes the sums of what it leaves, null if it need not.
-inline double* sums_output(const std::optional<Tensor>& x, const Header& header) {
+inline NewSums sums_output(const std::optional<Tensor>& x, const Header& header) {
   METAADAMW_CHECK(!x || (x->scalar_type() == ScalarType::Double && x->dim() == 2 && x->size(0) == header.tensors &&
-                         x->size(1) == 2 && x->is_contiguous() && device_of(*x) == header.device),
-                  "new_sums must be a contiguous float64 tensor of shape [", header.tensors, ", 2] on the device of the tensors");
-  return x ? static_cast<double*>(x->data_ptr()) : nullptr;
+                         (x->size(1) == 2 || x->size(1) == 5) && x->is_contiguous() && device_of(*x) == header.device),
+                  "new_sums must be a contiguous float64 tensor of shape [", header.tensors, ", 2] or [", header.tensors,
+                  ", 5] on the device of the tensors");
+  return x ? NewSums{static_cast<double*>(x->data_ptr()), static_cast<int>(x->size(1))} : NewSums{nullptr, 2};
 }
 
 }  // namespace metaadamw

@@ -207,80 +207,90 @@ METAADAMW_INLINE typename Lanes<T>::type& lanes_at(T* x) {
   return *reinterpret_cast<typename Lanes<T>::type*>(x);
 }
 
-// Adds up what it leaves in p and v, with the bits of block_sums.
-template <bool amsgrad, typename T>
-METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* g, T* p, T* m, T* v, T* v_max, int n, double* totals) {
+// The sums of p and v are of what it leaves there, those of g and m, if `found`, of what it finds; all with the bits of block_sums.
+// Adds sums [begin, end) to `totals`.
+template <bool amsgrad, bool found, typename T>
+METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* g, T* p, T* m, T* v, T* v_max, int n, int begin, int end,
+                                   double* totals) {
   using Vector = typename Lanes<T>::type;
   const Scalars<T> s = scalars;  // a local copy: nothing that the loop writes can change it
-  Vector sum_p{}, sum_v{};
+  Vector sums[kSums] = {};
+  const auto element = [&](Vector grad, Vector& param, Vector& exp_avg, Vector& exp_avg_sq, Vector& maximum) {
+    if constexpr (found) {
+      sums[kGradSquared] += grad * grad;
+      sums[kGradMomentum] += grad * exp_avg;
+      sums[kMomentumSquared] += exp_avg * exp_avg;
+    }
+    adamw_element<amsgrad>(s, grad, param, exp_avg, exp_avg_sq, maximum);
+  };
+  const auto add = [&](Vector param, Vector exp_avg_sq) {
+    sums[kParamSquared] += param * param;
+    sums[kSecondMomentSquared] += exp_avg_sq * exp_avg_sq;
+  };
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (const T* stream : {g, static_cast<const T*>(p), static_cast<const T*>(m), static_cast<const T*>(v)}) {
       __builtin_prefetch(stream + i + kPrefetch);
     }
     Vector x = lanes_at(p + i), y = lanes_at(v + i);
-    adamw_element<amsgrad>(s, lanes_at(const_cast<T*>(g) + i), x, lanes_at(m + i), y, lanes_at(v_max + i));
+    element(lanes_at(const_cast<T*>(g) + i), x, lanes_at(m + i), y, lanes_at(v_max + i));
     lanes_at(p + i) = x;
     lanes_at(v + i) = y;
-    sum_p += x * x;
-    sum_v += y * y;
+    add(x, y);
   }
   if (i < n) {  // the tail, padded with zeros
-    const T* from[kOperands] = {g, m, p, v, v_max};
-    T* to[kOperands] = {nullptr, m, p, v, v_max};
-    Vector x[kOperands] = {};
+    T* const streams[kOperands] = {const_cast<T*>(g), m, p, v, v_max};
+    Vector x[kOperands] = {}, left[kOperands] = {};
     for (int k = 0; k < kOperands; ++k) {
-      std::memcpy(&x[k], from[k] + i, (n - i) * sizeof(T));
+      std::memcpy(&x[k], streams[k] + i, (n - i) * sizeof(T));
     }
-    adamw_element<amsgrad>(s, x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum]);
+    element(x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum]);
     for (int k = kGrad + 1; k < (amsgrad ? kOperands : kMaximum); ++k) {
-      std::memcpy(to[k] + i, &x[k], (n - i) * sizeof(T));
+      std::memcpy(streams[k] + i, &x[k], (n - i) * sizeof(T));
+      std::memcpy(&left[k], &x[k], (n - i) * sizeof(T));  // what became of the padding does not count
     }
-    Vector last[2] = {};
-    std::memcpy(&last[0], &x[kParam], (n - i) * sizeof(T));
-    std::memcpy(&last[1], &x[kSecondMoment], (n - i) * sizeof(T));
-    sum_p += last[0] * last[0];
-    sum_v += last[1] * last[1];
+    add(left[kParam], left[kSecondMoment]);
   }
-  if (totals != nullptr) {
+  for (int k = begin; k < end; ++k) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      totals[kParamSquared] += sum_p[lane];
-      totals[kSecondMomentSquared] += sum_v[lane];
+      totals[k] += sums[k][lane];
     }
   }
 }
 
-#define METAADAMW_UPDATE_BLOCK(T, amsgrad)                                                                               \
-  METAADAMW_CLONES void update_block_##T##_##amsgrad(const Scalars<T>& s, const T* g, T* p, T* m, T* v, T* v_max, int n, \
-                                                     double* totals) {                                                   \
-    update_block<amsgrad, T>(s, g, p, m, v, v_max, n, totals);                                                           \
+#define METAADAMW_UPDATE_BLOCK(T, amsgrad, found)                                                                                  \
+  METAADAMW_CLONES void update_block_##T##_##amsgrad##_##found(const Scalars<T>& s, const T* g, T* p, T* m, T* v, T* v_max, int n, \
+                                                               int begin, int end, double* totals) {                               \
+    update_block<amsgrad, found, T>(s, g, p, m, v, v_max, n, begin, end, totals);                                                  \
   }
-METAADAMW_UPDATE_BLOCK(float, false)
-METAADAMW_UPDATE_BLOCK(float, true)
-METAADAMW_UPDATE_BLOCK(double, false)
-METAADAMW_UPDATE_BLOCK(double, true)
+#define METAADAMW_UPDATE(T)                                                                                         \
+  METAADAMW_UPDATE_BLOCK(T, false, false)                                                                           \
+  METAADAMW_UPDATE_BLOCK(T, false, true)                                                                            \
+  METAADAMW_UPDATE_BLOCK(T, true, false)                                                                            \
+  METAADAMW_UPDATE_BLOCK(T, true, true)                                                                             \
+  void update(const Scalars<T>& s, const T* g, T* p, T* m, T* v, T* v_max, int n, bool amsgrad, int begin, int end, \
+              double* totals) {                                                                                     \
+    const bool found = begin < kParamSquared && end > begin;                                                        \
+    const auto maximum = found ? update_block_##T##_true_true : update_block_##T##_true_false;                      \
+    const auto plain = found ? update_block_##T##_false_true : update_block_##T##_false_false;                      \
+    (amsgrad ? maximum : plain)(s, g, p, m, v, v_max, n, begin, end, totals);                                       \
+  }
+METAADAMW_UPDATE(float)
+METAADAMW_UPDATE(double)
+#undef METAADAMW_UPDATE
 #undef METAADAMW_UPDATE_BLOCK
 
-void update(const Scalars<float>& s, const float* g, float* p, float* m, float* v, float* v_max, int n, bool amsgrad,
-            double* totals) {
-  (amsgrad ? update_block_float_true : update_block_float_false)(s, g, p, m, v, v_max, n, totals);
-}
-void update(const Scalars<double>& s, const double* g, double* p, double* m, double* v, double* v_max, int n, bool amsgrad,
-            double* totals) {
-  (amsgrad ? update_block_double_true : update_block_double_false)(s, g, p, m, v, v_max, n, totals);
-}
-
-// With `totals`, also adds the sums of the new p and v to it, as they were stored and by the very function that tensor_stats uses:
-// a later pass over them would give the same bits.
+// Adds the sums of g and m as they were and of p and v as they were stored to `totals`, from sum `first_sum` on.
 template <typename T>
 void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperparameters& hyperparameters, int64_t first,
-                  int64_t count, double* totals) {
+                  int64_t count, int first_sum, double* totals) {
   const Scalars<T> scalars = fold<T>(hyperparameters);
   T buffers[kOperands][kBlock];
   T* x[kOperands];
   const bool amsgrad = operands[kMaximum].data != nullptr;
   // Otherwise elements are rounded on their way out of a buffer, and summed up after that.
   const bool as_stored = in_place<T>(operands[kParam]) && in_place<T>(operands[kSecondMoment]);
+  const int end_sum = totals == nullptr ? first_sum : as_stored ? kSecondMomentSquared + 1 : kParamSquared;
   ChunkSums sums(count);
   for (int64_t done = 0; done < count; done += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
@@ -288,14 +298,14 @@ void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperpar
       x[i] = i == kMaximum && !amsgrad ? buffers[i] : read<T>(operands[i], first + done, n, buffers[i]);
     }
     double* of_block = sums.of_block(done);
-    update(scalars, x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum], n, amsgrad, as_stored ? of_block : nullptr);
+    update(scalars, x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum], n, amsgrad, first_sum, end_sum, of_block);
     for (int i = kGrad + 1; i < kOperands; ++i) {
       write<T>(operands[i], first + done, n, x[i]);
     }
     if (totals != nullptr && !as_stored) {
       const T* p = read<T>(operands[kParam], first + done, n, buffers[kParam]);
       const T* v = read<T>(operands[kSecondMoment], first + done, n, buffers[kSecondMoment]);
-      sum_block(p, p, p, v, n, /*counts=*/false, of_block);
+      sum_block(zeros<T>(), zeros<T>(), p, v, n, /*counts=*/false, of_block);
     }
   }
   if (totals != nullptr) {
@@ -303,8 +313,8 @@ void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperpar
   }
 }
 
-void adamw_update_(const Table& table, const HyperparameterVectors& hyperparameters, double* new_sums) {
-  std::vector<std::array<double, kSums>> partials(new_sums != nullptr ? table.chunks : 0, std::array<double, kSums>{});
+void adamw_update_(const Table& table, const HyperparameterVectors& hyperparameters, const NewSums& new_sums) {
+  std::vector<std::array<double, kSums>> partials(new_sums.data != nullptr ? table.chunks : 0, std::array<double, kSums>{});
   for_each_chunk<Order::kBackward>(table, [&](const Row& row, int64_t t, int64_t chunk, int64_t first, int64_t count) {
     if (row.lacks_gradient() || hyperparameters.skips(t)) {
       return;
@@ -312,17 +322,19 @@ void adamw_update_(const Table& table, const HyperparameterVectors& hyperparamet
     static_assert(kOperands == 5);
     const std::array<Operand, kOperands> operands{Operand(table, row, 0), Operand(table, row, 1), Operand(table, row, 2),
                                                   Operand(table, row, 3), Operand(table, row, 4)};
-    double* totals = new_sums != nullptr ? partials[chunk].data() : nullptr;
-    (row.is_double ? update_chunk<double> : update_chunk<float>)(operands, hyperparameters[t], first, count, totals);
+    double* totals = new_sums.data != nullptr ? partials[chunk].data() : nullptr;
+    (row.is_double ? update_chunk<double> : update_chunk<float>)(operands, hyperparameters[t], first, count, new_sums.first(),
+                                                                 totals);
   });
-  for (int64_t t = 0; t < table.tensors && new_sums != nullptr; ++t) {
+  for (int64_t t = 0; t < table.tensors && new_sums.data != nullptr; ++t) {
     if (table.rows[t].lacks_gradient() || hyperparameters.skips(t)) {
       continue;
     }
-    new_sums[2 * t] = new_sums[2 * t + 1] = 0.0;
-    for (int64_t chunk = table.first_chunk[t]; chunk < table.first_chunk[t + 1]; ++chunk) {
-      new_sums[2 * t] += partials[chunk][kParamSquared];
-      new_sums[2 * t + 1] += partials[chunk][kSecondMomentSquared];
+    for (int s = new_sums.first(); s <= kSecondMomentSquared; ++s) {
+      double& total = new_sums.at(t, s) = 0.0;
+      for (int64_t chunk = table.first_chunk[t]; chunk < table.first_chunk[t + 1]; ++chunk) {
+        total += partials[chunk][s];
+      }
     }
   }
 }

@@ -146,12 +146,17 @@ bool in_place(const Operand& x) {
   return x.dense && x.type == (std::is_same_v<T, double> ? ElementType::kFloat64 : ElementType::kFloat32);
 }
 
+template <typename T>
+T* zeros() {
+  static T block[kBlock] = {};  // only ever read
+  return block;
+}
+
 // The elements [begin, begin + count) of an operand: where they lie, or a copy in `buffer`; zeros if the row has no such operand.
 template <typename T>
 T* read(const Operand& x, int64_t begin, int count, T* buffer) {
   if (x.data == nullptr) {
-    static T zeros[kBlock] = {};  // only ever read: an operand that is absent is never an output
-    return zeros;
+    return zeros<T>();
   }
   if (in_place<T>(x)) {
     return reinterpret_cast<T*>(x.data) + begin;

@@ -23,6 +23,16 @@ struct Columns {
   }
 };
 
+// Where the update writes its sums, [T, 2] or [T, 5]: Σp², Σv² of what it leaves, and before them Σg², Σg·m, Σm² of what it found.
+struct NewSums {
+  double* data;  // null if nobody wants them
+  int columns;
+
+  METAADAMW_INLINE bool found() const { return columns > 2; }
+  METAADAMW_INLINE int first() const { return kSecondMomentSquared + 1 - columns; }
+  METAADAMW_INLINE double& at(int64_t t, int sum) const { return data[t * columns + sum - first()]; }
+};
+
 // counts = false leaves the last two untouched: only the `enhanced` features want them.
 template <bool counts, typename V>
 METAADAMW_INLINE void accumulate(V (&sums)[kSums], V g, V m, V p, V v) {
