@@ -217,15 +217,9 @@ METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* g, T* p, 
   Vector sums[kSums] = {};
   const auto element = [&](Vector grad, Vector& param, Vector& exp_avg, Vector& exp_avg_sq, Vector& maximum) {
     if constexpr (found) {
-      sums[kGradSquared] += grad * grad;
-      sums[kGradMomentum] += grad * exp_avg;
-      sums[kMomentumSquared] += exp_avg * exp_avg;
+      accumulate_found(sums, grad, exp_avg);
     }
     adamw_element<amsgrad>(s, grad, param, exp_avg, exp_avg_sq, maximum);
-  };
-  const auto add = [&](Vector param, Vector exp_avg_sq) {
-    sums[kParamSquared] += param * param;
-    sums[kSecondMomentSquared] += exp_avg_sq * exp_avg_sq;
   };
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -236,7 +230,7 @@ METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* g, T* p, 
     element(lanes_at(const_cast<T*>(g) + i), x, lanes_at(m + i), y, lanes_at(v_max + i));
     lanes_at(p + i) = x;
     lanes_at(v + i) = y;
-    add(x, y);
+    accumulate_left(sums, x, y);
   }
   if (i < n) {  // the tail, padded with zeros
     T* const streams[kOperands] = {const_cast<T*>(g), m, p, v, v_max};
@@ -249,7 +243,7 @@ METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* g, T* p, 
       std::memcpy(streams[k] + i, &x[k], (n - i) * sizeof(T));
       std::memcpy(&left[k], &x[k], (n - i) * sizeof(T));  // what became of the padding does not count
     }
-    add(left[kParam], left[kSecondMoment]);
+    accumulate_left(sums, left[kParam], left[kSecondMoment]);
   }
   for (int k = begin; k < end; ++k) {
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -290,7 +284,7 @@ void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperpar
   const bool amsgrad = operands[kMaximum].data != nullptr;
   // Otherwise elements are rounded on their way out of a buffer, and summed up after that.
   const bool as_stored = in_place<T>(operands[kParam]) && in_place<T>(operands[kSecondMoment]);
-  const int end_sum = totals == nullptr ? first_sum : as_stored ? kSecondMomentSquared + 1 : kParamSquared;
+  const int end_sum = totals == nullptr ? first_sum : as_stored ? kUpdateSums : kParamSquared;
   ChunkSums sums(count);
   for (int64_t done = 0; done < count; done += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
@@ -330,7 +324,7 @@ void adamw_update_(const Table& table, const HyperparameterVectors& hyperparamet
     if (table.rows[t].lacks_gradient() || hyperparameters.skips(t)) {
       continue;
     }
-    for (int s = new_sums.first(); s <= kSecondMomentSquared; ++s) {
+    for (int s = new_sums.first(); s < kUpdateSums; ++s) {
       double& total = new_sums.at(t, s) = 0.0;
       for (int64_t chunk = table.first_chunk[t]; chunk < table.first_chunk[t + 1]; ++chunk) {
         total += partials[chunk][s];

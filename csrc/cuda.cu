@@ -158,9 +158,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 // ------------------------------------------------------------------------------------------------------------ adamw_update_
 
-// Also returns the thread's sums of the new p and v, as they were stored, in the order in which sum_chunk adds them up.
-template <int V, bool amsgrad, typename T>
-__device__ __forceinline__ void update_chunk(const Table& table, const Work& work, const Scalars<T>& scalars, double (&totals)[2]) {
+// Also returns the thread's sums of p and v as they were stored, and before them, if `found`, those of g and m as they were: all in
+// the order in which sum_chunk adds them up.
+template <int V, bool found, bool amsgrad, typename T>
+__device__ __forceinline__ void update_chunk(const Table& table, const Work& work, const Scalars<T>& scalars,
+                                             double (&totals)[found ? kUpdateSums : 2]) {
   constexpr int kUsed = amsgrad ? kOperands : kOperands - 1;
   static_assert(kMaximum == kOperands - 1);
   const Row& row = work.row;
@@ -180,12 +182,16 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
 #pragma unroll
           for (int part = 0; part < V; part += kPart) {
             float x[kOperands][kPart] = {};
+            T of_part[kSums] = {};
 #pragma unroll
             for (int i = 0; i < kUsed; ++i) {
               unpack<V>(bits[i], row.type[i], part, x[i]);
             }
 #pragma unroll
             for (int k = 0; k < kPart; ++k) {
+              if constexpr (found) {
+                accumulate_found<T>(of_part, x[kGrad][k], x[kMomentum][k]);
+              }
               adamw_element<amsgrad, float>(s, x[kGrad][k], x[kParam][k], x[kMomentum][k], x[kSecondMoment][k], x[kMaximum][k]);
             }
 #pragma unroll
@@ -194,10 +200,9 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
             }
             unpack<V>(bits[kParam], row.type[kParam], part, x[kParam]);
             unpack<V>(bits[kSecondMoment], row.type[kSecondMoment], part, x[kSecondMoment]);
-            T of_part[kSums] = {};
 #pragma unroll
             for (int k = 0; k < kPart; ++k) {
-              accumulate<false, T>(of_part, x[kParam][k], x[kParam][k], x[kParam][k], x[kSecondMoment][k]);
+              accumulate_left<T>(of_part, x[kParam][k], x[kSecondMoment][k]);
             }
             add(sums, of_part);
           }
@@ -221,36 +226,42 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
             address[i] = address_in_chunk(table, row, i, work.chunk.first, work.coordinates, index);
             x[i] = load_element<T>(address[i], row.type[i]);
           }
+          if constexpr (found) {
+            accumulate_found<T>(of_part, x[kGrad], x[kMomentum]);
+          }
           adamw_element<amsgrad, T>(s, x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum]);
 #pragma unroll
           for (int i = kGrad + 1; i < kUsed; ++i) {
             x[i] = store_element<T>(address[i], row.type[i], x[i]);
           }
-          accumulate<false, T>(of_part, x[kParam], x[kParam], x[kParam], x[kSecondMoment]);
+          accumulate_left<T>(of_part, x[kParam], x[kSecondMoment]);
         }
         add(sums, of_part);
       });
-  totals[0] = sums[kParamSquared];
-  totals[1] = sums[kSecondMomentSquared];
+#pragma unroll
+  for (int i = found ? 0 : kParamSquared; i < kUpdateSums; ++i) {
+    totals[found ? i : i - kParamSquared] = sums[i];
+  }
 }
 
-template <int V, typename T>
+template <int V, bool found, typename T>
 __device__ __forceinline__ void update_chunk(const Table& table, const Work& work, const HyperparameterVectors& hyperparameters,
-                                             double (&totals)[2]) {
+                                             double (&totals)[found ? kUpdateSums : 2]) {
   __shared__ Scalars<T> scalars;
   if (threadIdx.x == 0) {
     scalars = fold<T>(hyperparameters[work.chunk.tensor]);
   }
   __syncthreads();
   if (work.row.data[kMaximum] != nullptr) {
-    update_chunk<V, true, T>(table, work, scalars, totals);
+    update_chunk<V, found, true, T>(table, work, scalars, totals);
   } else {
-    update_chunk<V, false, T>(table, work, scalars, totals);
+    update_chunk<V, found, false, T>(table, work, scalars, totals);
   }
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    adamw_update_kernel(const Table table, const HyperparameterVectors hyperparameters, double* const new_sums) {
+template <bool found>
+__global__ void __launch_bounds__(kThreads, found ? kBlocksWithFoundSums : kBlocksPerMultiprocessor)
+    adamw_update_kernel(const Table table, const HyperparameterVectors hyperparameters, const NewSums new_sums) {
   __shared__ Work work;
   if (threadIdx.x == 0) {
     // Backward through what the statistics went through forward: the last chunks may still be in the second-level cache.
@@ -260,16 +271,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (work.row.lacks_gradient() || hyperparameters.skips(work.chunk.tensor)) {
     return;
   }
-  double totals[2];
+  double totals[found ? kUpdateSums : 2];
   if (work.row.is_double) {
-    update_chunk<1, double>(table, work, hyperparameters, totals);
+    update_chunk<1, found, double>(table, work, hyperparameters, totals);
   } else if (work.row.vector == 4) {
-    update_chunk<4, float>(table, work, hyperparameters, totals);
+    update_chunk<4, found, float>(table, work, hyperparameters, totals);
   } else {
-    update_chunk<8, float>(table, work, hyperparameters, totals);
+    update_chunk<8, found, float>(table, work, hyperparameters, totals);
   }
-  if (new_sums != nullptr) {
-    tensor_sums(table, work.chunk, totals, [&](int sum, double value) { new_sums[2 * work.chunk.tensor + sum] = value; });
+  if (new_sums.data != nullptr) {
+    tensor_sums(table, work.chunk, totals,
+                [&](int sum, double value) { new_sums.at(work.chunk.tensor, found ? sum : sum + kParamSquared) = value; });
   }
 }
 
@@ -316,10 +328,12 @@ Tensor tensor_stats(const Header& header, const Table& table, bool params, bool 
   return result;
 }
 
-void adamw_update_(const Header& header, const Table& table, const HyperparameterVectors& hyperparameters, double* new_sums) {
+void adamw_update_(const Header& header, const Table& table, const HyperparameterVectors& hyperparameters,
+                   const NewSums& new_sums) {
   const torch::stable::accelerator::DeviceGuard guard(header.device);
   if (header.chunks != 0) {
-    adamw_update_kernel<<<header.chunks, kThreads, 0, current_stream(header.device)>>>(table, hyperparameters, new_sums);
+    const auto kernel = new_sums.found() ? adamw_update_kernel<true> : adamw_update_kernel<false>;
+    kernel<<<header.chunks, kThreads, 0, current_stream(header.device)>>>(table, hyperparameters, new_sums);
     check_cuda(cudaGetLastError(), "adamw_update_");
   }
 }

@@ -23,24 +23,37 @@ struct Columns {
   }
 };
 
+// The sums that the update makes, of what it finds in g and m and of what it leaves in p and v: all but the counts.
+constexpr int kUpdateSums = kSecondMomentSquared + 1;
+
 // Where the update writes its sums, [T, 2] or [T, 5]: Σp², Σv² of what it leaves, and before them Σg², Σg·m, Σm² of what it found.
 struct NewSums {
   double* data;  // null if nobody wants them
   int columns;
 
   METAADAMW_INLINE bool found() const { return columns > 2; }
-  METAADAMW_INLINE int first() const { return kSecondMomentSquared + 1 - columns; }
+  METAADAMW_INLINE int first() const { return kUpdateSums - columns; }
   METAADAMW_INLINE double& at(int64_t t, int sum) const { return data[t * columns + sum - first()]; }
 };
+
+template <typename V>
+METAADAMW_INLINE void accumulate_found(V (&sums)[kSums], V g, V m) {
+  sums[kGradSquared] += g * g;
+  sums[kGradMomentum] += g * m;
+  sums[kMomentumSquared] += m * m;
+}
+
+template <typename V>
+METAADAMW_INLINE void accumulate_left(V (&sums)[kSums], V p, V v) {
+  sums[kParamSquared] += p * p;
+  sums[kSecondMomentSquared] += v * v;
+}
 
 // counts = false leaves the last two untouched: only the `enhanced` features want them.
 template <bool counts, typename V>
 METAADAMW_INLINE void accumulate(V (&sums)[kSums], V g, V m, V p, V v) {
-  sums[kGradSquared] += g * g;
-  sums[kGradMomentum] += g * m;
-  sums[kMomentumSquared] += m * m;
-  sums[kParamSquared] += p * p;
-  sums[kSecondMomentSquared] += v * v;
+  accumulate_found(sums, g, m);
+  accumulate_left(sums, p, v);
   if constexpr (counts) {
     const V zero = V{};
     const V one = zero + 1;

@@ -64,17 +64,23 @@ def _quotient(x, y):
 
 @triton.jit
 def _update_block(
-    pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, offsets, mask, layout,
+    gg, gm, mm, pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, offsets, mask, layout,
     grad_scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor,
-    inverse_sqrt_bias_correction2, eps, sums: tl.constexpr, kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
+    inverse_sqrt_bias_correction2, eps, sums: tl.constexpr, found: tl.constexpr,
+    kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
-    """Updates one block, and adds the squares of what it stores to the lanes of the sums."""
+    """Updates one block, and adds what it finds in g and m and what it stores in p and v to the lanes of the sums."""
     g_offsets, m_offsets, p_offsets, v_offsets, max_offsets = operand_offsets(layout, begin, offsets, strided)
-    g = load(grad, begin, g_offsets, mask, GRAD, kind, aligned) * grad_scale
+    unscaled = load(grad, begin, g_offsets, mask, GRAD, kind, aligned)
     m = load(exp_avg, begin, m_offsets, mask, EXP_AVG, kind, aligned)
     v = load(exp_avg_sq, begin, v_offsets, mask, EXP_AVG_SQ, kind, aligned)
     p = load(param, begin, p_offsets, mask, PARAM, kind, aligned)
 
+    if found:
+        gg += unscaled * unscaled
+        gm += unscaled * m
+        mm += m * m
+    g = unscaled * grad_scale
     start = tl.where(lerp_from_grad, g, m)
     end = tl.where(lerp_from_grad, m, g)
     m = start + momentum_weight * (end - start)
@@ -98,13 +104,13 @@ def _update_block(
             p = tl.where(mask, p, 0.0)
         pp += p * p
         vv += v * v
-    return pp, vv
+    return gg, gm, mm, pp, vv
 
 
 @triton.jit
 def _update_chunk(
     table, tensors, chunk, chunks, row, partials, tickets, new_sums,
-    step_size, decay_factor, step, beta1, beta2, eps, grad_scale, kind: tl.constexpr,
+    step_size, decay_factor, step, beta1, beta2, eps, grad_scale, found: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
     arithmetic: tl.constexpr = arithmetic_type(kind)
     begin, count, first_chunk, chunks_of_row = chunk_bounds(table, tensors, chunk, row)
@@ -114,8 +120,11 @@ def _update_chunk(
     exp_avg_sq = tl.load(table + EXP_AVG_SQ * tensors + row)
     maximum = tl.load(table + MAXIMUM * tensors + row)
     lane = tl.arange(0, BLOCK)
-    pp = tl.zeros([BLOCK], arithmetic)
-    vv = pp
+    gg = tl.zeros([BLOCK], arithmetic)
+    gm = gg
+    mm = gg
+    pp = gg
+    vv = gg
 
     # Folded in float64 and rounded once, as `fold` in csrc/adamw.h.
     beta1 = tl.load(beta1 + row)
@@ -143,25 +152,30 @@ def _update_chunk(
     if ((grad | exp_avg | param | exp_avg_sq | maximum) % 16 == 0) & (not strided):
         done = count // BLOCK * BLOCK
         for i in range(0, done, BLOCK):
-            pp, vv = _update_block(
-                pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, None, layout,
+            gg, gm, mm, pp, vv = _update_block(
+                gg, gm, mm, pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, None, layout,
                 scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor,
                 inverse_sqrt_bias_correction2,
-                eps, sums, kind, False, True,
+                eps, sums, found, kind, False, True,
             )  # fmt: skip
     for i in range(done, count, BLOCK):
         mask = i + lane < count
-        pp, vv = _update_block(
-            pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, mask, layout,
+        gg, gm, mm, pp, vv = _update_block(
+            gg, gm, mm, pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, mask, layout,
             scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor,
             inverse_sqrt_bias_correction2,
-            eps, sums, kind, strided, False,
+            eps, sums, found, kind, strided, False,
         )  # fmt: skip
 
     if sums:
-        store_sum(pp, 0, 2, row, chunk, chunks, chunks_of_row, partials, new_sums)
-        store_sum(vv, 1, 2, row, chunk, chunks, chunks_of_row, partials, new_sums)
-        finish_sums(2, row, chunks, first_chunk, chunks_of_row, partials, tickets, new_sums)
+        width: tl.constexpr = 2 + 3 * found
+        if found:
+            store_sum(gg, 0, width, row, chunk, chunks, chunks_of_row, partials, new_sums)
+            store_sum(gm, 1, width, row, chunk, chunks, chunks_of_row, partials, new_sums)
+            store_sum(mm, 2, width, row, chunk, chunks, chunks_of_row, partials, new_sums)
+        store_sum(pp, width - 2, width, row, chunk, chunks, chunks_of_row, partials, new_sums)
+        store_sum(vv, width - 1, width, row, chunk, chunks, chunks_of_row, partials, new_sums)
+        finish_sums(width, row, chunks, first_chunk, chunks_of_row, partials, tickets, new_sums)
 
 
 @triton.jit(
@@ -170,7 +184,7 @@ def _update_chunk(
 )
 def adamw_update_kernel(
     table, tensors, chunks, partials, tickets, new_sums, step_size, decay_factor, step, beta1, beta2, eps, grad_scale,
-    kinds: tl.constexpr,
+    found: tl.constexpr, kinds: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk; see `LaunchTable` for the table and the kinds."""
     # Backward through what the statistics went through forward: the first programs find the end of it in the cache.
@@ -183,7 +197,7 @@ def adamw_update_kernel(
         if wanted & (kind_of_row == i):
             _update_chunk(
                 table, tensors, chunk, chunks, row, partials, tickets, new_sums,
-                step_size, decay_factor, step, beta1, beta2, eps, grad_scale, element(kinds, i),
+                step_size, decay_factor, step, beta1, beta2, eps, grad_scale, found, element(kinds, i),
             )  # fmt: skip
 
 
@@ -204,8 +218,9 @@ def adamw_update_(
         launch: the T tensors, built with ``written=True``.
         step_size, decay_factor, step, beta1, beta2, eps: contiguous float64 [T] on the tensors' device.
         grad_scale: likewise, or None for 1.
-        new_sums: contiguous float64 [T, 2] or None; receives Σp², Σv² as stored, in the bits of a later pass of `tensor_stats`.
-            Rows that stay as they are keep what it holds.
+        new_sums: contiguous float64 [T, 2] or None; receives Σp², Σv² as stored, in the bits of a later pass of `tensor_stats`;
+            with [T, 5], before them Σg², Σg·m, Σm² as found, in the bits of an earlier pass. Rows that stay as they are keep
+            what it holds.
 
     Raises:
         RuntimeError: a hyper-parameter or new_sums of another dtype, shape, layout or device; a launch that is not to be written.
@@ -218,10 +233,11 @@ def adamw_update_(
     }  # fmt: skip
     for name, x in hyper.items():
         launch.check_vector(name, x, (launch.tensors,))
-    launch.check_vector("new_sums", new_sums, (launch.tensors, 2))
+    found = new_sums is not None and new_sums.dim() == 2 and new_sums.shape[1] == 5
+    launch.check_vector("new_sums", new_sums, (launch.tensors, 5 if found else 2))
     if launch.tensors:
         with launch.device_guard():
             adamw_update_kernel[(launch.chunks,)](
                 launch.table, launch.tensors, launch.chunks, launch.partials, launch.tickets, new_sums, *hyper.values(),
-                launch.kinds, num_warps=WARPS, enable_fp_fusion=False,
+                found, launch.kinds, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip

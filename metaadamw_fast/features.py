@@ -152,6 +152,16 @@ def training_progress(step: Number, total_steps: int | None) -> Number:
     return 2 / (1 + math.exp(-step / 1000)) - 1
 
 
+def of_scaled_gradient(statistics: Tensor, scale: Tensor | None) -> Tensor:
+    """Statistics [T, S] of gradients that are multiplied with ``scale`` [T]: Σ(cg)² = c²·Σg² and Σ(cg)m = c·Σgm."""
+    if scale is None:
+        return statistics
+    statistics = statistics.clone()
+    statistics[:, GRAD_SQUARED] *= scale.square()
+    statistics[:, GRAD_MOMENTUM] *= scale
+    return statistics
+
+
 def group_features(statistics: Tensor, table: FeatureTable, t: float | Tensor) -> Tensor:
     """Features before gating and standardisation, group embeddings left 0.
 

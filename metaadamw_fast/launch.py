@@ -151,7 +151,8 @@ class CppLaunch:
         """Updates in place; float64 [T] each, absent rows counted. See :func:`metaadamw_fast.ops.adamw_update_`.
 
         ``new_sums``, float64 [T, 2], gets Σp² and Σv² of what the update leaves, in the bits that ``tensor_stats(True, True, ...)``
-        would find now; rows without a gradient, or whose step is 0, keep what it holds.
+        would find now; [T, 5] before them Σg², Σg·m, Σm² of what the update found, in the bits of a pass before it. Rows without a
+        gradient, or whose step is 0, keep what it holds.
         """
         hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
         torch.ops.metaadamw_fast.launch_adamw_update_.default(self._table, self._copy(), *hyperparameters, new_sums)
@@ -200,7 +201,10 @@ class ReferenceLaunch:
         if (params and self._params is None) or (exp_avg_sqs and self._exp_avg_sqs is None):
             raise RuntimeError("the launch was made without the lists of these columns")
         chosen = (self._params if params else None, self._exp_avg_sqs if exp_avg_sqs else None)
-        return reference.tensor_stats(self._grads, self._exp_avgs, *chosen, count_nonzero, dtype)
+        lists = (self._grads, self._exp_avgs, self._params, self._exp_avg_sqs)
+        rows = zip(*(x for x in lists if x is not None), strict=True)
+        arithmetic = [reference.arithmetic_dtype(*row) for row in rows]  # also of the columns that are not read now
+        return reference.tensor_stats(self._grads, self._exp_avgs, *chosen, count_nonzero, dtype, arithmetic)
 
     def adamw_update_(
         self,

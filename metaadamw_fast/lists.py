@@ -97,6 +97,12 @@ class StateLists:
             self._sums.copy_(statistics[:, 3:5])
         return self._sums
 
+    def exchange_sums(self, new: Tensor) -> Tensor:
+        """Puts other sums in the place of :meth:`new_sums`; returns a copy of what was there, [T, 2]."""
+        old = self._sums.clone()
+        self._sums.copy_(new)
+        return old
+
     def carry(self, valid: bool) -> None:
         """Says whether :meth:`new_sums` are those of the parameters and second moments as they are now."""
         self._sums_of = self._versions() if valid else None
@@ -105,6 +111,11 @@ class StateLists:
         return [x._version for x in self._summed]
 
     # ------------------------------------------------------------------------------------------------------------- the steps
+
+    @property
+    def complete(self) -> bool:
+        """Whether every parameter has a gradient."""
+        return self._present is None
 
     def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
         """The gradients of this step, None where there is none.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .features import training_progress
+from .features import of_scaled_gradient, training_progress
 from .hyperparameters import Hyperparameters
 from .lists import StateLists
 from .optimizer import MetaAdamW
@@ -32,7 +32,10 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None]) -> tuple[Tensor, Ten
         hyper = opt._hyperparameters.update(opt.param_groups)
         # g1 is the gradient of what is minimized; a .grad that stands has the sign of loss_fn.
         grads, sign = ([p.grad for p in lists.params], hyper.sign) if released else (g1, None)
-        statistics, grad_scale, _ = opt._transform_gradient(opt._measure(lists, grads), sign)
+        lists.set_gradients(grads)
+        statistics = opt._measure(lists)
+        grad_scale, _ = opt._gradient_factor(sign, None, statistics)
+        statistics = of_scaled_gradient(statistics, grad_scale)
         step = lists.next_steps() - (1 if released else 0)
         if released:
             directions = _stored_directions(lists, step, hyper)

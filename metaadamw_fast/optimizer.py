@@ -6,7 +6,7 @@ The file is one class, read top to bottom: what it is made of, the step, what ca
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from . import checkpoint, sync
 from . import grouping as grouping_
 from .encoder import EncoderConfig, GroupEncoder
-from .features import FeatureConfig, FeatureTable, feature_table, group_features, training_progress
+from .features import FeatureConfig, FeatureTable, feature_table, group_features, of_scaled_gradient, training_progress
 from .hyperparameters import Hyperparameters, HyperparameterTable, check_hyperparameters
 from .lists import StateLists
 from .ops import resolve_backend
@@ -287,15 +287,25 @@ class MetaAdamW(Optimizer):
             self._check_capture()
         lists = self._current_lists()
         hyper = self._hyperparameters.update(self.param_groups)
-        statistics = self._measure(lists, [p.grad for p in lists.params])
-        statistics, grad_scale, grad_norm = self._transform_gradient(statistics, hyper.sign, getattr(self, "grad_scale", None))
-        features, scales = self._features, self._scales
-        if self._statistics_mode == "exact":
-            features, scales = self._encode(statistics, self._progress(1))
-        elif self._lagged is not None:
+        loss_scale = getattr(self, "grad_scale", None)
+        lists.set_gradients([p.grad for p in lists.params])
+        features, scales, grad_norm = self._features, self._scales, None
+        if self._statistics_mode == "lagged" and self._lagged is not None:
             features, scales = self._encode(self._lagged, self._progress(0))
             features = torch.where(self._lagged[0, 0] == _NO_SUM, self._features, features)
-        self._update(lists, hyper, scales, grad_scale, lists.new_sums(statistics, go), go)
+        if go is True and self._one_pass(lists):
+            grad_scale, _ = self._gradient_factor(hyper.sign, loss_scale)
+            sums = torch.empty(len(self._members), 5, dtype=torch.float64, device=lists.device)
+            self._update(lists, hyper, scales, grad_scale, sums, go)
+            statistics = torch.cat([sums[:, :3], lists.exchange_sums(sums[:, 3:])], dim=1).to(self._statistics.dtype)
+            statistics = of_scaled_gradient(statistics, grad_scale)
+        else:
+            statistics = self._measure(lists)
+            grad_scale, grad_norm = self._gradient_factor(hyper.sign, loss_scale, statistics)
+            statistics = of_scaled_gradient(statistics, grad_scale)
+            if self._statistics_mode == "exact":
+                features, scales = self._encode(statistics, self._progress(1))
+            self._update(lists, hyper, scales, grad_scale, lists.new_sums(statistics, go), go)
         lists.warm = True
         self._publish(go, _features=features, _scales=scales, _statistics=statistics)
         if grad_norm is not None:
@@ -349,9 +359,18 @@ class MetaAdamW(Optimizer):
             else:
                 setattr(self, name, new)
 
-    def _measure(self, lists: StateLists, grads: Sequence[Tensor | None]) -> Tensor:
-        """Statistics [T, S] of these gradients and the current state. A missing gradient counts as zeros."""
-        lists.set_gradients(grads)
+    def _one_pass(self, lists: StateLists) -> bool:
+        """Whether the update itself can make the statistics: lagged, all gradients there, nothing to know of them before."""
+        return (
+            self._statistics_mode == "lagged"
+            and self.max_grad_norm is None
+            and not self.encoder.features.enhanced
+            and lists.complete
+            and lists.carried() is not None
+        )
+
+    def _measure(self, lists: StateLists) -> Tensor:
+        """Statistics [T, S] of the gradients that ``lists`` has and of the state. A missing gradient counts as zeros."""
         counts, dtype = self.encoder.features.enhanced, self.encoder.head.weight.dtype
         # What the last update summed need not be read again: only g and m are. (A row that it left out has its sum in the dtype of
         # the statistics of then.)
@@ -362,34 +381,28 @@ class MetaAdamW(Optimizer):
         carried = carried.to(dtype)
         return torch.cat([read[:, :3], carried, read[:, 3:]] if counts else [read, carried], dim=1)
 
-    def _transform_gradient(
-        self, statistics: Tensor, sign: Tensor | None, loss_scale: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What maximizing (``sign`` [T]), unscaling (by 0-dim ``loss_scale``) and clipping make of the statistics.
+    def _gradient_factor(
+        self, sign: Tensor | None, loss_scale: Tensor | None, statistics: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What unscaling (by 0-dim ``loss_scale``), clipping and maximizing (``sign`` [T]) multiply the gradients with.
+
+        Clipping needs the ``statistics`` of the gradients as they are: Σ(cg)² = c²·Σg², so the gradients are not read for it.
 
         Returns:
-            The new statistics, the factor [T] on the gradients (None if 1) and the norm before clipping (None without clipping).
-            Σ(cg)² = c²·Σg² and Σ(cg)m = c·Σgm, so there is no second pass over the gradients.
+            The factors, float64 [T] (None if 1), and the norm of the unscaled gradients before clipping (None without clipping).
         """
         factor = norm = None
         if loss_scale is not None:
-            factor = loss_scale.to(statistics.device).double().reciprocal().reshape(())
-        if self.max_grad_norm is not None:
+            factor = loss_scale.to(self._done.device).double().reciprocal().reshape(())
+        if self.max_grad_norm is not None and statistics is not None:
             norm = statistics[:, 0].sum().sqrt()
             if factor is not None:
                 norm = (norm * factor).to(statistics.dtype)
             clip = (self.max_grad_norm / (norm.double() + 1e-6)).clamp(max=1.0)
             factor = clip if factor is None else factor * clip
         if factor is None:
-            scale = sign
-        else:
-            scale = factor.expand(statistics.shape[0]) if sign is None else sign * factor
-        if scale is None:
-            return statistics, None, norm
-        statistics = statistics.clone()
-        statistics[:, 0] *= scale.square()
-        statistics[:, 1] *= scale
-        return statistics, scale.contiguous(), norm
+            return sign, norm
+        return (factor.expand(len(self._members)) if sign is None else sign * factor).contiguous(), norm
 
     def _encode(self, statistics: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
         """Features [G, D] and scales [4, G]; with their graph if gradients are enabled."""

@@ -16,7 +16,7 @@ from .checks import check_distinct, check_stats, check_update, update_lists
 Tensors = Sequence[Tensor]
 
 
-def _arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
+def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any tensor is, else float32: what bfloat16, float16 and float32 are computed in."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
@@ -28,17 +28,18 @@ def tensor_stats(
     exp_avg_sqs: Tensors | None,
     count_nonzero: bool,
     dtype: torch.dtype,
+    arithmetic: Sequence[torch.dtype] | None = None,
 ) -> Tensor:
-    """Sums per tensor; see :func:`metaadamw_fast.ops.tensor_stats`."""
+    """Sums per tensor; see :func:`metaadamw_fast.ops.tensor_stats`. ``arithmetic``: of each row, where the lists do not show it."""
     check_stats(grads, exp_avgs, params, exp_avg_sqs, dtype)
     rows = []
     for t, (grad, exp_avg) in enumerate(zip(grads, exp_avgs, strict=True)):
         operands = [grad, exp_avg, *(x[t] for x in (params, exp_avg_sqs) if x is not None)]
-        arithmetic = _arithmetic_dtype(*operands)
-        m = exp_avg.to(arithmetic)
-        g = grad.to(arithmetic) if grad.numel() else torch.zeros_like(m)
+        computed = arithmetic_dtype(*operands) if arithmetic is None else arithmetic[t]
+        m = exp_avg.to(computed)
+        g = grad.to(computed) if grad.numel() else torch.zeros_like(m)
         sums = [_sum(g * g), _sum(g * m), _sum(m * m)]
-        sums += [_sum(x.to(arithmetic).square()) for x in operands[2:]]
+        sums += [_sum(x.to(computed).square()) for x in operands[2:]]
         if count_nonzero:
             sums += [_sum((g != 0).float()), _sum((m != 0).float())]
         rows.append(torch.stack(sums))
@@ -76,13 +77,16 @@ def adamw_update_(
             if new_sums is not None and not param.numel():
                 new_sums[t] = 0
             continue
-        arithmetic = _arithmetic_dtype(param, grad, exp_avg, exp_avg_sq)
+        arithmetic = arithmetic_dtype(param, grad, exp_avg, exp_avg_sq)
         g = grad.to(arithmetic)
+        skip = step[t] == 0
+        if new_sums is not None and new_sums.shape[1] == 5:
+            m = exp_avg.to(arithmetic)
+            _write(new_sums[t, :3], torch.stack([_sum(g * g), _sum(g * m), _sum(m * m)]), skip)
         if grad_scale is not None:
             g = g * grad_scale[t]
         m = beta1[t] * exp_avg.to(arithmetic) + (1 - beta1[t]) * g
         v = beta2[t] * exp_avg_sq.to(arithmetic) + (1 - beta2[t]) * g * g
-        skip = step[t] == 0
         _write(exp_avg, m, skip)
         _write(exp_avg_sq, v, skip)
         if max_exp_avg_sqs is not None and max_exp_avg_sqs[t].numel():
@@ -94,7 +98,7 @@ def adamw_update_(
         _write(param, p, skip)
         if new_sums is not None:
             left = [_sum(x.to(arithmetic).square()) for x in (param, exp_avg_sq)]
-            _write(new_sums[t], torch.stack(left), skip)
+            _write(new_sums[t, -2:], torch.stack(left), skip)
 
 
 def _write(x: Tensor, value: Tensor, skip: Tensor) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from metaadamw_fast import MetaAdamW
+from metaadamw_fast import MetaAdamW, MetaLearner, sync
 
 from .models import OFF, noise
 
@@ -142,6 +142,30 @@ def through_one_vector(ps, opt):
     nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(whole).detach() * 0.9, whole)
 
 
+class Owner(nn.Module):
+    """A model of these very parameters."""
+
+    def __init__(self, ps):
+        super().__init__()
+        self.ps = nn.ParameterList(ps)
+
+
+def meta_update(ps, opt):
+    def loss(model, batch):
+        return sum(((p * (batch + i)).double().square().sum() for i, p in enumerate(model.ps)), torch.zeros(()))
+
+    MetaLearner(opt, Owner(ps), loss, objective="gradient").update(0.1, 0.2)
+
+
+def called_off(ps, opt):
+    """By a GradScaler that found an infinite gradient."""
+    for p in ps:
+        p.grad = torch.full_like(p, float("inf"))
+    opt.found_inf = torch.ones(1)
+    opt.step()
+    del opt.found_inf
+
+
 EVENTS = {
     "nothing": lambda ps, opt: None,
     "in place": lambda ps, opt: [p.detach().mul_(0.9) for p in ps],
@@ -156,24 +180,37 @@ EVENTS = {
     "amsgrad": lambda ps, opt: opt.param_groups[0].update(amsgrad=not opt.param_groups[0]["amsgrad"]),
     "behind the back": lambda ps, opt: (ps[0].data.mul_(0.9), opt.invalidate_statistics()),
     "double precision": lambda ps, opt: setattr(ps[3], "data", ps[3].data.double()),
+    "a meta-update": meta_update,
+    "a step called off": called_off,
 }
 
 
-@pytest.mark.parametrize(("backend", "seed"), [("cpp", 0), ("cpp", 1), ("cpp", 2), ("reference", 0)])
-def test_carried_sums_are_those_of_a_full_pass_whatever_happens_between_steps(seed, backend):
+CASES = [
+    *(("cpp", seed, {}) for seed in range(3)),
+    ("reference", 0, {}),
+    *(("cpp", seed, {"statistics": "lagged"}) for seed in range(2)),
+    ("reference", 0, {"statistics": "lagged"}),
+    ("cpp", 0, {"statistics": "lagged", "max_grad_norm": 1.0}),
+    ("cpp", 0, {"max_grad_norm": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("backend", "seed", "options"), CASES, ids=str)
+@pytest.mark.parametrize("decides", ["host", "device"])
+def test_carried_sums_are_those_of_a_full_pass_whatever_happens_between_steps(decides, backend, seed, options, monkeypatch):
     """200 steps with an event at every other, bitwise: against an optimizer that forgets its sums before every step."""
-    # In plain PyTorch a float32 momentum is summed in float32 unless a float64 tensor of its row is read beside it.
-    events = [name for name in EVENTS if backend == "cpp" or name != "double precision"]
+    if decides == "device":
+        monkeypatch.setattr(sync, "readable", lambda x: False)
     runs = []
     for forget in (False, True):
         rng = random.Random(seed)
         ps = [nn.Parameter(noise(shape, i)) for i, shape in enumerate([(70, 30), (9, 9), (), (5,), (0, 3), (40_000,)])]
-        opt = MetaAdamW(ps, lr=1e-3, backend=backend, grouping="param_groups", head_init="xavier", amsgrad=seed == 1)
+        opt = MetaAdamW(ps, lr=1e-3, backend=backend, grouping="param_groups", head_init="xavier", amsgrad=seed == 1, **options)
         history = []
         for step in range(200):
-            EVENTS[rng.choice(events) if step % 2 else "nothing"](ps, opt)
+            EVENTS[rng.choice(list(EVENTS)) if step % 2 else "nothing"](ps, opt)
             for i, p in enumerate(ps):
-                p.grad = None if rng.random() < 0.2 else noise(p.shape, 10 * step + i).to(p.dtype)
+                p.grad = None if step > 100 and rng.random() < 0.2 else noise(p.shape, 10 * step + i).to(p.dtype)
             if forget:
                 opt.invalidate_statistics()
             opt.step()

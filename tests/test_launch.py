@@ -69,6 +69,26 @@ def test_new_sums_have_the_bits_of_a_later_pass(dtypes):
     assert same_bits(sums, launch.tensor_stats(True, True, False, F64)[:, 3:])
 
 
+@BACKENDS
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_the_update_also_sums_what_it_finds(dtypes, amsgrad, backend):
+    """With the bits of a pass before it, and without a change of what it does."""
+    lists = placed(dtypes)
+    lists = lists if amsgrad else lists._replace(maxima=None)
+    ours, plain = lists.map(clone), lists.map(clone)
+    launch, other = ours.launch(backend), plain.launch(backend)
+    before = launch.tensor_stats(False, False, False, F64)
+    sums = torch.full((len(SHAPES), 5), -1.0, dtype=F64)
+    launch.adamw_update_(*H.of_tensors(len(SHAPES)), sums)
+    other.adamw_update_(*H.of_tensors(len(SHAPES)))
+    assert ours.same_bits(plain)
+    after = launch.tensor_stats(True, True, False, F64)[:, 3:]
+    empty = torch.tensor([0 in shape for shape in SHAPES])
+    assert same_bits(sums[~empty], torch.cat([before, after], dim=1)[~empty])
+    assert not sums[empty].any() or backend == "reference"
+
+
 # --------------------------------------------------------------------------------------------------------------- absent operands
 
 

@@ -25,17 +25,19 @@ def kind(*codes, strided=False):
 
 FP32, BF16_FP32_STATES = kind(1, 1, 1, 1), kind(2, 1, 2, 1)
 MANY = (FP32, kind(2, 2, 2, 2, 2), kind(4, 1, 2, 3, 3), kind(4, 4, 4, 4, 4), kind(0, 1, 3, 1), kind(2, 1, 2, 1, strided=True))
+LEFT = {"found": False}
 SUMS = {"params": True, "squares": True, "counts": False}
 VARIANTS = {
     "stats, fp32": (tensor_stats_kernel, {**SUMS, "kinds": (FP32,)}),
     "stats, bf16 with fp32 states": (tensor_stats_kernel, {**SUMS, "kinds": (BF16_FP32_STATES,)}),
     "stats of g and m, counts": (tensor_stats_kernel, {"params": False, "squares": False, "counts": True, "kinds": (FP32,)}),
     "stats, many kinds": (tensor_stats_kernel, {**SUMS, "counts": True, "kinds": MANY}),
-    "update, fp32": (adamw_update_kernel, {"kinds": (FP32,)}),
-    "update, fp32, no sums, no scale": (adamw_update_kernel, {"new_sums": None, "grad_scale": None, "kinds": (FP32,)}),
-    "update, fp32, amsgrad": (adamw_update_kernel, {"kinds": (kind(1, 1, 1, 1, 1),)}),
-    "update, bf16 with fp32 states": (adamw_update_kernel, {"kinds": (BF16_FP32_STATES,)}),
-    "update, many kinds": (adamw_update_kernel, {"kinds": MANY}),
+    "update, fp32": (adamw_update_kernel, {**LEFT, "kinds": (FP32,)}),
+    "update, fp32, lagged": (adamw_update_kernel, {"found": True, "kinds": (FP32,)}),
+    "update, fp32, no sums, no scale": (adamw_update_kernel, {**LEFT, "new_sums": None, "grad_scale": None, "kinds": (FP32,)}),
+    "update, fp32, amsgrad": (adamw_update_kernel, {**LEFT, "kinds": (kind(1, 1, 1, 1, 1),)}),
+    "update, bf16 with fp32 states": (adamw_update_kernel, {**LEFT, "kinds": (BF16_FP32_STATES,)}),
+    "update, many kinds": (adamw_update_kernel, {**LEFT, "kinds": MANY}),
 }
 EVERY = pytest.mark.parametrize("variant", VARIANTS)
 ON_CUDA = pytest.mark.parametrize("target", CUDA)
@@ -85,7 +87,7 @@ def test_contraction_would_be_seen():
 @EVERY
 @ON_CUDA
 def test_cuda_resources(variant, target, tmp_path):
-    """No spills, no local memory; at most 128 registers for lists of one kind: four programs on a multiprocessor at least."""
+    """No spills, no local memory; registers for lists of one kind so that four programs fit a multiprocessor, three if lagged."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     (tmp_path / "kernel.ptx").write_text(compiled(variant, target)["ptx"])
@@ -94,7 +96,7 @@ def test_cuda_resources(variant, target, tmp_path):
     report = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
     registers = int(re.search(r"Used (\d+) registers", report)[1])
-    assert registers <= (255 if "many" in variant else 128), report
+    assert registers <= (255 if "many" in variant else 168 if "lagged" in variant else 128), report
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,18 @@ def test_bias_corrections(step, beta1, beta2):
     assert_same_update(random_lists([(3,)], "fp64"), Hyper(step=step, beta1=beta1, beta2=beta2))
 
 
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_the_update_also_sums_what_it_finds(dtypes):
+    """With the bits of a pass before it."""
+    lists = random_lists([(3,), (CHUNK + 5,), (0,), (2, BLOCK)], dtypes)
+    launch, there = launched(lists)
+    before = sums_of(launch)
+    new_sums = torch.full((4, 5), -1.0, dtype=F64, device=DEVICE)
+    launch.adamw_update_(*hyper_vectors(Hyper(), 4), new_sums)
+    assert back(there).same_bits(lists.map(clone).update(Hyper(), "cpp"))
+    assert same_bits(new_sums.cpu(), torch.cat([before[:, :3], sums_of(launch)[:, 3:5]], dim=1))
+
+
 def test_a_row_whose_step_is_zero_is_left_alone():
     lists = random_lists([(3,), (CHUNK + 5,), (0,), (7,)], "fp32", amsgrad=True)
     lists.grads[1].fill_(float("inf"))
