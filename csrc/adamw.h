@@ -29,7 +29,8 @@ struct Hyperparameters {
   double grad_scale;  // the gradient is multiplied with it: clipping, unscaling, or -1 to maximize
 };
 
-// The same of T tensors, a vector [T] each. Without grad_scale every gradient is taken as it is.
+// The same of T tensors, a vector [T] each. Without grad_scale every gradient is taken as it is. `stochastic` and its seed are of
+// the rounding of what is stored (rounding.h).
 struct HyperparameterVectors {
   const double* step_size;
   const double* decay_factor;
@@ -38,6 +39,8 @@ struct HyperparameterVectors {
   const double* beta2;
   const double* eps;
   const double* grad_scale;
+  bool stochastic;
+  int64_t rounding_seed;
 
   // Whether tensor t is to be left alone. Told by its step count, so that a device can decide what the host does not wait to know.
   METAADAMW_INLINE bool skips(int64_t t) const { return step[t] == 0.0; }

@@ -301,7 +301,8 @@ inline const double* hyperparameter(const Tensor& x, const char* name, const Hea
 // Also checks that the table may be used for an update.
 inline HyperparameterVectors hyperparameters(const Tensor& step_size, const Tensor& decay_factor, const Tensor& step,
                                              const Tensor& beta1, const Tensor& beta2, const Tensor& eps,
-                                             const std::optional<Tensor>& grad_scale, const Header& header) {
+                                             const std::optional<Tensor>& grad_scale, const std::optional<int64_t>& rounding_seed,
+                                             const Header& header) {
   METAADAMW_CHECK(header.written, "the launch was not made for updates: written=False");
   return {hyperparameter(step_size, "step_size", header),
           hyperparameter(decay_factor, "decay_factor", header),
@@ -309,7 +310,9 @@ inline HyperparameterVectors hyperparameters(const Tensor& step_size, const Tens
           hyperparameter(beta1, "beta1", header),
           hyperparameter(beta2, "beta2", header),
           hyperparameter(eps, "eps", header),
-          grad_scale ? hyperparameter(*grad_scale, "grad_scale", header) : nullptr};
+          grad_scale ? hyperparameter(*grad_scale, "grad_scale", header) : nullptr,
+          rounding_seed.has_value(),
+          rounding_seed.value_or(0)};
 }
 
 // Where the update writes the sums of what it leaves, null if it need not.

@@ -8,6 +8,7 @@
 
 #include "checks.h"
 #include "cpu_blocks.h"
+#include "rounding.h"
 
 namespace metaadamw {
 namespace {
@@ -274,10 +275,30 @@ METAADAMW_UPDATE(double)
 #undef METAADAMW_UPDATE
 #undef METAADAMW_UPDATE_BLOCK
 
+#define METAADAMW_ROUND_BLOCK(T)                                                                              \
+  METAADAMW_CLONES void round_block(T* x, int n, ElementType type, uint32_t key, uint32_t first_element) {    \
+    for (int i = 0; i < n; ++i) x[i] = round_stochastically(x[i], type, random_bits(key, first_element + i)); \
+  }
+METAADAMW_ROUND_BLOCK(float)
+METAADAMW_ROUND_BLOCK(double)
+#undef METAADAMW_ROUND_BLOCK
+
+// The keys of stochastic rounding of one chunk; without, no key is used.
+struct RoundingKeys {
+  bool used;
+  uint32_t of[kOperands];
+
+  RoundingKeys(const HyperparameterVectors& hyperparameters, int64_t t, int64_t first) : used(hyperparameters.stochastic) {
+    for (int i = 0; i < kOperands; ++i) {
+      of[i] = rounding_key(hyperparameters.rounding_seed, hyperparameters.step[t], t, i, first);
+    }
+  }
+};
+
 // Adds the sums of g and m as they were and of p and v as they were stored to `totals`, from sum `first_sum` on.
 template <typename T>
-void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperparameters& hyperparameters, int64_t first,
-                  int64_t count, int first_sum, double* totals) {
+void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperparameters& hyperparameters, const RoundingKeys& keys,
+                  int64_t first, int64_t count, int first_sum, double* totals) {
   const Scalars<T> scalars = fold<T>(hyperparameters);
   T buffers[kOperands][kBlock];
   T* x[kOperands];
@@ -294,6 +315,9 @@ void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperpar
     double* of_block = sums.of_block(done);
     update(scalars, x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum], n, amsgrad, first_sum, end_sum, of_block);
     for (int i = kGrad + 1; i < kOperands; ++i) {
+      if (keys.used && is_rounded_stochastically(i) && itemsize(operands[i].type) == 2) {
+        round_block(x[i], n, operands[i].type, keys.of[i], static_cast<uint32_t>(first + done));
+      }
       write<T>(operands[i], first + done, n, x[i]);
     }
     if (totals != nullptr && !as_stored) {
@@ -317,8 +341,9 @@ void adamw_update_(const Table& table, const HyperparameterVectors& hyperparamet
     const std::array<Operand, kOperands> operands{Operand(table, row, 0), Operand(table, row, 1), Operand(table, row, 2),
                                                   Operand(table, row, 3), Operand(table, row, 4)};
     double* totals = new_sums.data != nullptr ? partials[chunk].data() : nullptr;
-    (row.is_double ? update_chunk<double> : update_chunk<float>)(operands, hyperparameters[t], first, count, new_sums.first(),
-                                                                 totals);
+    (row.is_double ? update_chunk<double> : update_chunk<float>)(operands, hyperparameters[t],
+                                                                 RoundingKeys(hyperparameters, t, first), first, count,
+                                                                 new_sums.first(), totals);
   });
   for (int64_t t = 0; t < table.tensors && new_sums.data != nullptr; ++t) {
     if (table.rows[t].lacks_gradient() || hyperparameters.skips(t)) {
@@ -350,9 +375,11 @@ Tensor launch_tensor_stats(Tensor table, std::optional<Tensor>, bool params, boo
 }
 
 void launch_adamw_update_(Tensor table, std::optional<Tensor>, Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1,
-                          Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale, std::optional<Tensor> new_sums) {
+                          Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale, std::optional<Tensor> new_sums,
+                          std::optional<int64_t> rounding_seed) {
   const HostTable host(table.data_ptr());
-  adamw_update_(host.table, hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, host.header),
+  adamw_update_(host.table,
+                hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, rounding_seed, host.header),
                 sums_output(new_sums, host.header));
 }
 
@@ -367,12 +394,14 @@ Tensor list_tensor_stats(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs
 
 void list_adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                         std::vector<Tensor> exp_avg_sqs, List max_exp_avg_sqs, Tensor step_size, Tensor decay_factor, Tensor step,
-                        Tensor beta1, Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale, std::optional<Tensor> new_sums) {
+                        Tensor beta1, Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale, std::optional<Tensor> new_sums,
+                        std::optional<int64_t> rounding_seed) {
   auto memory = make_table(
       Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs)},
             /*written=*/true});
   const HostTable host(memory.data());
-  adamw_update_(host.table, hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, host.header),
+  adamw_update_(host.table,
+                hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, rounding_seed, host.header),
                 sums_output(new_sums, host.header));
 }
 

@@ -12,6 +12,7 @@
 
 #include "checks.h"
 #include "cuda_utils.cuh"
+#include "rounding.h"
 
 // Missing where torch is a CPU build: then the extension still loads, and says so when it is asked to use a GPU.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -160,9 +161,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 // Also returns the thread's sums of p and v as they were stored, and before them, if `found`, those of g and m as they were: all in
 // the order in which sum_chunk adds them up.
-template <int V, bool found, bool amsgrad, typename T>
+template <int V, bool found, bool stochastic, bool amsgrad, typename T>
 __device__ __forceinline__ void update_chunk(const Table& table, const Work& work, const Scalars<T>& scalars,
-                                             double (&totals)[found ? kUpdateSums : 2]) {
+                                             const uint32_t (&keys)[kOperands], double (&totals)[found ? kUpdateSums : 2]) {
   constexpr int kUsed = amsgrad ? kOperands : kOperands - 1;
   static_assert(kMaximum == kOperands - 1);
   const Row& row = work.row;
@@ -193,6 +194,16 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
                 accumulate_found<T>(of_part, x[kGrad][k], x[kMomentum][k]);
               }
               adamw_element<amsgrad, float>(s, x[kGrad][k], x[kParam][k], x[kMomentum][k], x[kSecondMoment][k], x[kMaximum][k]);
+            }
+            if constexpr (stochastic) {
+#pragma unroll
+              for (int i = kGrad + 1; i < kUsed; ++i) {
+#pragma unroll
+                for (int k = 0; k < kPart && is_rounded_stochastically(i); ++k) {
+                  const uint32_t element = static_cast<uint32_t>(work.chunk.first) + first + part + k;
+                  x[i][k] = round_stochastically(x[i][k], row.type[i], random_bits(keys[i], element));
+                }
+              }
             }
 #pragma unroll
             for (int i = kGrad + 1; i < kUsed; ++i) {
@@ -232,6 +243,12 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
           adamw_element<amsgrad, T>(s, x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum]);
 #pragma unroll
           for (int i = kGrad + 1; i < kUsed; ++i) {
+            if constexpr (stochastic) {
+              if (is_rounded_stochastically(i)) {
+                const uint32_t element = static_cast<uint32_t>(work.chunk.first) + index;
+                x[i] = round_stochastically(x[i], row.type[i], random_bits(keys[i], element));
+              }
+            }
             x[i] = store_element<T>(address[i], row.type[i], x[i]);
           }
           accumulate_left<T>(of_part, x[kParam], x[kSecondMoment]);
@@ -244,23 +261,28 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
   }
 }
 
-template <int V, bool found, typename T>
+template <int V, bool found, bool stochastic, typename T>
 __device__ __forceinline__ void update_chunk(const Table& table, const Work& work, const HyperparameterVectors& hyperparameters,
                                              double (&totals)[found ? kUpdateSums : 2]) {
   __shared__ Scalars<T> scalars;
+  __shared__ uint32_t keys[kOperands];
   if (threadIdx.x == 0) {
     scalars = fold<T>(hyperparameters[work.chunk.tensor]);
   }
+  if (stochastic && threadIdx.x < kOperands) {
+    const int64_t t = work.chunk.tensor;
+    keys[threadIdx.x] = rounding_key(hyperparameters.rounding_seed, hyperparameters.step[t], t, threadIdx.x, work.chunk.first);
+  }
   __syncthreads();
   if (work.row.data[kMaximum] != nullptr) {
-    update_chunk<V, found, true, T>(table, work, scalars, totals);
+    update_chunk<V, found, stochastic, true, T>(table, work, scalars, keys, totals);
   } else {
-    update_chunk<V, found, false, T>(table, work, scalars, totals);
+    update_chunk<V, found, stochastic, false, T>(table, work, scalars, keys, totals);
   }
 }
 
-template <bool found>
-__global__ void __launch_bounds__(kThreads, found ? kBlocksWithFoundSums : kBlocksPerMultiprocessor)
+template <bool found, bool stochastic>
+__global__ void __launch_bounds__(kThreads, found || stochastic ? kBlocksWithFoundSums : kBlocksPerMultiprocessor)
     adamw_update_kernel(const Table table, const HyperparameterVectors hyperparameters, const NewSums new_sums) {
   __shared__ Work work;
   if (threadIdx.x == 0) {
@@ -273,11 +295,11 @@ __global__ void __launch_bounds__(kThreads, found ? kBlocksWithFoundSums : kBloc
   }
   double totals[found ? kUpdateSums : 2];
   if (work.row.is_double) {
-    update_chunk<1, found, double>(table, work, hyperparameters, totals);
+    update_chunk<1, found, stochastic, double>(table, work, hyperparameters, totals);
   } else if (work.row.vector == 4) {
-    update_chunk<4, found, float>(table, work, hyperparameters, totals);
+    update_chunk<4, found, stochastic, float>(table, work, hyperparameters, totals);
   } else {
-    update_chunk<8, found, float>(table, work, hyperparameters, totals);
+    update_chunk<8, found, stochastic, float>(table, work, hyperparameters, totals);
   }
   if (new_sums.data != nullptr) {
     tensor_sums(table, work.chunk, totals,
@@ -332,7 +354,9 @@ void adamw_update_(const Header& header, const Table& table, const Hyperparamete
                    const NewSums& new_sums) {
   const torch::stable::accelerator::DeviceGuard guard(header.device);
   if (header.chunks != 0) {
-    const auto kernel = new_sums.found() ? adamw_update_kernel<true> : adamw_update_kernel<false>;
+    const bool found = new_sums.found();
+    const auto kernel = hyperparameters.stochastic ? (found ? adamw_update_kernel<true, true> : adamw_update_kernel<false, true>)
+                                                   : (found ? adamw_update_kernel<true, false> : adamw_update_kernel<false, false>);
     kernel<<<header.chunks, kThreads, 0, current_stream(header.device)>>>(table, hyperparameters, new_sums);
     check_cuda(cudaGetLastError(), "adamw_update_");
   }
@@ -345,11 +369,11 @@ Tensor launch_tensor_stats(Tensor table, std::optional<Tensor> copy, bool params
 }
 
 void launch_adamw_update_(Tensor table, std::optional<Tensor> copy, Tensor step_size, Tensor decay_factor, Tensor step,
-                          Tensor beta1, Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale,
-                          std::optional<Tensor> new_sums) {
+                          Tensor beta1, Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale, std::optional<Tensor> new_sums,
+                          std::optional<int64_t> rounding_seed) {
   const Header& header = *static_cast<Header*>(table.data_ptr());
   adamw_update_(header, table_on_device(header, copy),
-                hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, header),
+                hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, rounding_seed, header),
                 sums_output(new_sums, header));
 }
 
@@ -400,12 +424,13 @@ Tensor list_tensor_stats(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs
 
 void list_adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                         std::vector<Tensor> exp_avg_sqs, List max_exp_avg_sqs, Tensor step_size, Tensor decay_factor, Tensor step,
-                        Tensor beta1, Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale, std::optional<Tensor> new_sums) {
+                        Tensor beta1, Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale, std::optional<Tensor> new_sums,
+                        std::optional<int64_t> rounding_seed) {
   const CopiedTable copied(
       Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs)},
             /*written=*/true});
   adamw_update_(copied.header(), copied.table(),
-                hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, copied.header()),
+                hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, rounding_seed, copied.header()),
                 sums_output(new_sums, copied.header()));
 }
 

@@ -17,7 +17,7 @@ namespace metaadamw {
 // enough.
 constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 3;
-constexpr int kBlocksWithFoundSums = 2;  // of the update that also adds up what it finds: up to 128 registers
+constexpr int kBlocksWithFoundSums = 2;  // of the update that also adds up what it finds, or rounds by chance: up to 128 registers
 
 // Elements that are added up by themselves before their sum goes to the thread's: at most 4 + kChunk / kThreads / 4 = 36 roundings.
 constexpr int kPart = 4;

@@ -73,7 +73,7 @@ STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
   m.def(
       "adamw_update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
       " Tensor(d!)[]? max_exp_avg_sqs, Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1, Tensor beta2, Tensor eps,"
-      " Tensor? grad_scale, Tensor(e!)? new_sums=None) -> ()");
+      " Tensor? grad_scale, Tensor(e!)? new_sums=None, int? rounding_seed=None) -> ()");
   // The same on a launch table. They reach the tensors through addresses that no schema can tell of, so they are not for
   // torch.compile. `copy` is the GPU's part of the table, None on the CPU.
   m.def(
@@ -86,7 +86,7 @@ STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
       " -> Tensor");
   m.def(
       "launch_adamw_update_(Tensor table, Tensor? copy, Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1, Tensor"
-      " beta2, Tensor eps, Tensor? grad_scale, Tensor(a!)? new_sums) -> ()");
+      " beta2, Tensor eps, Tensor? grad_scale, Tensor(a!)? new_sums, int? rounding_seed) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CompositeExplicitAutograd, m) {

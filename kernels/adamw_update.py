@@ -26,6 +26,8 @@ from .elements import (
     length,
     load,
     operand_offsets,
+    round_stochastically,
+    rounding_key,
     storage_type,
     store,
     store_sum,
@@ -66,7 +68,7 @@ def _quotient(x, y):
 def _update_block(
     gg, gm, mm, pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, offsets, mask, layout,
     grad_scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor,
-    inverse_sqrt_bias_correction2, eps, sums: tl.constexpr, found: tl.constexpr,
+    inverse_sqrt_bias_correction2, eps, key, sums: tl.constexpr, found: tl.constexpr,
     kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
     """Updates one block, and adds what it finds in g and m and what it stores in p and v to the lanes of the sums."""
@@ -93,6 +95,10 @@ def _update_block(
     denominator = _square_root(largest) * inverse_sqrt_bias_correction2 + eps
     p = decay_factor * p - _quotient(step_size * m, denominator)
 
+    if key is not None:
+        m = round_stochastically(m, key, begin, offsets, EXP_AVG, kind)
+        v = round_stochastically(v, key, begin, offsets, EXP_AVG_SQ, kind)
+        p = round_stochastically(p, key, begin, offsets, PARAM, kind)
     if amsgrad:
         store(maximum, begin, max_offsets, mask, largest, MAXIMUM, kind, aligned)
     store(exp_avg, begin, m_offsets, mask, m, EXP_AVG, kind, aligned)
@@ -110,7 +116,7 @@ def _update_block(
 @triton.jit
 def _update_chunk(
     table, tensors, chunk, chunks, row, partials, tickets, new_sums,
-    step_size, decay_factor, step, beta1, beta2, eps, grad_scale, found: tl.constexpr, kind: tl.constexpr,
+    step_size, decay_factor, step, beta1, beta2, eps, grad_scale, rounding_seed, found: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
     arithmetic: tl.constexpr = arithmetic_type(kind)
     begin, count, first_chunk, chunks_of_row = chunk_bounds(table, tensors, chunk, row)
@@ -140,6 +146,10 @@ def _update_chunk(
     decay_factor = tl.load(decay_factor + row).to(arithmetic)
     inverse_sqrt_bias_correction2 = (1.0 / tl.sqrt(bias_correction2)).to(arithmetic)
     eps = tl.load(eps + row).to(arithmetic)
+    if rounding_seed is None:
+        key = None
+    else:
+        key = rounding_key(rounding_seed, step, row)
     if grad_scale is None:
         scale = tl.full([], 1.0, arithmetic)
     else:
@@ -155,16 +165,14 @@ def _update_chunk(
             gg, gm, mm, pp, vv = _update_block(
                 gg, gm, mm, pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, None, layout,
                 scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor,
-                inverse_sqrt_bias_correction2,
-                eps, sums, found, kind, False, True,
+                inverse_sqrt_bias_correction2, eps, key, sums, found, kind, False, True,
             )  # fmt: skip
     for i in range(done, count, BLOCK):
         mask = i + lane < count
         gg, gm, mm, pp, vv = _update_block(
             gg, gm, mm, pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, mask, layout,
             scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor,
-            inverse_sqrt_bias_correction2,
-            eps, sums, found, kind, strided, False,
+            inverse_sqrt_bias_correction2, eps, key, sums, found, kind, strided, False,
         )  # fmt: skip
 
     if sums:
@@ -179,12 +187,12 @@ def _update_chunk(
 
 
 @triton.jit(
-    do_not_specialize=["tensors", "chunks"],
+    do_not_specialize=["tensors", "chunks", "rounding_seed"],
     do_not_specialize_on_alignment=["new_sums", "step_size", "decay_factor", "step", "beta1", "beta2", "eps", "grad_scale"],
 )
 def adamw_update_kernel(
     table, tensors, chunks, partials, tickets, new_sums, step_size, decay_factor, step, beta1, beta2, eps, grad_scale,
-    found: tl.constexpr, kinds: tl.constexpr,
+    rounding_seed, found: tl.constexpr, kinds: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk; see `LaunchTable` for the table and the kinds."""
     # Backward through what the statistics went through forward: the first programs find the end of it in the cache.
@@ -197,7 +205,7 @@ def adamw_update_kernel(
         if wanted & (kind_of_row == i):
             _update_chunk(
                 table, tensors, chunk, chunks, row, partials, tickets, new_sums,
-                step_size, decay_factor, step, beta1, beta2, eps, grad_scale, found, element(kinds, i),
+                step_size, decay_factor, step, beta1, beta2, eps, grad_scale, rounding_seed, found, element(kinds, i),
             )  # fmt: skip
 
 
@@ -211,6 +219,7 @@ def adamw_update_(
     eps: Tensor,
     grad_scale: Tensor | None = None,
     new_sums: Tensor | None = None,
+    rounding_seed: int | None = None,
 ) -> None:
     """AdamW with per-tensor hyper-parameters, in place; rows without a gradient, or whose step is 0, stay as they are.
 
@@ -221,6 +230,7 @@ def adamw_update_(
         new_sums: contiguous float64 [T, 2] or None; receives Σp², Σv² as stored, in the bits of a later pass of `tensor_stats`;
             with [T, 5], before them Σg², Σg·m, Σm² as found, in the bits of an earlier pass. Rows that stay as they are keep
             what it holds.
+        rounding_seed: of stochastic rounding; None rounds to the nearest.
 
     Raises:
         RuntimeError: a hyper-parameter or new_sums of another dtype, shape, layout or device; a launch that is not to be written.
@@ -239,5 +249,5 @@ def adamw_update_(
         with launch.device_guard():
             adamw_update_kernel[(launch.chunks,)](
                 launch.table, launch.tensors, launch.chunks, launch.partials, launch.tickets, new_sums, *hyper.values(),
-                found, launch.kinds, num_warps=WARPS, enable_fp_fusion=False,
+                rounding_seed, found, launch.kinds, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip

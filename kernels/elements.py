@@ -174,6 +174,56 @@ def store(address, begin, offsets, mask, x, operand: tl.constexpr, kind: tl.cons
     return _widened(stored, x.dtype)
 
 
+# ------------------------------------------------------------------------------------------------------ stochastic rounding
+
+
+@triton.jit
+def _scrambled(x):
+    """csrc/rounding.h has the source and the reasons of all of this."""
+    x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def rounding_key(seed, step, row):
+    """What makes the random bits of a row in this step, but for the operand."""
+    low = tl.full([], 0xFFFFFFFF, tl.int64)
+    key = _scrambled((seed & low).to(tl.uint32))
+    key = _scrambled(key ^ ((seed >> 32) & low).to(tl.uint32))
+    key = _scrambled(key ^ (step.to(tl.int64) & low).to(tl.uint32))
+    return _scrambled(key ^ (row & low).to(tl.uint32))
+
+
+@triton.jit
+def round_stochastically(x, key, begin, offsets, operand: tl.constexpr, kind: tl.constexpr):
+    """Elements begin + offsets of an operand, as numbers that it can hold; as they are if it is wide enough."""
+    storage: tl.constexpr = storage_type(kind, operand)
+    if storage == tl.bfloat16 or storage == tl.float16:
+        low = tl.full([], 0xFFFFFFFF, tl.int64)
+        first = begin.to(tl.int64)
+        key = _scrambled(key ^ (((first >> 32) * 5 + operand) & low).to(tl.uint32))
+        random = _scrambled(((first + offsets) & low).to(tl.uint32) ^ key)
+        single = x.to(tl.float32)
+        bits = single.to(tl.uint32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        if storage == tl.bfloat16:
+            rounded = ((bits + (random >> 16)) >> 16) << 16
+            bits = tl.where(finite, rounded, bits)
+        else:
+            rounded = ((bits + (random >> 19)) >> 13) << 13
+            magnitude = tl.abs(single) * 16777216.0
+            is_small = magnitude < 1024.0
+            whole = tl.where(is_small, magnitude, 0.0).to(tl.int32).to(tl.float32)
+            up = (random >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08 < magnitude - whole
+            small = (whole + up.to(tl.float32)) * 5.9604644775390625e-08
+            small_bits = small.to(tl.uint32, bitcast=True) | ((bits >> 31) << 31)
+            bits = tl.where(is_small, small_bits, tl.where(finite, rounded, bits))
+        return bits.to(tl.float32, bitcast=True).to(x.dtype)
+    else:
+        return x
+
+
 # -------------------------------------------------------------------------------------------------------------------- sums
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class TritonBackend:
         exp_avgs: Tensors,
         exp_avg_sqs: Tensors,
         max_exp_avg_sqs: Tensors | None,
-        *hyperparameters: Tensor | None,
+        *hyperparameters: Any,
     ) -> None:
         """The update, in place; ``hyperparameters`` are the arguments of `kernels.adamw_update`."""
         _refuse_capture()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .hyperparameters import check_hyperparameters
+from .lists import MASTER
 
 if TYPE_CHECKING:
     from .optimizer import MetaAdamW
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 KEY, CONFIG = "metaadamw", "config"
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 STATE = ("step", "exp_avg", "exp_avg_sq")  # of a parameter that has had a gradient
-ELEMENTWISE = (*MOMENTS, "momentum_buffer", "square_avg")  # of the shape of the parameter in every optimizer that has one
+ELEMENTWISE = (*MOMENTS, MASTER, "momentum_buffer", "square_avg")  # of the shape of the parameter in every optimizer that has one
 
 
 def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def load_states(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
         if values:
             state = optimizer.state[param]
             state["step"] = float(values["step"])
-            for name in MOMENTS:
+            for name in (*MOMENTS, MASTER) if optimizer._master_weights else MOMENTS:
                 if name in values:
                     # In the parameter's memory layout: the update then runs without a copy.
                     moment = torch.empty_like(param, dtype=values[name].dtype, memory_format=torch.preserve_format)

@@ -147,6 +147,7 @@ class CppLaunch:
         eps: Tensor,
         grad_scale: Tensor | None = None,
         new_sums: Tensor | None = None,
+        rounding_seed: int | None = None,
     ) -> None:
         """Updates in place; float64 [T] each, absent rows counted. See :func:`metaadamw_fast.ops.adamw_update_`.
 
@@ -155,7 +156,7 @@ class CppLaunch:
         gradient, or whose step is 0, keep what it holds.
         """
         hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
-        torch.ops.metaadamw_fast.launch_adamw_update_.default(self._table, self._copy(), *hyperparameters, new_sums)
+        torch.ops.metaadamw_fast.launch_adamw_update_.default(self._table, self._copy(), *hyperparameters, new_sums, rounding_seed)
 
 
 class ReferenceLaunch:
@@ -216,9 +217,10 @@ class ReferenceLaunch:
         eps: Tensor,
         grad_scale: Tensor | None = None,
         new_sums: Tensor | None = None,
+        rounding_seed: int | None = None,
     ) -> None:
         """As :meth:`CppLaunch.adamw_update_`."""
         if not self._written or self._params is None or self._exp_avg_sqs is None:
             raise RuntimeError("the launch was not made for updates: written=False")
         lists = (self._params, self._grads, self._exp_avgs, self._exp_avg_sqs, self._maxima)
-        reference.adamw_update_(*lists, step_size, decay_factor, step, beta1, beta2, eps, grad_scale, new_sums)
+        reference.adamw_update_(*lists, step_size, decay_factor, step, beta1, beta2, eps, grad_scale, new_sums, rounding_seed)

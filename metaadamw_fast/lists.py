@@ -14,6 +14,8 @@ from . import sync
 from .grouping import Member
 from .ops import mark_written
 
+MASTER = "master_param"
+
 
 class StateLists:
     """Allocates the states that are missing, lists them all and hands them to the backend.
@@ -26,6 +28,8 @@ class StateLists:
         device: of the parameters. The steps live there too: nothing is copied to or from the host in a step.
         launch: the class of the backend that holds the lists between two steps.
         done: 0-dim, the steps that the optimizer has taken; copied. The lists then count them as ``self.done``.
+        state_dtype: of the moments that are allocated; None for that of the parameter.
+        master_weights: whether bfloat16 and float16 parameters have a float32 copy, ``state[p]["master_param"]``, which is updated.
 
     Raises:
         RuntimeError: a state that does not fit its parameter.
@@ -39,6 +43,9 @@ class StateLists:
         device: torch.device,
         launch: Any,
         done: Tensor,
+        *,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
     ) -> None:
         self.params = [m.param for m in members]
         self.device = device
@@ -51,25 +58,36 @@ class StateLists:
         for p, wanted, step in zip(self.params, with_maximum, self.steps.unbind(), strict=True):
             for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if wanted else 2]:
                 if name not in state[p]:
-                    state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                    state[p][name] = torch.zeros_like(p, dtype=state_dtype, memory_format=torch.preserve_format)
                 state[p][name] = state[p][name].to(device)
+            if master_weights and p.dtype in (torch.bfloat16, torch.float16):
+                if MASTER not in state[p]:
+                    state[p][MASTER] = p.detach().to(torch.float32, copy=True, memory_format=torch.preserve_format)
+                state[p][MASTER] = state[p][MASTER].to(device)
             state[p]["step"] = step
         states = [state[p] for p in self.params]
         self.exp_avgs = [s["exp_avg"] for s in states]
         self.exp_avg_sqs = [s["exp_avg_sq"] for s in states]
         maxima = [s["max_exp_avg_sq"] if wanted else None for s, wanted in zip(states, with_maximum, strict=True)]
         self.max_exp_avg_sqs = maxima if any(x is not None for x in maxima) else None
-        self.launch = launch([None] * len(states), self.exp_avgs, self.params, self.exp_avg_sqs, self.max_exp_avg_sqs, written=True)
+        self.updated = [s.get(MASTER, p) for s, p in zip(states, self.params, strict=True)]
+        self._copies = [p for p, x in zip(self.params, self.updated, strict=True) if x is not p]
+        self._masters = [x for p, x in zip(self.params, self.updated, strict=True) if x is not p]
+        self._copies_of: list[int] | None = None
+        self.launch = launch(
+            [None] * len(states), self.exp_avgs, self.updated, self.exp_avg_sqs, self.max_exp_avg_sqs, written=True
+        )
         self._present: tuple[list[int], Tensor] | None = None
         self._state, self._param_groups = state, param_groups
         self._found = list(self._everything())
-        self._tensors = [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *(x for x in maxima if x is not None)]
+        written = [*self.updated, *self.exp_avgs, *self.exp_avg_sqs, *(x for x in maxima if x is not None)]
+        self._written, self._tensors = written, written + self._copies
         # Held, so that no other storage can come to lie at one of these addresses: a new address is then the sign of new data.
         self._storages = [x.untyped_storage() for x in self._tensors]
         self._places = self._where()
         self._sums = torch.zeros(len(states), 2, dtype=torch.float64, device=device)  # Σp², Σv² of what the last update left
         self._sums_of: list[int] | None = None
-        self._summed = self.params + self.exp_avg_sqs
+        self._summed = self.updated + self.exp_avg_sqs + self._copies
 
     # ------------------------------------------------------------------------------------------------ what others have written
 
@@ -107,6 +125,10 @@ class StateLists:
         """Says whether :meth:`new_sums` are those of the parameters and second moments as they are now."""
         self._sums_of = self._versions() if valid else None
 
+    def invalidate(self) -> None:
+        """Says that somebody wrote what no version counter tells of."""
+        self._sums_of = self._copies_of = None
+
     def _versions(self) -> list[int]:
         return [x._version for x in self._summed]
 
@@ -140,5 +162,18 @@ class StateLists:
         """Counts the step of the tensors that have a gradient, and marks them written; counts nothing if ``go`` is False."""
         present: Tensor | int = 1 if self._present is None else self._present[1]
         self._counts += present if go is True else present * go
-        mark_written(self._tensors)
+        mark_written(self._written)
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._masters)
+            self._copies_of = [p._version for p in self._copies]
         self.carry(True)
+
+    def take_up_copies(self) -> None:
+        """Brings the float32 masters up to date with parameters that others have written: they are the model, what they say counts.
+
+        A master stays what it is where its parameter still is its rounding, so that nothing is lost where nothing was written.
+        """
+        if self._copies_of != [p._version for p in self._copies]:
+            for p, master in zip(self._copies, self._masters, strict=True):
+                master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
+            self._copies_of = [p._version for p in self._copies]

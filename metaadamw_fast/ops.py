@@ -218,6 +218,7 @@ def adamw_update_(
     eps: Tensor | float = 1e-8,
     max_exp_avg_sqs: Tensors | None = None,
     grad_scale: Tensor | float | None = None,
+    rounding_seed: int | None = None,
     backend: str = "auto",
 ) -> None:
     """AdamW with per-tensor hyper-parameters, in place: MetaAdamW algorithm 1, Loshchilov & Hutter 2019.
@@ -235,6 +236,8 @@ def adamw_update_(
         betas, eps: [T] or a number each.
         max_exp_avg_sqs: T running maxima of v, written (amsgrad); an entry without elements leaves its tensor plain.
         grad_scale: [T] or a number: unscaling, clipping, or -1 to maximize.
+        rounding_seed: round what is written in bfloat16 or float16 by chance, up or down so that the mean is the number itself,
+            except the maxima. The random bits depend on seed, step, tensor and element only. None rounds to the nearest.
         backend: ``auto``, ``cpp``, ``triton`` or ``reference``.
 
     Raises:
@@ -247,7 +250,7 @@ def adamw_update_(
         numbers = (step_size, decay_factor, step, *betas, eps, grad_scale)
         hyper = [None if x is None else _per_tensor(x, len(params), device) for x in numbers]
         run = resolve_backend(backend, device)
-        run.adamw_update_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper)
+        run.adamw_update_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper, None, rounding_seed)
         mark_written(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or ())
 
 

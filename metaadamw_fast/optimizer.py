@@ -49,10 +49,16 @@ class MetaAdamW(Optimizer):
         lr_scale_range, wd_scale_range: width of the interval around 1 in which the scales lie, in [0, 2); 0 and 0 is AdamW.
         head_init: ``identity`` (all scales exactly 1 until the first meta-update) or ``xavier`` (the paper).
         total_steps: the training length, for the time feature.
-        seed: of the encoder's start; the global random state is not touched.
+        seed: of the encoder's start and of stochastic rounding; the global random state is not touched.
         max_grad_norm: clip the gradients' total 2-norm in the step itself, as ``clip_grad_norm_`` before it would, but without
             changing ``.grad``.
         statistics: ``exact``, or ``lagged``: the scales of a step come from the statistics of the step before.
+        state_dtype: of the moments, if not the parameter's own: float32 beside bfloat16 parameters, or bfloat16 to save memory.
+            ``load_state_dict`` keeps the dtypes of the checkpoint.
+        master_weights: update a float32 copy of each bfloat16 or float16 parameter, ``state[p]["master_param"]``, and round it into
+            the parameter. Statistics are the copy's.
+        stochastic_rounding: round bfloat16 and float16 parameters and moments up or down by chance, right in the mean, so that
+            small updates are not lost. The same for the same ``seed``, step and parameters.
         variant: ``paper``, or ``released`` for the arithmetic of the authors' code.
         backend: ``auto``, ``cpp``, ``triton`` or ``reference``; see :func:`metaadamw_fast.backend_report`.
 
@@ -86,6 +92,9 @@ class MetaAdamW(Optimizer):
         seed: int = 0,
         max_grad_norm: float | None = None,
         statistics: str = "exact",
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
         variant: str = "paper",
         backend: str = "auto",
     ) -> None:
@@ -110,12 +119,16 @@ class MetaAdamW(Optimizer):
         }
         check_hyperparameters(defaults)
         defaults["betas"] = tuple(float(beta) for beta in betas)
+        if state_dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise ValueError(f"Invalid state_dtype: {state_dtype}")
         self.total_steps = total_steps
         self.max_grad_norm = max_grad_norm
         self.variant = variant
         self._done = torch.zeros(())  # steps taken; on the device, which may decide that one is none
         self.groups: list[grouping_.Group] = []
         self._statistics_mode = statistics
+        self._state_dtype, self._master_weights = state_dtype, master_weights
+        self._rounding_seed = seed if stochastic_rounding else None
         self._model = None if model is None else weakref.ref(model)
         self._grouping: grouping_.Grouping = grouping
         self._backend_name = backend
@@ -227,7 +240,16 @@ class MetaAdamW(Optimizer):
             self._lagged = self._lagged.to(like) if self._lagged.shape[0] == len(self._members) else None
 
     def _list_states(self, device: torch.device) -> StateLists:
-        lists = StateLists(self._members, self.state, self.param_groups, device, self._backend.launch, self._done)
+        lists = StateLists(
+            self._members,
+            self.state,
+            self.param_groups,
+            device,
+            self._backend.launch,
+            self._done,
+            state_dtype=self._state_dtype,
+            master_weights=self._master_weights,
+        )
         self._done = lists.done
         return lists
 
@@ -289,6 +311,7 @@ class MetaAdamW(Optimizer):
         hyper = self._hyperparameters.update(self.param_groups)
         loss_scale = getattr(self, "grad_scale", None)
         lists.set_gradients([p.grad for p in lists.params])
+        lists.take_up_copies()
         features, scales, grad_norm = self._features, self._scales, None
         if self._statistics_mode == "lagged" and self._lagged is not None:
             features, scales = self._encode(self._lagged, self._progress(0))
@@ -429,7 +452,8 @@ class MetaAdamW(Optimizer):
         decay = size * wd_scale * hyper.weight_decay
         if self.variant == "released":
             decay = decay / (1 - hyper.beta1**step)
-        lists.launch.adamw_update_(size, 1 - decay, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale, new_sums=new_sums)
+        betas = hyper.beta1, hyper.beta2
+        lists.launch.adamw_update_(size, 1 - decay, step, *betas, hyper.eps, grad_scale, new_sums, self._rounding_seed)
         lists.after_update(go)
         if any(group["capturable"] for group in self.param_groups):
             lists.carry(False)  # a replay would not notice writes of others, nor the host a replay
@@ -492,7 +516,7 @@ class MetaAdamW(Optimizer):
         ``load_state_dict`` and ``add_param_group`` are noticed without this call.
         """
         if self._lists is not None:
-            self._lists.carry(False)
+            self._lists.invalidate()
 
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import rounding
 from .checks import check_distinct, check_stats, check_update, update_lists
 
 Tensors = Sequence[Tensor]
@@ -65,6 +66,7 @@ def adamw_update_(
     eps: Tensor,
     grad_scale: Tensor | None,
     new_sums: Tensor | None = None,
+    rounding_seed: int | None = None,
 ) -> None:
     """The modulated AdamW update; see :func:`metaadamw_fast.ops.adamw_update_`."""
     hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
@@ -87,18 +89,32 @@ def adamw_update_(
             g = g * grad_scale[t]
         m = beta1[t] * exp_avg.to(arithmetic) + (1 - beta1[t]) * g
         v = beta2[t] * exp_avg_sq.to(arithmetic) + (1 - beta2[t]) * g * g
-        _write(exp_avg, m, skip)
-        _write(exp_avg_sq, v, skip)
+        write = _Writer(skip, None if rounding_seed is None else (rounding_seed, step[t], t), param)
+        write(exp_avg, m, rounding.MOMENTUM)
+        write(exp_avg_sq, v, rounding.SECOND_MOMENT)
         if max_exp_avg_sqs is not None and max_exp_avg_sqs[t].numel():
             v = torch.maximum(max_exp_avg_sqs[t].to(arithmetic), v)
             _write(max_exp_avg_sqs[t], v, skip)
         m_hat = m / bias_correction1[t]
         v_hat = v / bias_correction2[t]
         p = decay_factor[t] * param.to(arithmetic) - step_size[t] * m_hat / (v_hat.sqrt() + eps[t])
-        _write(param, p, skip)
+        write(param, p, rounding.PARAM)
         if new_sums is not None:
             left = [_sum(x.to(arithmetic).square()) for x in (param, exp_avg_sq)]
             _write(new_sums[t, -2:], torch.stack(left), skip)
+
+
+class _Writer:
+    """Writes what is updated of one tensor, by chance up or down if there is a ``key``: seed, step, number of the tensor."""
+
+    def __init__(self, skip: Tensor, key: tuple[int, Tensor, int] | None, leader: Tensor) -> None:
+        self._skip, self._key = skip, key
+        self._element = None if key is None else rounding.walked(leader)
+
+    def __call__(self, x: Tensor, value: Tensor, operand: int) -> None:
+        if self._key is not None and self._element is not None:
+            value = rounding.round_stochastically(value, x.dtype, rounding.random_bits(*self._key, operand, self._element))
+        _write(x, value, self._skip)
 
 
 def _write(x: Tensor, value: Tensor, skip: Tensor) -> None:

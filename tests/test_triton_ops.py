@@ -533,3 +533,23 @@ def test_a_captured_step_replays_with_its_own_gradients():
         assert back(there)._replace(grads=before.grads).same_bits(before.map(clone).update(Hyper(), "cpp"))
         launch.set_gradients(others)  # the same tensors as before the replay, which has put others into the table
         assert_sums(sums_of(launch), back(there)._replace(grads=[x.cpu() for x in others]), F64)
+
+
+# ------------------------------------------------------------------------------------------------------- stochastic rounding
+
+
+@pytest.mark.parametrize("dtypes", [name for name, types in DTYPES.items() if any(x.itemsize == 2 for x in types)])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_rounding_by_chance_has_the_bits_of_cpp(dtypes, order):
+    """Also of a transposed parameter, and of sums of what was stored."""
+    lists = random_lists([(), (7,), (65, 40), (3, BLOCK)], dtypes)
+    lists = lists.map(lambda x: x.t().contiguous().t() if x is not None and x.dim() == 2 and order == (1, 0) else x)
+    launch, there = launched(lists)
+    h = Hyper(step=5, grad_scale=0.5)
+    new_sums = torch.zeros(4, 2, dtype=F64, device=DEVICE)
+    launch.adamw_update_(*hyper_vectors(h, 4), new_sums, 2**33 + 7)
+    expected = lists.map(clone)
+    expected.launch("cpp").adamw_update_(*h.of_tensors(4), None, 2**33 + 7)
+    assert back(there).same_bits(expected)
+    assert same_bits(new_sums.cpu(), sums_of(launch)[:, 3:5])
+    assert not expected.same_bits(lists.map(clone).update(h, "cpp"))
