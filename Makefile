@@ -21,7 +21,8 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.ready
-	$(BIN)/python -m bench.step $(ARGS)
+	mkdir -p bench/results/cpu
+	$(BIN)/python -m bench.step --json bench/results/cpu/step.json --png bench/results/cpu/step.png $(ARGS)
 	$(BIN)/python -m bench.encoder
 	$(BIN)/python -m pytest bench --benchmark-only
 

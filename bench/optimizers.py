@@ -1,7 +1,8 @@
 """The sides of the step benchmark: optimizers on equal parameters and the same gradients, each with its own state."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class Contender:
     step: Callable[[], object]
     optimizer: torch.optim.Optimizer
     words: int | None  # elements read + written per parameter element; None: not counted
+    rival: str | None = None  # what does the same in torch, where that is not the fused step
 
     def warm_up(self, workload: Workload, steps: int = 3) -> None:
         """Takes a few steps, so that no state is zero, and makes sure that they move parameters and moments."""
@@ -95,20 +97,32 @@ def torch_clip_fused(workload: Workload) -> Contender:
     return Contender("clip_grad_norm_ + fused", step, optimizer, 10)
 
 
-def ours(workload: Workload, backend: str = "cpp", words: int | None = 9) -> Contender:
+def ours(workload: Workload, name: str = "MetaAdamW", words: int | None = 9, **options: Any) -> Contender:
     """Exact statistics read g and m (the last update summed p and v); the update reads p, g, m, v and writes p, m, v.
 
     The head starts from Xavier, not at the identity: every scale differs from 1 and no short cut is possible.
     """
     from metaadamw_fast import MetaAdamW  # here, so that torch alone can be timed without the library
 
-    optimizer = MetaAdamW(workload.parameters_for_one(), lr=LR, weight_decay=WEIGHT_DECAY, backend=backend, head_init="xavier")
-    return Contender(f"MetaAdamW {backend}", optimizer.step, optimizer, words)
+    options = {"backend": "cpp", "head_init": "xavier", **options}
+    optimizer = MetaAdamW(workload.parameters_for_one(), lr=LR, weight_decay=WEIGHT_DECAY, **options)
+    return Contender(name, optimizer.step, optimizer, words)
+
+
+def ours_clip(workload: Workload) -> Contender:
+    """Clipping is a factor in the update, taken from the statistics: no word more. The bound is below the norm, 11 at 124 M."""
+    contender = ours(workload, "MetaAdamW, max_grad_norm", max_grad_norm=0.1)
+    return replace(contender, rival="clip_grad_norm_ + fused")
+
+
+def ours_lagged(workload: Workload) -> Contender:
+    """The update itself makes the statistics, for the next step."""
+    return ours(workload, "MetaAdamW, lagged", 7, statistics="lagged")
 
 
 def ours_reference(workload: Workload) -> Contender:
     """The plain PyTorch backend; the number of its passes is no claim, so no words are counted."""
-    return ours(workload, backend="reference", words=None)
+    return ours(workload, "MetaAdamW, reference", None, backend="reference")
 
 
 BASE = torch_fused
@@ -117,5 +131,7 @@ CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
     "foreach": torch_foreach,
     "clip": torch_clip_fused,
     "ours": ours,
+    "ours-clip": ours_clip,
+    "ours-lagged": ours_lagged,
     "reference": ours_reference,
 }

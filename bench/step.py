@@ -1,12 +1,13 @@
 """The whole step against torch.optim.AdamW: milliseconds, ratio, bytes and bandwidth.
 
-    python -m bench.step [--models minigpt-1.7m gpt2-124m] [--threads N] [--evict] [--json FILE]
+    python -m bench.step [--models minigpt-1.7m gpt2-124m] [--threads N] [--evict] [--json FILE] [--png FILE]
 
 Ratios are medians of the ratios within a round, with their quartiles and the 95 % interval of the median; see
 bench/timing.py. Bytes per element are counted, not measured: words read + written times 4. `of copy` and `of in place`
 are the bandwidth from these bytes as a share of two measured ones (timing.Memory). A model whose four words per
 parameter fit the last-level cache is marked: its bandwidth is not the memory's. With --evict every step starts with
-cold caches, as after a large forward and backward pass.
+cold caches, as after a large forward and backward pass. What does more than a plain step is compared with what does the
+same in torch, too.
 """
 
 import argparse
@@ -51,6 +52,8 @@ def measure(model: str, sides: list[str], seconds: float, memory: timing.Memory,
             "seconds": asdict(spread),
             "ratio": asdict(times.ratio(contender.name, base)),
         }
+        if contender.rival in times.rounds:
+            row["rival"] = {"name": contender.rival, **asdict(times.ratio(contender.name, contender.rival))}
         if contender.words is not None:
             rate = contender.words * WORD * workload.numel / spread.median
             row["bytes_per_element"] = contender.words * WORD
@@ -83,7 +86,7 @@ def show(table: dict[str, Any]) -> None:
     )
     for name, rate in table["bandwidth"].items():
         print(f"{name}: {rate['median'] / 1e9:.1f} GB/s [{rate['q1'] / 1e9:.1f}, {rate['q3'] / 1e9:.1f}]")
-    heads = (f"{'optimizer':<24}{'ms':>9}{'ratio':>7}", f"{'quartiles':<14}", f"{'95 % of median':<14}")
+    heads = (f"{'optimizer':<26}{'ms':>9}{'ratio':>7}", f"{'quartiles':<14}", f"{'95 % of median':<14}")
     print(*heads, f"{'B/elem':>7}{'GB/s':>7}{'of copy':>9}{'of in place':>12}", sep="  ")
     for row in table["rows"]:
         ratio = row["ratio"]
@@ -92,9 +95,38 @@ def show(table: dict[str, Any]) -> None:
             share = row["share"]
             counted = f"{row['bytes_per_element']:>7}{row['bytes_per_second'] / 1e9:>7.1f}"
             counted += f"{share['copy']:>9.0%}{share['in place']:>12.0%}"
-        cells = [f"{row['optimizer']:<24}{row['seconds']['median'] * 1e3:>9.3f}{ratio['median']:>7.2f}"]
+        cells = [f"{row['optimizer']:<26}{row['seconds']['median'] * 1e3:>9.3f}{ratio['median']:>7.2f}"]
         cells += [f"{f'[{ratio[a]:.2f}, {ratio[b]:.2f}]':<14}" for a, b in (("q1", "q3"), ("low95", "high95"))]
         print(*cells, counted, sep="  ")
+    for row in table["rows"]:
+        if "rival" in row:
+            rival = row["rival"]
+            interval = f"[{rival['q1']:.2f}, {rival['q3']:.2f}]"
+            print(f"{row['optimizer']} / {rival['name']}: {rival['median']:.2f} {interval}")
+
+
+def draw(tables: list[dict[str, Any]], file: str) -> None:
+    """A bar for each ratio with its quartiles, one panel per model."""
+    from matplotlib.figure import Figure  # only here: the figures need no picture
+
+    figure = Figure(figsize=(9, 1 + 0.35 * sum(len(table["rows"]) + 1 for table in tables)), layout="constrained")
+    heights = [len(table["rows"]) for table in tables]
+    panels = figure.subplots(len(tables), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for panel, table in zip(panels, tables, strict=True):
+        rows = table["rows"][::-1]
+        ratios = [row["ratio"] for row in rows]
+        medians = [ratio["median"] for ratio in ratios]
+        whiskers = [[r["median"] - r["q1"] for r in ratios], [r["q3"] - r["median"] for r in ratios]]
+        ours = ["MetaAdamW" in row["optimizer"] for row in rows]
+        bars = panel.barh(
+            [row["optimizer"] for row in rows], medians, xerr=whiskers, color=["tab:blue" if x else "0.7" for x in ours]
+        )
+        panel.bar_label(bars, [f"{x:.2f}" for x in medians], padding=4)
+        panel.axvline(1, color="0.3", linewidth=0.8)
+        panel.set_title(f"{table['model']}: {table['parameters']:,} parameters in {table['tensors']} tensors", loc="left")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("time of a step / torch.optim.AdamW(fused=True)")
+    figure.savefig(file, dpi=120)
 
 
 def main() -> None:
@@ -106,6 +138,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--evict", action="store_true", help="start every step with cold caches")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--png", metavar="FILE", help="draw the ratios there (needs matplotlib)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -121,6 +154,8 @@ def main() -> None:
         run = {"torch": torch.__version__, "threads": torch.get_num_threads(), "tables": tables}
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(run, file, indent=1)
+    if options.png:
+        draw(tables, options.png)
 
 
 if __name__ == "__main__":
