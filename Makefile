@@ -2,6 +2,7 @@
 #   make demo    train a small vision transformer with AdamW and with MetaAdamW (ARGS="--task etth1 --data DIR")
 #   make test    all tests (ARGS="tests/test_ops.py -k bf16")
 #   make bench   the measured tables
+#   make gpu-check   build, tests, sanitizer and tables on a machine with a GPU, with the torch that is there: no $(VENV), no network
 #   make lint    style, format and types
 # Another torch, 2.11 or later: make TORCH="torch==2.12.0".
 
@@ -12,7 +13,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu-check lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -25,6 +26,10 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.step --json bench/results/cpu/step.json --png bench/results/cpu/step.png $(ARGS)
 	$(BIN)/python -m bench.encoder
 	$(BIN)/python -m pytest bench --benchmark-only
+
+# Writes bench/results/<device>/. PYTHON is the one that has torch, triton, pytest.
+gpu-check:
+	$(PYTHON) -m bench.gpu_check $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
