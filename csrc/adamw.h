@@ -68,7 +68,8 @@ struct Scalars {
 // base^exponent by repeated squaring. std::pow may differ in its last bit between a CPU's and a GPU's library; this cannot.
 METAADAMW_INLINE double integer_power(double base, double exponent) {
   double result = 1.0;
-  for (auto bits = static_cast<uint64_t>(exponent); bits != 0; bits >>= 1, base *= base) {
+  // A step that is NaN or negative counts as 0: the update then divides by zero, and that shows.
+  for (uint64_t bits = exponent > 0.0 ? static_cast<uint64_t>(exponent) : 0; bits != 0; bits >>= 1, base *= base) {
     if (bits & 1) {
       result *= base;
     }

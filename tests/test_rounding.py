@@ -1,4 +1,4 @@
-"""Stochastic rounding: where it lands, how often, and that all backends throw the same dice. Triton's part: test_triton_ops.py."""
+"""Stochastic rounding: where it lands, how often, and that all backends throw the same dice. Triton's part: test_gpu_ops.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Runs test_triton_ops.py through Triton's interpreter: in other processes, since it is chosen when Triton is imported."""
+"""Runs test_gpu_ops.py through Triton's interpreter: in other processes, since it is chosen when Triton is imported."""
 
 import os
 import re
@@ -16,7 +16,7 @@ PARTS = {"dtypes and sizes": "every_dtype", "everything else": "not every_dtype"
 @pytest.fixture(scope="module")
 def processes():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    command.append(str(Path(__file__).with_name("test_triton_ops.py")))
+    command.append(str(Path(__file__).with_name("test_gpu_ops.py")))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     started = {
         part: subprocess.Popen(

@@ -1,6 +1,9 @@
-"""The Triton kernels: on a GPU, or interpreted on the CPU in a process with TRITON_INTERPRET=1 (see test_triton_interpreter.py).
+"""The kernels of the device that is there, on all cases: with a GPU the Triton and the C++ ones on it.
 
-The update is compared in every bit with the C++ backend on the CPU, the sums with the float64 reference within derived bounds.
+Without one, in a process with TRITON_INTERPRET=1 (test_triton_interpreter.py starts it), the Triton kernels interpreted on the CPU;
+else the C++ ones on the CPU, which shows that what is asked of the others here is right. The update is compared in every bit
+with the C++ backend on the CPU, the sums with the float64 reference within derived bounds. One file, because one process
+interprets it.
 """
 
 import itertools
@@ -32,11 +35,20 @@ from .cases import (
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="neither a GPU nor TRITON_INTERPRET=1"),
-]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+BACKENDS = ["triton"] if INTERPRETED else ["triton", "cpp"] if DEVICE.type == "cuda" else ["cpp"]
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True, scope="module", params=BACKENDS)
+def backend(request):
+    """Under test; the functions below take it from here."""
+    reason = ops._unavailable(request.param, DEVICE)
+    if reason is not None:
+        pytest.skip(reason)
+    global launch_class
+    launch_class = ops.resolve_backend(request.param, DEVICE).launch
+    return request.param
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -82,10 +94,8 @@ def to(device, x):
 
 def launched(lists, written=True):
     """A launch of copies on the device, and these."""
-    from metaadamw_fast.kernels.launch import TritonLaunch
-
     there = lists.map(lambda x: to(DEVICE, x))
-    launch = TritonLaunch(there.grads, there.exp_avgs, there.params, there.exp_avg_sqs, there.maxima, written=written)
+    launch = launch_class(there.grads, there.exp_avgs, there.params, there.exp_avg_sqs, there.maxima, written=written)
     return launch, there
 
 
@@ -434,7 +444,7 @@ def test_the_same_address_with_another_shape_is_noticed():
         (lambda x: x.new_ones(4, 3), r"grads\[1\] and params\[1\] differ in shape"),
         (lambda x: x.to(torch.complex64), r"grads\[1\] has dtype"),
         (lambda x: x.to_sparse(), r"grads\[1\] is sparse"),
-        (lambda x: x.to("meta"), r"grads\[1\] is on meta, another device"),
+        (lambda x: x.to("meta"), r"grads\[1\] is on (meta|neither the CPU nor a CUDA device), another device"),
         (None, "grads has 2 tensors, params has 3"),
     ],
 )
@@ -496,19 +506,19 @@ def test_hyperparameters_that_do_not_fit_change_nothing(bad, position):
 # ------------------------------------------------------------------------------------------------------------ the public ops
 
 
-def test_the_public_ops():
+def test_the_public_ops(backend):
     lists = random_lists(MANY, "fp32", amsgrad=True)
     there = lists.map(lambda x: to(DEVICE, x))
-    assert_sums(there.stats("triton").cpu(), lists, F64)
-    dots = ops.tensor_dots(there.grads, there.exp_avgs, dtype=F64, backend="triton")
-    assert same_bits(dots.cpu(), there.stats("triton")[:, 1].cpu().clone())
+    assert_sums(there.stats(backend).cpu(), lists, F64)
+    dots = ops.tensor_dots(there.grads, there.exp_avgs, dtype=F64, backend=backend)
+    assert same_bits(dots.cpu(), there.stats(backend)[:, 1].cpu().clone())
     versions = [x._version for x in there.params]
-    there.update(Hyper(), "triton")
+    there.update(Hyper(), backend)
     assert all(x._version > version for x, version in zip(there.params, versions, strict=True))
     assert back(there).same_bits(lists.map(clone).update(Hyper(), "cpp"))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="CUDA graphs need a GPU")
 def test_a_captured_step_replays_with_its_own_gradients():
     lists = random_lists(MANY, "fp32")
     launch, there = launched(lists)
