@@ -1,30 +1,89 @@
-"""The hypothetical step of a meta-update: θ′ as a differentiable function of the scales. MetaAdamW algorithm 2."""
+"""The hypothetical step of a meta-update: θ′ as a function of the scales, and the gradient's way back. MetaAdamW algorithm 2."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from . import ops
 from .features import of_scaled_gradient, training_progress
 from .hyperparameters import Hyperparameters
 from .lists import StateLists
 from .optimizer import MetaAdamW
 
 
-def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | float, list[Tensor]]:
+@dataclass
+class LookAhead:
+    """θ′ = p - lr·lr_scale·(u + wd_scale·λ·p): affine in each scale, so its derivatives are dot products with u and p.
+
+    Attributes:
+        scales: [4, G], with the encoder's graph.
+        clip: what clipping multiplies the gradient with.
+        lr, weight_decay: float64 [T]; the released code's weight_decay is λ/(1-β1^k).
+        directions: u of each tensor, None where it does not move.
+        group_of: int64 [T].
+        moves_wd_scale: whether θ′ has a gradient to wd_scale; in the released code it has none.
+        backend: of the dot products.
+    """
+
+    scales: Tensor
+    clip: Tensor | float
+    lr: Tensor
+    weight_decay: Tensor
+    directions: list[Tensor | None]
+    group_of: Tensor
+    moves_wd_scale: bool
+    backend: str
+
+    def _of_tensors(self) -> tuple[Tensor, Tensor]:
+        """lr_scale and wd_scale of each tensor, float64 [T]."""
+        lr_scale, wd_scale = self.scales[:2].detach().index_select(1, self.group_of).double().unbind()
+        return lr_scale, wd_scale
+
+    @torch.no_grad()
+    def parameters(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """θ′ from θ; None where a tensor does not move."""
+        lr_scale, wd_scale = self._of_tensors()
+        size = self.lr * lr_scale
+        decay = size * wd_scale * self.weight_decay
+        return [
+            None if u is None else ((1 - d) * p - s * u).to(p.dtype)
+            for p, u, s, d in zip(params, self.directions, size.unbind(), decay.unbind(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def gradient_of_scales(self, params: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> Tensor:
+        """∂J/∂scales, [4, G], through θ′ alone, for ``cotangents`` c = ∂J/∂θ′ at θ = ``params``.
+
+        ∂J/∂lr_scale = -Σ lr·⟨c, u + wd_scale·λ·p⟩ and ∂J/∂wd_scale = -Σ lr·lr_scale·λ·⟨c, p⟩, over the tensors of each group.
+        """
+        rows = [t for t, (u, c) in enumerate(zip(self.directions, cotangents, strict=True)) if u is not None and c is not None]
+        dots = self.lr.new_zeros(2, len(self.directions))
+        if rows:
+            with_u, with_p = ([x for t in rows if (x := xs[t]) is not None] for xs in (self.directions, params))
+            mine = [c for t in rows if (c := cotangents[t]) is not None]
+            for row, others in zip(dots, (with_u, with_p), strict=True):
+                row[rows] = ops.tensor_dots(mine, others, dtype=torch.float64, backend=self.backend)
+        lr_scale, wd_scale = self._of_tensors()
+        gradient = self.lr.new_zeros(4, self.scales.shape[1])
+        gradient[0].index_add_(0, self.group_of, -self.lr * (dots[0] + wd_scale * self.weight_decay * dots[1]))
+        if self.moves_wd_scale:
+            gradient[1].index_add_(0, self.group_of, -self.lr * lr_scale * self.weight_decay * dots[1])
+        return gradient.to(self.scales.dtype)
+
+
+def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None]) -> LookAhead:
     """What ``opt.step()`` would do with the gradient ``g1``, without doing it.
 
-    θ′ = p - lr·lr_scale·(u + wd_scale·λ·p) with u = m̂′/(√v̂′ + ε), for the moments that the step would leave. The released code
-    takes the features from the ``.grad`` that stands, the moments as they are, λ/(1-β1^k) for λ, and no gradient to wd_scale.
+    u is m̂′/(√v̂′ + ε) for the moments that the step would leave. The released code takes the features from the ``.grad`` that
+    stands, and the moments as they are.
 
     Args:
         opt: the optimizer; nothing of it changes.
         g1: T gradients of what is minimized, None where there is none.
-
-    Returns:
-        The scales [4, G] with their graph, the factor that clipping puts on g1, and θ′, T tensors that carry the graph.
     """
     released = opt.variant == "released"
     lists = opt._current_lists()
@@ -42,17 +101,16 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None]) -> tuple[Tensor, Ten
         else:
             directions = _next_directions(lists, g1, step, hyper, grad_scale)
     _, scales = opt._encode(statistics, training_progress(opt.steps_done + (not released), opt.total_steps))
-    lr_scale, wd_scale = scales[:2].index_select(1, opt._group_of).double().unbind()
-    size = hyper.lr * lr_scale
-    if released:
-        decay = size / (1 - hyper.beta1**step) * wd_scale.detach() * hyper.weight_decay
-    else:
-        decay = size * wd_scale * hyper.weight_decay
-    theta = [
-        p.detach().requires_grad_(p.requires_grad) if u is None else ((1 - d) * p.detach() - s * u).to(p.dtype)
-        for p, u, s, d in zip(lists.params, directions, size.unbind(), decay.unbind(), strict=True)
-    ]
-    return scales, 1.0 if grad_scale is None else grad_scale[0].to(scales.dtype), theta
+    return LookAhead(
+        scales=scales,
+        clip=1.0 if grad_scale is None else grad_scale[0].to(scales.dtype),
+        lr=hyper.lr,
+        weight_decay=hyper.weight_decay / (1 - hyper.beta1**step) if released else hyper.weight_decay,
+        directions=directions,
+        group_of=opt._group_of,
+        moves_wd_scale=not released,
+        backend=opt._backend.name,
+    )
 
 
 def _next_directions(

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .checkpoint import check_learner
+from .evaluation import Evaluation, Gradients, LossFn, MicroBatches, no_second_derivative, warn_of_differences, write
 from .features import NORM_FLOOR
 from .lookahead import look_ahead
-from .model_state import parameters_replaced, preserved, twice_differentiable
+from .model_state import preserved
 from .optimizer import MetaAdamW
 from .weighting import TERM_KINDS, clamp_log_vars_, homoscedastic_sum
 
 TERMS = ("gradient", "loss_decrease", "gen_gap")  # the order of log_vars, priorities, kinds and fixed weights
-LossFn = Callable[[nn.Module, Any], Tensor]
-
-
-class MicroBatches(list[Any]):
-    """Several batches that count as one, as in gradient accumulation: the loss is their mean."""
+__all__ = ["MetaLearner", "MetaReport", "MicroBatches"]
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,17 @@ class MetaLearner:
         lr, make_optimizer: of the meta-optimizer, called as ``make_optimizer(params, lr=lr)``.
         encoder_decay: c_wd, on the sum of the 2-norms (not squared) of the encoder layers' tensors and of head.weight.
         gate_l1: c_gate, on Σ|gate|, with feature gating.
-        hvp: ``auto`` and ``exact`` differentiate the gradient at the look-ahead a second time.
+        hvp: how the gradient-alignment term is differentiated, which needs one Hessian-vector product: ``exact`` by a second
+            backward pass through the model at the look-ahead; ``finite_difference`` by a central difference of two gradients, which
+            works with every model, flash attention and activation checkpointing too; ``auto``: exact, or differences from the first
+            update on in which torch says that an operation has no second derivative (one warning).
         gap_at: where the generalization gap is evaluated: ``theta`` (the paper: it then has no gradient to the encoder) or
             ``lookahead``.
+        scaler: the ``torch.amp.GradScaler`` of the training loop, if any: its scale keeps float16 gradients from vanishing.
 
     Raises:
         ValueError: an unknown choice, a parameter of the optimizer that is not in the model, param groups of which only some
             maximize.
-        NotImplementedError: ``hvp="finite_difference"`` or a ``scaler``, which this version does not have.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class MetaLearner:
         gate_l1: float = 1e-4,
         hvp: str = "auto",
         gap_at: str = "theta",
-        scaler: Any = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         for name, value, choices in (
             ("objective", objective, (*TERMS, "combined")),
@@ -101,8 +103,8 @@ class MetaLearner:
                 raise ValueError(f"{name} needs one entry per term ({', '.join(TERMS)}), got {len(values)}")
         if any(kind not in TERM_KINDS for kind in term_kinds):
             raise ValueError(f"Invalid term_kinds: {tuple(term_kinds)} (each one of {', '.join(TERM_KINDS)})")
-        if hvp == "finite_difference" or scaler is not None:
-            raise NotImplementedError("finite-difference Hessian products and gradient scaling are not in this version")
+        if scaler is not None and not hasattr(scaler, "get_scale"):
+            raise ValueError(f"Invalid scaler: {type(scaler).__name__} (a torch.amp.GradScaler or None)")
         owned = set(model.parameters())
         for group in optimizer.groups:
             for name, param in zip(group.names, group.params, strict=True):
@@ -119,6 +121,9 @@ class MetaLearner:
         self.encoder_decay = encoder_decay
         self.gate_l1 = gate_l1
         self.gap_at = gap_at
+        self.hvp = hvp
+        self._exact_works = False  # known from the first update on
+        self.scaler = scaler
         self.updates = 0
         device = optimizer.encoder.head.weight.device
         self.log_vars = nn.Parameter(torch.zeros(len(TERMS), dtype=optimizer.encoder.head.weight.dtype, device=device))
@@ -143,40 +148,46 @@ class MetaLearner:
 
         Raises:
             ValueError: an objective that needs a validation batch got none; a loss that is not a scalar or has no gradient;
-                param groups of which only some maximize.
+                param groups of which only some maximize; bfloat16 or float16 parameters, in which a look-ahead is lost in rounding.
         """
         if val_batch is None and self.terms != ("gradient",):
             raise ValueError("this objective needs val_batch")
         gap_batch = val_batch if gap_batch is None else gap_batch
-        sign = self._sign()
-        with preserved(self.model) as rewind, twice_differentiable(self.model), torch.enable_grad():
-
-            def loss(batch: Any) -> Tensor:
-                rewind()
-                return sign * _evaluate(self.loss_fn, self.model, batch)
-
+        with preserved(self.model) as rewind, torch.enable_grad():
             params = self.optimizer._current_lists().params
-            loss_a, g1 = _gradient(loss, batch_a, params, create_graph=False)
-            scales, clip, theta = look_ahead(self.optimizer, g1)
-            g1 = [None if g is None else g * clip for g in g1]
-            with parameters_replaced(self.model, dict(zip(params, theta, strict=True))):
-                terms = {}
+            self._check_dtypes(params)
+            evaluation = Evaluation(self.loss_fn, self.model, params, self._sign(), rewind, self.scaler)
+            loss_a, g1 = evaluation.gradient(batch_a)
+            ahead = look_ahead(self.optimizer, g1)
+            g1 = [None if g is None else g * ahead.clip for g in g1]
+            before = evaluation.loss(val_batch) if "loss_decrease" in self.terms else None
+            terms = {}
+            if "gen_gap" in self.terms and self.gap_at == "theta":
+                gap_loss = before if before is not None and gap_batch is val_batch else evaluation.loss(gap_batch)
+                terms["gen_gap"] = (loss_a - gap_loss).abs()
+            theta = [p.detach().clone() for p in params]
+            values: dict[str, tuple[Tensor, Gradients]] = {}  # what depends on θ′: the value, and its gradient with respect to θ′
+            try:
+                write(params, ahead.parameters(theta))
+                gap_ahead = "gen_gap" in self.terms and self.gap_at == "lookahead"
+                if "loss_decrease" in self.terms or (gap_ahead and gap_batch is val_batch):
+                    values["val"] = _leaf(evaluation.gradient(val_batch))
+                if gap_ahead:
+                    values["a"] = _leaf(evaluation.gradient(batch_a))
+                    if gap_batch is not val_batch:
+                        values["gap"] = _leaf(evaluation.gradient(gap_batch))
+                    terms["gen_gap"] = (values["a"][0] - values["val" if gap_batch is val_batch else "gap"][0]).abs()
+                if before is not None:
+                    terms["loss_decrease"] = values["val"][0] - before
                 if "gradient" in self.terms:
-                    _, g2 = _gradient(loss, batch_b, theta, create_graph=True)
-                    terms["gradient"] = self._alignment(scales, g1, g2)
-                after = loss(val_batch) if "loss_decrease" in self.terms else None
-                if "gen_gap" in self.terms and self.gap_at == "lookahead":
-                    gap_after = after if after is not None and gap_batch is val_batch else loss(gap_batch)
-                    terms["gen_gap"] = (loss(batch_a) - gap_after).abs()
-            with torch.no_grad():
-                before = loss(val_batch) if after is not None else None
-                if "gen_gap" in self.terms and self.gap_at == "theta":
-                    gap_loss = before if before is not None and gap_batch is val_batch else loss(gap_batch)
-                    terms["gen_gap"] = (loss_a - gap_loss).abs()
-            if after is not None and before is not None:
-                terms["loss_decrease"] = after - before
+                    values["gradient"] = self._alignment(evaluation, batch_b, ahead.scales, g1)
+                    terms["gradient"] = values["gradient"][0]
+            finally:
+                write(params, theta)
             total = self._total(terms)
-            self._descend(total)
+            cotangent = _cotangent(total, list(values.values()), len(theta))
+            self._descend(total, ahead.scales, ahead.gradient_of_scales(theta, cotangent))
+        scales = ahead.scales
         return MetaReport(
             total.detach(),
             *(terms[name].detach() if name in terms else None for name in TERMS),  # type: ignore[arg-type, call-arg]
@@ -184,6 +195,46 @@ class MetaLearner:
             scales[0].detach(),
             scales[1].detach(),
         )
+
+    def every(
+        self, steps: int, train: Iterable[Any], val: Iterable[Any] | None = None, *, warm_up: int = 0
+    ) -> Callable[[], MetaReport | None]:
+        """A function to call after every ``optimizer.step()``: it updates after each ``steps`` of them.
+
+        Args:
+            steps: from one meta-update to the next.
+            train, val: where batches come from: two of ``train`` and, if given, one of ``val`` for each update. What can be
+                iterated again, as a DataLoader, is begun again at its end.
+            warm_up: steps of the optimizer before the first update is possible.
+
+        Returns:
+            A function without arguments: the report of the update, or None where there was none.
+
+        Raises:
+            ValueError: ``steps`` is less than 1; ``train`` or ``val`` has no (more) batches when one is needed.
+        """
+        if steps < 1:
+            raise ValueError(f"Invalid steps: {steps}")
+        batches = _endless(train, "train")
+        val_batches = repeat(None) if val is None else _endless(val, "val")
+        done = self.optimizer.steps_done
+
+        def after_step() -> MetaReport | None:
+            nonlocal done
+            done += 1
+            if done % steps or done <= warm_up:
+                return None
+            return self.update(next(batches), next(batches), next(val_batches))
+
+        return after_step
+
+    def _check_dtypes(self, params: Iterable[Tensor]) -> None:
+        low = {str(p.dtype) for p in params if p.requires_grad and p.dtype.itemsize < 4}
+        if low:
+            raise ValueError(
+                f"a meta-update needs float32 or float64 parameters, got {', '.join(sorted(low))}: a look-ahead is lost in"
+                " their rounding. Keep the parameters in float32 and compute under torch.autocast"
+            )
 
     def _sign(self) -> float:
         """-1 if the optimizer maximizes: the meta-objective then minimizes -loss_fn."""
@@ -194,21 +245,59 @@ class MetaLearner:
 
     # -------------------------------------------------------------------------------------------------------- the objective
 
-    def _alignment(self, scales: Tensor, g1: Sequence[Tensor | None], g2: Sequence[Tensor | None]) -> Tensor:
-        """(1/G) Σ_g flatness_weight·‖g2‖² - alignment_weight·cos(g1, g2), each over a group's concatenated tensors."""
-        squared1 = self._group_dots(g1, g1, scales)
-        squared2 = self._group_dots(g2, g2, scales)
-        floor = NORM_FLOOR**2  # under the root: the gradient of a root at 0 is infinite
-        norms = squared1.clamp(min=floor).sqrt() * squared2.clamp(min=floor).sqrt()
-        cosine = self._group_dots(g1, g2, scales) / norms
-        return (scales[2] * squared2 - scales[3] * cosine).mean()
+    def _alignment(self, evaluation: Evaluation, batch: Any, scales: Tensor, g1: Gradients) -> tuple[Tensor, Gradients]:
+        """(1/G) Σ_g flatness_weight·‖g2‖² - alignment_weight·cos(g1, g2), over each group's concatenated tensors; g2 = ∇L(θ′).
 
-    def _group_dots(self, xs: Sequence[Tensor | None], ys: Sequence[Tensor | None], like: Tensor) -> Tensor:
-        """[G] Σ x·y over the tensors of each group; a missing gradient counts as zeros."""
-        zero = like.new_zeros(())
-        pairs = zip(xs, ys, strict=True)
-        dots = [zero if x is None or y is None else (x * y).sum().to(like.dtype) for x, y in pairs]
-        return like.new_zeros(like.shape[1]).index_add(0, self.optimizer._group_of, torch.stack(dots))
+        Returns:
+            The term, with the graph of the two weights, and its gradient with respect to θ′: H·w for w = ∂term/∂g2, which is a
+            linear combination of g1 and g2 within each group.
+        """
+        term = scales.new_zeros(())
+
+        def weights(g2: Gradients) -> Gradients:
+            nonlocal term
+            squared1, dot, squared2 = self._group_sums(g1, g2, scales)
+            dot.requires_grad_()
+            squared2.requires_grad_()
+            floor = NORM_FLOOR**2  # under the root: the gradient of a root at 0 is infinite
+            norms = squared1.clamp(min=floor).sqrt() * squared2.clamp(min=floor).sqrt()
+            term = (scales[2] * squared2 - scales[3] * dot / norms).mean()
+            of_dot, of_squared = torch.autograd.grad(term, (dot, squared2), retain_graph=True)
+            group_of = self.optimizer._group_of
+            factors = torch.stack([of_dot, 2 * of_squared]).index_select(1, group_of).unbind(1)
+            return [
+                None if y is None else f[1] * y if x is None else f[0] * x + f[1] * y
+                for x, y, f in zip(g1, g2, factors, strict=True)
+            ]
+
+        if self.hvp != "finite_difference":
+            try:
+                product = evaluation.exact_product(batch, weights, check=not self._exact_works)
+                self._exact_works = True
+                return term, product
+            except RuntimeError as error:
+                if self.hvp == "exact" or not no_second_derivative(error):
+                    raise
+                warn_of_differences(error)
+                self.hvp = "finite_difference"
+        w = weights(evaluation.gradient(batch)[1])
+        return term, evaluation.difference_product(batch, w)
+
+    def _group_sums(self, xs: Gradients, ys: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Σx², Σx·y and Σy² over the tensors of each group, [G] each; a missing gradient counts as zeros."""
+        sums = torch.zeros(len(xs), 3, dtype=torch.float64, device=like.device)
+        backend = self.optimizer._backend.name
+        pairs = {t: (x, y) for t, (x, y) in enumerate(zip(xs, ys, strict=True)) if x is not None and y is not None}
+        if pairs:
+            both = zip(*pairs.values(), strict=True)
+            sums[list(pairs)] = ops.tensor_stats(*map(list, both), dtype=torch.float64, backend=backend)
+        for t, (x, y) in enumerate(zip(xs, ys, strict=True)):
+            if (x is None) != (y is None):
+                sums[t, 0 if y is None else 2] = torch.stack([z.double().square().sum() for z in (x, y) if z is not None]).sum()
+        groups = torch.zeros(like.shape[1], 3, dtype=torch.float64, device=like.device)
+        groups.index_add_(0, self.optimizer._group_of, sums)
+        squared1, dot, squared2 = groups.to(like.dtype).unbind(1)
+        return squared1, dot.clone(), squared2.clone()
 
     def _total(self, terms: dict[str, Tensor]) -> Tensor:
         values = [terms[name].to(self.log_vars.dtype) for name in self.terms]
@@ -245,12 +334,16 @@ class MetaLearner:
         self.meta_optimizer.param_groups[0]["params"] += [p for p in trained if p not in known]
         return trained
 
-    def _descend(self, total: Tensor) -> None:
-        """One step of the meta-optimizer down the gradient of ``total``, if both are finite: NaN would stay for good."""
+    def _descend(self, total: Tensor, scales: Tensor, of_scales: Tensor) -> None:
+        """One step of the meta-optimizer down the gradient of ``total``, if both are finite: NaN would stay for good.
+
+        ``of_scales`` [4, G] is the part of the gradient that reaches the encoder through θ′ and ``scales``.
+        """
         trained = self._adopt()
         encoder = self.optimizer.encoder
         gates = [encoder.feature_gates] if encoder.features.gating and encoder.feature_gates not in set(trained) else []
-        gradients = torch.autograd.grad(total, [*trained, *gates], allow_unused=True)
+        outputs, starts = [total, scales], [torch.ones_like(total), of_scales]
+        gradients = torch.autograd.grad(outputs, [*trained, *gates], starts, allow_unused=True)
         # The one wait for the device. Undoing a step there instead is not possible for every optimizer: Adam counts on the host.
         if not torch.cat([total.detach().reshape(1), *(g.flatten() for g in gradients if g is not None)]).isfinite().all():
             return
@@ -287,25 +380,29 @@ class MetaLearner:
         self.updates = int(state_dict["updates"])
 
 
-def _evaluate(loss_fn: LossFn, model: nn.Module, batch: Any) -> Tensor:
-    """The loss of a batch, the mean of those of micro-batches; a ValueError if it is not a scalar tensor."""
-    if isinstance(batch, MicroBatches):
-        return torch.stack([_evaluate(loss_fn, model, part) for part in batch]).mean()
-    value = loss_fn(model, batch)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"loss_fn must return a scalar tensor, got {shape}")
-    return value.reshape(())
+def _leaf(found: tuple[Tensor, Gradients]) -> tuple[Tensor, Gradients]:
+    """A loss at θ′ as a leaf of the objective's graph, with its gradient."""
+    value, gradient = found
+    return value.requires_grad_(), gradient
 
 
-def _gradient(
-    loss: Callable[[Any], Tensor], batch: Any, params: Iterable[Tensor], *, create_graph: bool
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss (detached) and its gradient with respect to each of ``params``, None where it does not depend on one."""
-    params = list(params)
-    value = loss(batch)
-    if not value.requires_grad:
-        raise ValueError("the loss has no gradient: loss_fn must compute it from the model's parameters, with gradients enabled")
-    trainable = [p for p in params if p.requires_grad]
-    found = iter(torch.autograd.grad(value, trainable, create_graph=create_graph, allow_unused=True))
-    return value.detach(), [next(found) if p.requires_grad else None for p in params]
+def _cotangent(total: Tensor, values: Sequence[tuple[Tensor, Gradients]], count: int) -> Gradients:
+    """∂total/∂θ′, ``count`` tensors, from the parts of ``total`` that depend on θ′ and their gradients; None where no part does."""
+    if not values:
+        return [None] * count
+    factors = torch.autograd.grad(total, [value for value, _ in values], retain_graph=True)
+    result: Gradients = []
+    for gradients in zip(*(gradient for _, gradient in values), strict=True):
+        parts = [f * g for f, g in zip(factors, gradients, strict=True) if g is not None]
+        result.append(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0] if parts else None)
+    return result
+
+
+def _endless(batches: Iterable[Any], name: str) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError(f"{name} has no more batches")

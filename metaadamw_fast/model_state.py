@@ -1,13 +1,13 @@
-"""Evaluating a model at other parameters, and leaving it exactly as it was."""
+"""Leaving a model exactly as it was, and letting it be differentiated twice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -45,33 +45,6 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
         for param, grad in grads:
             if param.grad is not grad:
                 param.grad = grad
-
-
-@contextmanager
-def parameters_replaced(model: nn.Module, replacements: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """Puts other tensors in the places of parameters, everywhere in the model: a tied weight has several places.
-
-    The replacements may carry a graph, so that a loss computed inside can be differentiated through them.
-    """
-    places = [
-        (module, name, param)
-        for module in model.modules()
-        for name, param in module._parameters.items()
-        if param is not None and param in replacements
-    ]
-    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
-
-    def put(values: Callable[[Tensor], Tensor]) -> None:
-        for module, name, param in places:
-            module._parameters[name] = values(param)  # type: ignore[assignment]
-        for module in recurrent:  # they keep a list of their own
-            module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
-
-    put(lambda param: replacements[param])
-    try:
-        yield
-    finally:
-        put(lambda param: param)
 
 
 @contextmanager

@@ -124,6 +124,9 @@ class MetaAdamW(Optimizer):
         self.total_steps = total_steps
         self.max_grad_norm = max_grad_norm
         self.variant = variant
+        self._features: Tensor
+        self._statistics: Tensor
+        self._grad_norm: Tensor | None = None
         self._done = torch.zeros(())  # steps taken; on the device, which may decide that one is none
         self.groups: list[grouping_.Group] = []
         self._statistics_mode = statistics
@@ -233,9 +236,16 @@ class MetaAdamW(Optimizer):
         scales[:2] = 1
         scales[:, : self._scales.shape[1]] = self._scales  # groups that existed before keep what the last step gave them
         self._scales = scales
-        self._features = like.new_zeros(len(self.groups), self.encoder.dim)
-        self._statistics = like.new_zeros(len(self._members), 7 if self.encoder.features.enhanced else 5)
-        self._grad_norm = None if self.max_grad_norm is None else like.new_zeros(())
+        shapes = {
+            "_features": (len(self.groups), self.encoder.dim),
+            "_statistics": (len(self._members), 7 if self.encoder.features.enhanced else 5),
+            "_grad_norm": (),
+        }
+        for name, shape in shapes.items():  # of a model that moved, or a copy, they stay what the last step left
+            old = getattr(self, name, None)
+            setattr(self, name, like.new_zeros(shape) if old is None or old.shape != shape else old.to(like))
+        if self.max_grad_norm is None:
+            self._grad_norm = None
         if self._lagged is not None:  # a model that moved; other parameters make the statistics of the last step useless
             self._lagged = self._lagged.to(like) if self._lagged.shape[0] == len(self._members) else None
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from metaadamw_fast import EncoderConfig, MetaLearner
+from metaadamw_fast import EncoderConfig, MetaLearner, MicroBatches
 
 from .cases import same, two_layers, unchanged
 
@@ -22,8 +22,7 @@ LEARNERS = [
     *(({name: (1, 1)}, ValueError, f"{name} needs one entry per term") for name in ("priorities", "term_kinds", "fixed_weights")),
     ({"term_kinds": ("regression", "regression", "no")}, ValueError, "Invalid term_kinds"),
     ({"lr": -1.0}, ValueError, "Invalid learning rate"),
-    ({"hvp": "finite_difference"}, NotImplementedError, "finite-difference"),
-    ({"scaler": object()}, NotImplementedError, "scaling"),
+    ({"scaler": object()}, ValueError, "Invalid scaler: object"),
     ({"model": nn.Linear(3, 2)}, ValueError, "0.weight is not a parameter of the model"),
 ]
 
@@ -120,3 +119,20 @@ def test_a_corrupt_checkpoint_of_a_learner(name, fresh):
         meta.load_state_dict(state)
     assert same(meta.state_dict(), before)
     meta.update(BATCH, BATCH, BATCH)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_which_a_look_ahead_is_lost(dtype):
+    model, opt = two_layers()
+    model.to(dtype)
+    meta = MetaLearner(opt, model, mean_square)
+    before = copy.deepcopy([opt.state_dict(), dict(model.state_dict()), meta.state_dict()])
+    with pytest.raises(ValueError, match=f"float32 or float64 parameters, got {dtype}"):
+        meta.update(*[BATCH.to(dtype)] * 3)
+    assert same([opt.state_dict(), dict(model.state_dict()), meta.state_dict()], before)
+
+
+def test_micro_batches_without_a_batch():
+    model, opt = two_layers()
+    with unchanged(opt), pytest.raises(ValueError, match="MicroBatches without a batch"):
+        MetaLearner(opt, model, mean_square).update(BATCH, MicroBatches([]), BATCH)

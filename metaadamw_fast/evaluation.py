@@ -1,0 +1,206 @@
+"""Losses, gradients and Hessian-vector products of a user's loss function."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .model_state import twice_differentiable
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+Gradients = list[Tensor | None]
+
+
+class MicroBatches(list[Any]):
+    """Several batches that count as one, as in gradient accumulation: the loss is their mean."""
+
+
+class Evaluation:
+    """A loss function on a model, as a function of where the parameters stand.
+
+    Args:
+        loss_fn, model: the loss of a batch is ``loss_fn(model, batch)``.
+        params: what gradients are taken with respect to.
+        sign: -1 to minimize -loss_fn.
+        rewind: puts the random state back, before every evaluation.
+        scaler: a ``torch.amp.GradScaler`` whose scale keeps the gradients of an fp16 autocast from vanishing, or None.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        model: nn.Module,
+        params: Sequence[Tensor],
+        sign: float,
+        rewind: Callable[[], None],
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self._loss_fn, self._model, self._sign, self._rewind = loss_fn, model, sign, rewind
+        self.params = list(params)
+        self._trainable = [p for p in self.params if p.requires_grad]
+        self._loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
+
+    def _parts(self, batch: Any) -> tuple[list[Any], float]:
+        parts = list(batch) if isinstance(batch, MicroBatches) else [batch]
+        if not parts:
+            raise ValueError("MicroBatches without a batch")
+        return parts, self._sign / len(parts)
+
+    def _value(self, batch: Any) -> Tensor:
+        value = self._loss_fn(self._model, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"loss_fn must return a scalar tensor, got {shape}")
+        return value.reshape(())
+
+    @torch.no_grad()
+    def loss(self, batch: Any) -> Tensor:
+        """The loss, 0-dim."""
+        parts, factor = self._parts(batch)
+        self._rewind()
+        return torch.stack([self._value(part) for part in parts]).sum() * factor
+
+    def gradient(self, batch: Any) -> tuple[Tensor, Gradients]:
+        """The loss and its gradient, None where it does not depend on a parameter. Micro-batches are gone through one by one."""
+        try:
+            return self._gradient(batch, self._backward)
+        except RuntimeError as error:
+            if "incompatible with .grad()" not in str(error):
+                raise
+        return self._gradient(batch, self._accumulated)
+
+    def _gradient(self, batch: Any, backward: Callable[..., Sequence[Tensor | None]]) -> tuple[Tensor, Gradients]:
+        parts, factor = self._parts(batch)
+        self._rewind()
+        values: list[Tensor] = []
+        sums: Gradients = [None] * len(self.params)
+        for part in parts:
+            value = self._value(part)
+            found = self._listed(backward(value, factor * self._loss_scale))
+            sums = [_sum(a, b) for a, b in zip(sums, found, strict=True)]
+            values.append(value.detach())
+        if self._loss_scale != 1.0:
+            sums = [None if x is None else x / self._loss_scale for x in sums]
+        return torch.stack(values).sum() * factor, sums
+
+    def _accumulated(self, value: Tensor, factor: float) -> Sequence[Tensor | None]:
+        """As :meth:`_backward`, for reentrant activation checkpointing: through ``.grad``, which `preserved` puts back."""
+        for p in self._trainable:
+            p.grad = None
+        torch.autograd.backward(value * factor)
+        return [p.grad for p in self._trainable]
+
+    def _backward(self, value: Tensor, factor: float, create_graph: bool = False) -> Sequence[Tensor | None]:
+        if not value.requires_grad:
+            raise ValueError(
+                "the loss has no gradient: loss_fn must compute it from the model's parameters, with gradients enabled"
+            )
+        return torch.autograd.grad(value * factor, self._trainable, create_graph=create_graph, allow_unused=True)
+
+    def _listed(self, found: Sequence[Tensor | None]) -> Gradients:
+        rest = iter(found)
+        return [next(rest) if p.requires_grad else None for p in self.params]
+
+    def exact_product(self, batch: Any, weights: Callable[[Gradients], Gradients], *, check: bool) -> Gradients:
+        """The gradient's Jacobian, the Hessian H, times w = ``weights(gradient)``, by differentiating the gradient again.
+
+        Args:
+            batch: of the gradient.
+            weights: of the gradient; called once.
+            check: look for operations that are differentiable once only: torch leaves out what goes through them without a word.
+
+        Raises:
+            RuntimeError: an operation of the model has no second derivative.
+        """
+        parts, factor = self._parts(batch)
+        self._rewind()
+        with twice_differentiable(self._model):
+            found = [self._listed(self._backward(self._value(part), factor, create_graph=True)) for part in parts]
+            if check:
+                _refuse_differentiable_once(found[0])
+            whole = found[0]
+            for more in found[1:]:
+                whole = [_sum(a, b) for a, b in zip(whole, more, strict=True)]
+            w = weights([None if x is None else x.detach() for x in whole])
+            pairs = [(x, y) for x, y in zip(whole, w, strict=True) if x is not None and y is not None and x.requires_grad]
+            if not pairs:  # linear in every parameter
+                return [None] * len(self.params)
+            outputs, vectors = [x for x, _ in pairs], [y.to(x.dtype) for x, y in pairs]
+            return self._listed(torch.autograd.grad(outputs, self._trainable, vectors, allow_unused=True))
+
+    def difference_product(self, batch: Any, w: Gradients) -> Gradients:
+        """H·w by a central difference of the gradient along w, (∇L(θ + h·w) - ∇L(θ - h·w)) / 2h with h = ε·‖θ‖/‖w‖.
+
+        ε is 1e-3, or 1e-5 where all is float64: the error from the third derivative falls with ε², that from rounding grows
+        with 1/ε. The parameters are moved in place and back to the bits that they had, also after an exception.
+        """
+        moved = [(p, x) for p, x in zip(self.params, w, strict=True) if x is not None]
+        epsilon = 1e-5 if all(p.dtype == torch.float64 for p, _ in moved) else 1e-3
+        length = _norm([x for _, x in moved])
+        h = torch.where(length > 0, epsilon * _norm([p for p, _ in moved]) / length, 0.0)
+        saved = [p.detach().clone() for p, _ in moved]
+        ends: list[Gradients] = []
+        try:
+            for side in (1.0, -1.0):
+                write([p for p, _ in moved], [p + (side * h * x).to(p.dtype) for p, (_, x) in zip(saved, moved, strict=True)])
+                ends.append(self.gradient(batch)[1])
+        finally:
+            write([p for p, _ in moved], saved)
+        scale = torch.where(h > 0, 0.5 / h, 0.0)
+        return [None if a is None or b is None else ((a - b) * scale).to(a.dtype) for a, b in zip(*ends, strict=True)]
+
+
+def write(params: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
+    """Puts numbers into parameters, unseen by version counters: they will be put back before anybody looks."""
+    for p, value in zip(params, values, strict=True):
+        if value is not None:
+            p.data.copy_(value)
+    torch.clear_autocast_cache()  # it holds low-precision copies of what stood there
+
+
+# What torch says of: kernels of its own; autograd functions; two versions of AOT autograd; reentrant activation checkpointing.
+_NO_SECOND_DERIVATIVE = (
+    "is not implemented",
+    "once_differentiable",
+    "double backward",
+    "donated buffers",
+    "incompatible with .grad()",
+)
+
+
+def no_second_derivative(error: RuntimeError) -> bool:
+    """Whether an error says that an operation can be differentiated once only."""
+    return any(part in str(error) for part in _NO_SECOND_DERIVATIVE)
+
+
+def warn_of_differences(error: RuntimeError) -> None:
+    """Says once why second derivatives are not exact."""
+    warnings.warn(
+        f"the model has no exact second derivative ({str(error).splitlines()[0]}): Hessian products are central differences from"
+        ' now on; hvp="finite_difference" says that this is meant',
+        stacklevel=4,
+    )
+
+
+def _refuse_differentiable_once(gradients: Gradients) -> None:
+    todo = [x.grad_fn for x in gradients if x is not None]
+    seen = set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if node.name() == "torch::autograd::Error":
+                raise RuntimeError("the model has a function that is marked with @once_differentiable")
+            todo += [following for following, _ in node.next_functions]
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([x.detach().double().square().sum() for x in tensors]).sum().sqrt() if tensors else torch.zeros(()).double()
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b
