@@ -2,10 +2,10 @@
 
     python -m bench.meta_update [--seconds S] [--json FILE]
 
-The model is the paper's for ETTh1: a Transformer of width 128 with 2 layers, 96 steps of 7 variables in, batch 64, all three terms.
-Data are random: time does not depend on them. Sides take turns in one process; ratios are medians with their quartiles. A training step is
-zero_grad, forward, backward and an optimizer step of MetaAdamW. Peak memory is what the process's resident memory grows by during one
-call, in copies of the parameters, each side in a process of its own (Linux).
+The model is the paper's for ETTh1: a Transformer of width 128 with 2 layers, 96 steps of 7 variables in, batch 64, all three
+terms. Data are random: time does not depend on them. Sides take turns in one process; ratios are medians with their quartiles. A
+training step is zero_grad, forward, backward and an optimizer step of MetaAdamW. Peak memory is what the process's resident
+memory grows by during one call, in copies of the parameters, each side in a process of its own (Linux).
 """
 
 import argparse

@@ -109,6 +109,7 @@ def train(task: Task, name: str, seed: int, on_step: Callable[[], object]) -> Ru
     run = Run()
     if meta:
         run.scales = ScaleHistory(optimizer.groups)
+        after_step = meta.every(task.meta_every, meta_batches, validation_batches)
     evaluation_interval = max(1, task.steps_per_epoch // task.evaluations_per_epoch)
     for step in range(1, total_steps + 1):
         batch = next(training_batches)
@@ -126,10 +127,8 @@ def train(task: Task, name: str, seed: int, on_step: Callable[[], object]) -> Ru
         if meta:
             run.scales.lr.append(optimizer.lr_scale.tolist())
             run.scales.wd.append(optimizer.wd_scale.tolist())
-            if step % task.meta_every == 0:
-                extra = next(meta_batches), next(meta_batches), next(validation_batches)
-                start = perf_counter()
-                meta.update(*extra)
+            start = perf_counter()
+            if after_step() is not None:
                 run.meta_times.append(perf_counter() - start)
         if step % evaluation_interval == 0 or step == total_steps:
             loss, accuracy = evaluate(task, model)

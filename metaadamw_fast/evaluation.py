@@ -136,20 +136,23 @@ class Evaluation:
         """H·w by a central difference of the gradient along w, (∇L(θ + h·w) - ∇L(θ - h·w)) / 2h with h = ε·‖θ‖/‖w‖.
 
         ε is 1e-3, or 1e-5 where all is float64: the error from the third derivative falls with ε², that from rounding grows
-        with 1/ε. The parameters are moved in place and back to the bits that they had, also after an exception.
+        with 1/ε. The parameters are left at θ - h·w, for whoever had moved them to put them back, and ``w`` is emptied: beside a
+        gradient in the making no more is kept than has to be.
         """
         moved = [(p, x) for p, x in zip(self.params, w, strict=True) if x is not None]
         epsilon = 1e-5 if all(p.dtype == torch.float64 for p, _ in moved) else 1e-3
         length = _norm([x for _, x in moved])
         h = torch.where(length > 0, epsilon * _norm([p for p, _ in moved]) / length, 0.0)
-        saved = [p.detach().clone() for p, _ in moved]
         ends: list[Gradients] = []
-        try:
-            for side in (1.0, -1.0):
-                write([p for p, _ in moved], [p + (side * h * x).to(p.dtype) for p, (_, x) in zip(saved, moved, strict=True)])
-                ends.append(self.gradient(batch)[1])
-        finally:
-            write([p for p, _ in moved], saved)
+        for distance in (h, -2 * h):
+            for p, x in moved:
+                p.data.add_(distance * x)
+            torch.clear_autocast_cache()
+            if ends:
+                moved.clear()
+                w.clear()
+                del p, x
+            ends.append(self.gradient(batch)[1])
         scale = torch.where(h > 0, 0.5 / h, 0.0)
         return [None if a is None or b is None else ((a - b) * scale).to(a.dtype) for a, b in zip(*ends, strict=True)]
 

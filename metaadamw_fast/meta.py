@@ -166,27 +166,36 @@ class MetaLearner:
                 gap_loss = before if before is not None and gap_batch is val_batch else evaluation.loss(gap_batch)
                 terms["gen_gap"] = (loss_a - gap_loss).abs()
             theta = [p.detach().clone() for p in params]
-            values: dict[str, tuple[Tensor, Gradients]] = {}  # what depends on θ′: the value, and its gradient with respect to θ′
+            # What depends on θ′, and how it changes with the scales [4, G]: no gradient is kept beyond its dot products.
+            values: dict[str, tuple[Tensor, Tensor]] = {}
+
+            def loss_ahead(batch: Any) -> tuple[Tensor, Tensor]:
+                value, gradient = evaluation.gradient(batch)
+                return value.requires_grad_(), ahead.gradient_of_scales(theta, gradient)
+
             try:
                 write(params, ahead.parameters(theta))
                 gap_ahead = "gen_gap" in self.terms and self.gap_at == "lookahead"
                 if "loss_decrease" in self.terms or (gap_ahead and gap_batch is val_batch):
-                    values["val"] = _leaf(evaluation.gradient(val_batch))
+                    values["val"] = loss_ahead(val_batch)
                 if gap_ahead:
-                    values["a"] = _leaf(evaluation.gradient(batch_a))
+                    values["a"] = loss_ahead(batch_a)
                     if gap_batch is not val_batch:
-                        values["gap"] = _leaf(evaluation.gradient(gap_batch))
+                        values["gap"] = loss_ahead(gap_batch)
                     terms["gen_gap"] = (values["a"][0] - values["val" if gap_batch is val_batch else "gap"][0]).abs()
                 if before is not None:
                     terms["loss_decrease"] = values["val"][0] - before
-                if "gradient" in self.terms:
-                    values["gradient"] = self._alignment(evaluation, batch_b, ahead.scales, g1)
-                    terms["gradient"] = values["gradient"][0]
+                if "gradient" in self.terms:  # last: it leaves the parameters somewhere else
+                    terms["gradient"], gradient = self._alignment(evaluation, batch_b, ahead.scales, g1)
+                    values["gradient"] = terms["gradient"], ahead.gradient_of_scales(theta, gradient)
             finally:
                 write(params, theta)
             total = self._total(terms)
-            cotangent = _cotangent(total, list(values.values()), len(theta))
-            self._descend(total, ahead.scales, ahead.gradient_of_scales(theta, cotangent))
+            of_scales = torch.zeros_like(ahead.scales)
+            if values:
+                factors = torch.autograd.grad(total, [value for value, _ in values.values()], retain_graph=True)
+                of_scales = sum((f * change for f, (_, change) in zip(factors, values.values(), strict=True)), of_scales)
+            self._descend(total, ahead.scales, of_scales)
         scales = ahead.scales
         return MetaReport(
             total.detach(),
@@ -248,6 +257,8 @@ class MetaLearner:
     def _alignment(self, evaluation: Evaluation, batch: Any, scales: Tensor, g1: Gradients) -> tuple[Tensor, Gradients]:
         """(1/G) Σ_g flatness_weight·‖g2‖² - alignment_weight·cos(g1, g2), over each group's concatenated tensors; g2 = ∇L(θ′).
 
+        ``g1`` may be empty afterwards, and the parameters moved.
+
         Returns:
             The term, with the graph of the two weights, and its gradient with respect to θ′: H·w for w = ∂term/∂g2, which is a
             linear combination of g1 and g2 within each group.
@@ -281,6 +292,7 @@ class MetaLearner:
                 warn_of_differences(error)
                 self.hvp = "finite_difference"
         w = weights(evaluation.gradient(batch)[1])
+        g1.clear()  # memory: two more gradients follow
         return term, evaluation.difference_product(batch, w)
 
     def _group_sums(self, xs: Gradients, ys: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -378,24 +390,6 @@ class MetaLearner:
         self.meta_optimizer.load_state_dict(copy.deepcopy(state_dict["meta_optimizer"]))  # torch would keep the tensors
         self.log_vars.data.copy_(state_dict["log_vars"])
         self.updates = int(state_dict["updates"])
-
-
-def _leaf(found: tuple[Tensor, Gradients]) -> tuple[Tensor, Gradients]:
-    """A loss at θ′ as a leaf of the objective's graph, with its gradient."""
-    value, gradient = found
-    return value.requires_grad_(), gradient
-
-
-def _cotangent(total: Tensor, values: Sequence[tuple[Tensor, Gradients]], count: int) -> Gradients:
-    """∂total/∂θ′, ``count`` tensors, from the parts of ``total`` that depend on θ′ and their gradients; None where no part does."""
-    if not values:
-        return [None] * count
-    factors = torch.autograd.grad(total, [value for value, _ in values], retain_graph=True)
-    result: Gradients = []
-    for gradients in zip(*(gradient for _, gradient in values), strict=True):
-        parts = [f * g for f, g in zip(factors, gradients, strict=True) if g is not None]
-        result.append(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0] if parts else None)
-    return result
 
 
 def _endless(batches: Iterable[Any], name: str) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from metaadamw_fast import MetaAdamW, MetaLearner, MicroBatches
+from metaadamw_fast.evaluation import Evaluation
 
 from .models import attention, batch, conv_net, lstm, make, mse, noise, one_thread, perceptron, relative, seeded, train  # noqa: F401
 from .test_meta import Recorder
@@ -66,7 +67,22 @@ def tokens(seed):
 
 
 def gradients(build, hvp, loss_fn=mse, data=batch, steps=3, dtype=torch.float32, **options):
-    """What the meta-optimizer gets from one update, as one vector."""
+    """What the meta-optimizer gets from one update, as one vector, and the Hessian product in it, of which most parts are small."""
+    name = "exact_product" if hvp == "exact" else "difference_product"
+    original, products = getattr(Evaluation, name), []
+
+    def product(*arguments, **keywords):
+        products.append(original(*arguments, **keywords))
+        return products[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluation, name, product)
+        gradient = _gradients(build, hvp, loss_fn, data, steps, dtype, **options)
+    (found,) = products
+    return gradient, torch.cat([x.flatten() for x in found if x is not None])
+
+
+def _gradients(build, hvp, loss_fn, data, steps, dtype, **options):
     model = build(dtype)
     opt = make(model, lr=1e-2)
     for step in range(steps):
@@ -92,22 +108,25 @@ SMOOTH = {
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_differences_of_smooth_models(name):
-    exact, difference = (gradients(hvp=hvp, **SMOOTH[name]) for hvp in ("exact", "finite_difference"))
-    assert exact.norm() > 0
-    assert relative(difference, exact) <= 1e-2
-    assert F.cosine_similarity(difference, exact, dim=0) >= 0.999
+    for exact, difference in zip(*(gradients(hvp=hvp, **SMOOTH[name]) for hvp in ("exact", "finite_difference")), strict=True):
+        assert exact.norm() > 0
+        assert relative(difference, exact) <= 1e-2
+        assert F.cosine_similarity(difference, exact, dim=0) >= 0.999
 
 
 @pytest.mark.parametrize("name", ["attention, GELU", "perceptron, tanh"])
 def test_differences_in_float64(name):
-    exact, difference = (gradients(hvp=hvp, dtype=torch.float64, **SMOOTH[name]) for hvp in ("exact", "finite_difference"))
+    exact, difference = (gradients(hvp=hvp, dtype=torch.float64, **SMOOTH[name])[1] for hvp in ("exact", "finite_difference"))
     assert 0 < relative(difference, exact) <= 1e-6
 
 
 def test_differences_of_kinked_models():
-    """ReLU: some inputs change sides within the difference. The README names the error."""
-    exact, difference = (gradients(relu_net, hvp) for hvp in ("exact", "finite_difference"))
-    assert relative(difference, exact) <= 0.1
+    """ReLU: some inputs change sides within the difference, which no second derivative sees. The README names the error.
+
+    The product itself may be off by its own size; it is a small part of the encoder's gradient.
+    """
+    exact, difference = (gradients(relu_net, hvp)[0] for hvp in ("exact", "finite_difference"))
+    assert 1e-3 < relative(difference, exact) <= 0.1
 
 
 def test_an_objective_without_alignment_needs_no_product():
