@@ -66,11 +66,12 @@ def everything(model, opt):
     return [own, names, recurrent, grads, rest, [dict(s) for s in state], read, opt.steps_done, flags]
 
 
+@pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_model_is_exactly_as_before(kind, training):
+def test_the_model_is_exactly_as_before(kind, training, hvp):
     model = MODELS[kind]()
-    opt, meta = prepared(model)
+    opt, meta = prepared(model, learner={"hvp": hvp})
     model.train(training)
     next(iter(model.children())).train(not training)
     before, encoder = everything(model, opt), copy.deepcopy(opt.encoder.state_dict())
@@ -109,11 +110,12 @@ class SomeError(Exception):
     pass
 
 
-@pytest.mark.parametrize("call", range(1, 7))
+@pytest.mark.parametrize(("hvp", "call"), [("exact", i) for i in range(1, 7)] + [("finite_difference", i) for i in range(1, 9)])
 @pytest.mark.parametrize("kind", ["batch norm", "dropout", "lstm", "tied, frozen, unused"])
-def test_the_model_is_as_before_when_an_evaluation_raises(kind, call):
-    """Five evaluations, the last three at the look-ahead; each leaves another mode and no gradients, and one of them raises."""
-    model = MODELS[kind]()
+def test_the_model_is_as_before_when_an_evaluation_raises(kind, hvp, call):
+    """Of five evaluations, seven with differences, most at other parameters: each leaves another mode and no gradients, one raises."""
+    model, last = MODELS[kind](), {"exact": 5, "finite_difference": 7}[hvp]
+    error = KeyboardInterrupt if call % 2 else SomeError
     calls = []
 
     def loss_fn(model, data):
@@ -123,19 +125,19 @@ def test_the_model_is_as_before_when_an_evaluation_raises(kind, call):
         model.eval()
         model.zero_grad()
         if len(calls) == call:
-            raise SomeError
+            raise error
         return value
 
-    opt, meta = prepared(model, loss_fn)
+    opt, meta = prepared(model, loss_fn, learner={"hvp": hvp})
     before, learner = everything(model, opt), copy.deepcopy([dict(opt.encoder.state_dict()), meta.state_dict()])
     batches = [batch(model, 10 + i) for i in range(3)]
-    if call <= 5:
-        with pytest.raises(SomeError):
+    if call <= last:
+        with pytest.raises(error):
             meta.update(*batches)
         assert same([dict(opt.encoder.state_dict()), meta.state_dict()], learner)
     else:
         meta.update(*batches)
-        assert len(calls) == 5
+        assert len(calls) == last
     assert same(everything(model, opt), before)
 
 
