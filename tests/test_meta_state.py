@@ -113,7 +113,7 @@ class SomeError(Exception):
 @pytest.mark.parametrize(("hvp", "call"), [("exact", i) for i in range(1, 7)] + [("finite_difference", i) for i in range(1, 9)])
 @pytest.mark.parametrize("kind", ["batch norm", "dropout", "lstm", "tied, frozen, unused"])
 def test_the_model_is_as_before_when_an_evaluation_raises(kind, hvp, call):
-    """Of five evaluations, seven with differences, most at other parameters: each leaves another mode and no gradients, one raises."""
+    """Of five evaluations, or seven with differences: each leaves another mode and no gradients, and one raises."""
     model, last = MODELS[kind](), {"exact": 5, "finite_difference": 7}[hvp]
     error = KeyboardInterrupt if call % 2 else SomeError
     calls = []
