@@ -22,7 +22,7 @@ from .lists import MASTER
 if TYPE_CHECKING:
     from .optimizer import MetaAdamW
 
-KEY, CONFIG = "metaadamw", "config"
+KEY, CONFIG, SKIPPED = "metaadamw", "config", "skipped_steps"
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 STATE = ("step", "exp_avg", "exp_avg_sq")  # of a parameter that has had a gradient
 ELEMENTWISE = (*MOMENTS, MASTER, "momentum_buffer", "square_avg")  # of the shape of the parameter in every optimizer that has one
@@ -32,6 +32,7 @@ def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
     """The content of the ``metaadamw`` key: tensors, numbers, lists and dicts only, for ``torch.load(weights_only=True)``."""
     return {
         "steps_done": optimizer.steps_done,
+        SKIPPED: optimizer.skipped_steps,
         "group_ids": list(optimizer._group_ids),
         CONFIG: optimizer.encoder.description(),
         "encoder": dict(optimizer.encoder.state_dict()),
@@ -52,8 +53,9 @@ def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     if KEY not in state_dict:
         return
     extra, own = state_dict[KEY], extra_state(optimizer)
-    _check_keys(extra, own.keys() - {CONFIG}, KEY)
+    _check_keys(extra, own.keys() - {CONFIG, SKIPPED}, KEY)
     _check_count(extra["steps_done"], "steps_done")
+    _check_count(extra.get(SKIPPED, 0), SKIPPED)
     if not isinstance(extra["group_ids"], (list, tuple)) or list(extra["group_ids"]) != own["group_ids"]:
         raise ValueError("loaded state dict groups the parameters differently: same model, grouping and order are needed")
     if CONFIG in extra:  # checkpoints of earlier versions do not tell
@@ -184,6 +186,8 @@ def load_extra(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
         return
     extra = state_dict[KEY]
     optimizer.steps_done = int(extra["steps_done"])
+    if optimizer._skipped is not None:
+        optimizer._skipped.fill_(int(extra.get(SKIPPED, 0)))
     optimizer.encoder.load_state_dict(extra["encoder"])
     optimizer.encoder.generator.set_state(extra["generator"].cpu())
     optimizer._scales = _like(extra["scales"], optimizer._scales)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .model_state import twice_differentiable
 
@@ -28,6 +30,8 @@ class Evaluation:
         sign: -1 to minimize -loss_fn.
         rewind: puts the random state back, before every evaluation.
         scaler: a ``torch.amp.GradScaler`` whose scale keeps the gradients of an fp16 autocast from vanishing, or None.
+
+    With ``torch.nn.parallel.DistributedDataParallel`` every loss and gradient is the mean over the ranks, whose batches may differ.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Evaluation:
         self._loss_fn, self._model, self._sign, self._rewind = loss_fn, model, sign, rewind
         self.params = list(params)
         self._trainable = [p for p in self.params if p.requires_grad]
+        self._group = model.process_group if isinstance(model, DistributedDataParallel) else None
         self._loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
 
     def _parts(self, batch: Any) -> tuple[list[Any], float]:
@@ -62,7 +67,8 @@ class Evaluation:
         """The loss, 0-dim."""
         parts, factor = self._parts(batch)
         self._rewind()
-        return torch.stack([self._value(part) for part in parts]).sum() * factor
+        value = torch.stack([self._value(part) for part in parts]).sum() * factor
+        return self._mean_over_ranks(value, [])[0]
 
     def gradient(self, batch: Any) -> tuple[Tensor, Gradients]:
         """The loss and its gradient, None where it does not depend on a parameter. Micro-batches are gone through one by one."""
@@ -85,7 +91,26 @@ class Evaluation:
             values.append(value.detach())
         if self._loss_scale != 1.0:
             sums = [None if x is None else x / self._loss_scale for x in sums]
-        return torch.stack(values).sum() * factor, sums
+        return self._mean_over_ranks(torch.stack(values).sum() * factor, sums)
+
+    def _mean_over_ranks(self, value: Tensor, gradients: Gradients) -> tuple[Tensor, Gradients]:
+        """By one all-reduce for each dtype. A gradient that only some ranks have counts as zeros on the others."""
+        if self._group is None:
+            return value, gradients
+        present = [0.0 if x is None else 1.0 for x in gradients]
+        flags = torch.cat([value.reshape(1).float(), torch.tensor(present, device=value.device)])
+        dist.all_reduce(flags, group=self._group)
+        ranks = dist.get_world_size(self._group)
+        found = {t for t, count in enumerate(flags[1:].tolist()) if count}
+        means: Gradients = [None] * len(gradients)
+        for dtype in sorted({self.params[t].dtype for t in found}, key=str):
+            mine = [t for t in sorted(found) if self.params[t].dtype == dtype]
+            dense = [torch.zeros_like(self.params[t]) if (x := gradients[t]) is None else x for t in mine]
+            flat = torch.cat([x.reshape(-1) for x in dense])
+            dist.all_reduce(flat, group=self._group)
+            for t, x in zip(mine, torch.split(flat / ranks, [x.numel() for x in dense]), strict=True):
+                means[t] = x.view(self.params[t].shape)
+        return (flags[0] / ranks).to(value.dtype), means
 
     def _accumulated(self, value: Tensor, factor: float) -> Sequence[Tensor | None]:
         """As :meth:`_backward`, for reentrant activation checkpointing: through ``.grad``, which `preserved` puts back."""
@@ -122,15 +147,16 @@ class Evaluation:
             found = [self._listed(self._backward(self._value(part), factor, create_graph=True)) for part in parts]
             if check:
                 _refuse_differentiable_once(found[0])
-            whole = found[0]
+            whole, whole_loss = found[0], torch.zeros((), device=self.params[0].device)
             for more in found[1:]:
                 whole = [_sum(a, b) for a, b in zip(whole, more, strict=True)]
-            w = weights([None if x is None else x.detach() for x in whole])
+            w = weights(self._mean_over_ranks(whole_loss, [None if x is None else x.detach() for x in whole])[1])
             pairs = [(x, y) for x, y in zip(whole, w, strict=True) if x is not None and y is not None and x.requires_grad]
-            if not pairs:  # linear in every parameter
-                return [None] * len(self.params)
             outputs, vectors = [x for x, _ in pairs], [y.to(x.dtype) for x, y in pairs]
-            return self._listed(torch.autograd.grad(outputs, self._trainable, vectors, allow_unused=True))
+            product: Gradients = [None] * len(self.params)
+            if pairs:  # none if the loss is linear in every parameter
+                product = self._listed(torch.autograd.grad(outputs, self._trainable, vectors, allow_unused=True))
+            return self._mean_over_ranks(whole_loss, product)[1]
 
     def difference_product(self, batch: Any, w: Gradients) -> Gradients:
         """H·w by a central difference of the gradient along w, (∇L(θ + h·w) - ∇L(θ - h·w)) / 2h with h = ε·‖θ‖/‖w‖.

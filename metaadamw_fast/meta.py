@@ -49,7 +49,8 @@ class MetaLearner:
 
     Args:
         optimizer: whose encoder is trained.
-        model: the model that ``optimizer`` trains.
+        model: the model that ``optimizer`` trains. With ``DistributedDataParallel`` all ranks make the same update, from the mean
+            of their losses and gradients.
         loss_fn: ``loss_fn(model, batch) -> scalar tensor``. A batch is whatever it takes.
         objective: ``gradient``, ``loss_decrease``, ``gen_gap`` or ``combined``.
         balance: how ``combined`` adds its terms: ``huw`` (learned, homoscedastic), ``fixed`` or ``sum``.

@@ -59,6 +59,8 @@ class MetaAdamW(Optimizer):
             the parameter. Statistics are the copy's.
         stochastic_rounding: round bfloat16 and float16 parameters and moments up or down by chance, right in the mean, so that
             small updates are not lost. The same for the same ``seed``, step and parameters.
+        skip_nonfinite: take no step whose gradients are not finite (their sum of squares is not); decided on the device, counted in
+            ``skipped_steps``. Without it the affected group alone is masked out of the encoder.
         variant: ``paper``, or ``released`` for the arithmetic of the authors' code.
         backend: ``auto``, ``cpp``, ``triton`` or ``reference``; see :func:`metaadamw_fast.backend_report`.
 
@@ -95,6 +97,7 @@ class MetaAdamW(Optimizer):
         state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
+        skip_nonfinite: bool = False,
         variant: str = "paper",
         backend: str = "auto",
     ) -> None:
@@ -132,6 +135,7 @@ class MetaAdamW(Optimizer):
         self._statistics_mode = statistics
         self._state_dtype, self._master_weights = state_dtype, master_weights
         self._rounding_seed = seed if stochastic_rounding else None
+        self._skipped = torch.zeros(()) if skip_nonfinite else None
         self._model = None if model is None else weakref.ref(model)
         self._grouping: grouping_.Grouping = grouping
         self._backend_name = backend
@@ -335,6 +339,10 @@ class MetaAdamW(Optimizer):
         else:
             statistics = self._measure(lists)
             grad_scale, grad_norm = self._gradient_factor(hyper.sign, loss_scale, statistics)
+            if self._skipped is not None:
+                go = self._count_skipped(go, statistics)
+                if go is False:
+                    return loss
             statistics = of_scaled_gradient(statistics, grad_scale)
             if self._statistics_mode == "exact":
                 features, scales = self._encode(statistics, self._progress(1))
@@ -358,6 +366,15 @@ class MetaAdamW(Optimizer):
         if found_inf is None:
             return True
         return not found_inf.item() if sync.readable(found_inf) else found_inf.reshape(()) == 0
+
+    def _count_skipped(self, go: Tensor | bool, statistics: Tensor) -> Tensor | bool:
+        """``go``, unless the gradients are not finite; counts that. A step that GradScaler calls off is not counted here."""
+        assert self._skipped is not None
+        self._skipped = self._skipped.to(statistics.device)
+        finite = statistics[:, 0].sum().isfinite()
+        self._skipped += ~finite & go
+        go = finite & go
+        return bool(go) if sync.readable(go) else go
 
     def _check_capture(self) -> None:
         """Raises RuntimeError on a step that a CUDA graph would not repeat as it is meant."""
@@ -397,6 +414,7 @@ class MetaAdamW(Optimizer):
         return (
             self._statistics_mode == "lagged"
             and self.max_grad_norm is None
+            and self._skipped is None
             and not self.encoder.features.enhanced
             and lists.complete
             and lists.carried() is not None
@@ -478,6 +496,11 @@ class MetaAdamW(Optimizer):
     @steps_done.setter
     def steps_done(self, value: int) -> None:
         self._done.fill_(value)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``skip_nonfinite`` left out. Waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped)
 
     @property
     def lr_scale(self) -> Tensor:

@@ -8,6 +8,7 @@ from torch.nn.utils import clip_grad_norm_
 from metaadamw_fast import MetaAdamW, sync
 
 from .cases import everything, same, set_gradients, two_layers
+from .models import noise
 
 HUGE = 1e4  # a threshold that no gradient here reaches
 
@@ -168,3 +169,38 @@ def test_clipping_of_what_is_not_finite(bad):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, equal_nan=True)
         for key in ("exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(folded.state[p][key], plain.state[q][key], rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- skip_nonfinite
+
+
+@pytest.mark.parametrize("statistics", ["exact", "lagged"])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=str)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_step_with_gradients_that_are_not_finite_is_left_out(statistics, options, backend, on_device, monkeypatch):
+    """It is as if it had never been, also where the host does not look; and it is counted, in checkpoints too."""
+    runs = []
+    for bad in (True, False):
+        p, q = nn.Parameter(noise((40, 30), 0)), nn.Parameter(noise((7,), 1))
+        opt = MetaAdamW([p, q], head_init="xavier", skip_nonfinite=True, statistics=statistics, backend=backend, **options)
+        if on_device:
+            monkeypatch.setattr(sync, "readable", lambda x: False)
+        for step in range(8):
+            poison = {2: float("nan"), 5: float("inf"), 6: 1e30}.get(step)
+            if poison is not None and not bad:
+                continue
+            for i, x in enumerate((p, q)):
+                x.grad = noise(x.shape, 10 * step + i)
+            if poison is not None:
+                p.grad[3, 4] = poison
+            opt.step()
+        monkeypatch.undo()
+        assert opt.skipped_steps == (3 if bad else 0)
+        assert opt.steps_done == 5
+        fresh = MetaAdamW([nn.Parameter(p.detach().clone()), nn.Parameter(q.detach().clone())], skip_nonfinite=True)
+        fresh.load_state_dict(opt.state_dict())
+        assert fresh.skipped_steps == opt.skipped_steps
+        tensors = [*(x for y in (p, q) for x in (y, *opt.state[y].values())), opt.lr_scale, opt.statistics, opt.features]
+        runs.append([x.detach().clone() for x in tensors])
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
