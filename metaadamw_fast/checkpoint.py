@@ -1,7 +1,9 @@
 """What a MetaAdamW checkpoint holds besides torch's ``state`` and ``param_groups``, and how any AdamW checkpoint is loaded.
 
-The extra content is one top-level key, ``metaadamw``: encoder, its sizes and random generator, step count, scales, and the
-carried statistics of lagged mode. ``torch.optim.AdamW`` ignores it, so checkpoints load in both directions.
+The extra content is one key, ``metaadamw``: encoder, its sizes and random generator, step count, scales, and the carried statistics
+of lagged mode. ``torch.optim.AdamW`` ignores it, so checkpoints load in both directions. It stands at the top level and, the same
+object, in the first param group, since ``torch.distributed.checkpoint`` keeps only ``state`` and ``param_groups``. What it holds
+has the same structure in every optimizer of the same options: DCP loads into what is there.
 """
 
 from __future__ import annotations
@@ -38,8 +40,23 @@ def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
         "encoder": dict(optimizer.encoder.state_dict()),
         "generator": optimizer.encoder.generator.get_state(),
         "scales": optimizer._scales,
-        "lagged": None if optimizer._lagged is None else [optimizer._lagged, float(optimizer._progress(0))],
+        "lagged": [optimizer.lagged_statistics(), float(optimizer._progress(0))] if optimizer.statistics_mode == "lagged" else None,
     }
+
+
+def add_extra(state_dict: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Puts the extra content into both of its places."""
+    state_dict[KEY] = extra
+    state_dict["param_groups"][0][KEY] = extra
+
+
+def with_extra_on_top(state_dict: Any) -> Any:
+    """A checkpoint with the extra content at the top level only, wherever it was; other than a checkpoint as it is."""
+    groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+    if not isinstance(groups, Sequence) or not groups or not isinstance(groups[0], Mapping) or KEY not in groups[0]:
+        return state_dict
+    first = {key: value for key, value in groups[0].items() if key != KEY}
+    return {KEY: groups[0][KEY], **state_dict, "param_groups": [first, *groups[1:]]}
 
 
 def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:

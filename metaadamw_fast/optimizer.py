@@ -132,7 +132,7 @@ class MetaAdamW(Optimizer):
         self._grad_norm: Tensor | None = None
         self._done = torch.zeros(())  # steps taken; on the device, which may decide that one is none
         self.groups: list[grouping_.Group] = []
-        self._statistics_mode = statistics
+        self.statistics_mode = statistics
         self._state_dtype, self._master_weights = state_dtype, master_weights
         self._rounding_seed = seed if stochastic_rounding else None
         self._skipped = torch.zeros(()) if skip_nonfinite else None
@@ -327,7 +327,7 @@ class MetaAdamW(Optimizer):
         lists.set_gradients([p.grad for p in lists.params])
         lists.take_up_copies()
         features, scales, grad_norm = self._features, self._scales, None
-        if self._statistics_mode == "lagged" and self._lagged is not None:
+        if self.statistics_mode == "lagged" and self._lagged is not None:
             features, scales = self._encode(self._lagged, self._progress(0))
             features = torch.where(self._lagged[0, 0] == _NO_SUM, self._features, features)
         if go is True and self._one_pass(lists):
@@ -344,16 +344,15 @@ class MetaAdamW(Optimizer):
                 if go is False:
                     return loss
             statistics = of_scaled_gradient(statistics, grad_scale)
-            if self._statistics_mode == "exact":
+            if self.statistics_mode == "exact":
                 features, scales = self._encode(statistics, self._progress(1))
             self._update(lists, hyper, scales, grad_scale, lists.new_sums(statistics, go), go)
         lists.warm = True
         self._publish(go, _features=features, _scales=scales, _statistics=statistics)
         if grad_norm is not None:
             self._publish(go, _grad_norm=grad_norm)
-        if self._statistics_mode == "lagged":
-            if self._lagged is None:
-                self._lagged = torch.full_like(statistics, _NO_SUM)
+        if self.statistics_mode == "lagged":
+            self._lagged = self.lagged_statistics()
             self._publish(go, _lagged=statistics)
         return loss
 
@@ -412,7 +411,7 @@ class MetaAdamW(Optimizer):
     def _one_pass(self, lists: StateLists) -> bool:
         """Whether the update itself can make the statistics: lagged, all gradients there, nothing to know of them before."""
         return (
-            self._statistics_mode == "lagged"
+            self.statistics_mode == "lagged"
             and self.max_grad_norm is None
             and self._skipped is None
             and not self.encoder.features.enhanced
@@ -541,6 +540,10 @@ class MetaAdamW(Optimizer):
         """0-dim total 2-norm of the last step's gradient, before clipping; 0 before the first step."""
         return self._statistics[:, 0].sum().sqrt() if self._grad_norm is None else self._grad_norm
 
+    def lagged_statistics(self) -> Tensor:
+        """[T, S] what the next step of lagged mode takes its scales from; -1 everywhere if there is none yet."""
+        return torch.full_like(self._statistics, _NO_SUM) if self._lagged is None else self._lagged
+
     def invalidate_statistics(self) -> None:
         """Tells that parameters or second moments were written where torch cannot see it.
 
@@ -557,7 +560,8 @@ class MetaAdamW(Optimizer):
         """Torch's state dict with one key more, ``metaadamw``: encoder, step count and what else a bitwise resume needs."""
 
         def extend(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-            return {**state, checkpoint.KEY: checkpoint.extra_state(self)}
+            checkpoint.add_extra(state, checkpoint.extra_state(self))
+            return state
 
         handle = self.register_state_dict_post_hook(extend, prepend=True)  # the user's post-hooks see the whole
         try:
@@ -579,6 +583,7 @@ class MetaAdamW(Optimizer):
         def check(_: Optimizer, hooked: dict[str, Any]) -> dict[str, Any]:
             if self._device().type == "meta":
                 raise RuntimeError("the parameters are on the meta device: give the model its data before loading a checkpoint")
+            hooked = checkpoint.with_extra_on_top(hooked)
             checkpoint.check(self, hooked)
             loaded.update(hooked)
             return {"state": {}, "param_groups": hooked["param_groups"]}

@@ -1,12 +1,14 @@
-"""Data parallel training on two processes: replicas stay equal, and a meta-update is that of the joint batch."""
+"""Data parallel training on two processes: replicas stay equal, a meta-update is that of the joint batch. Checkpoints by DCP."""
 
 import socket
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 
@@ -77,3 +79,34 @@ def test_replicas_are_equal_and_what_one_process_makes_of_the_joint_batches(hvp,
     torch.testing.assert_close(first, alone, rtol=1e-3, atol=1e-5)
     before, after = (report["lr_scale"] for report in first["reports"])
     assert not torch.equal(before, after)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("options", [{}, {"statistics": "lagged", "amsgrad": True}, {"skip_nonfinite": True}], ids=str)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_distributed_checkpoint_keeps_the_encoder(options, steps, tmp_path):
+    """In one process; get_optimizer_state_dict drops every key but `state` and `param_groups`."""
+
+    def build(seed):
+        model = perceptron(seed=seed)
+        return model, MetaAdamW(model.named_parameters(), lr=1e-2, model=model, head_init="xavier", seed=seed, **options)
+
+    def go(model, opt, first, last):
+        for step in range(first, last):
+            opt.zero_grad()
+            loss_fn(model, joint(step)).backward()
+            opt.step()
+        tensors = [x for p in model.parameters() for x in (p, *(opt.state[p][name] for name in sorted(opt.state[p])))]
+        return [x.detach().clone() for x in (*tensors, *opt.encoder.parameters(), opt.lr_scale, opt.features)]
+
+    model, opt = build(0)
+    go(model, opt, 0, steps)
+    dcp.save({"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, opt)}, checkpoint_id=tmp_path)
+    other_model, other = build(1)
+    found = {"model": other_model.state_dict(), "optimizer": get_optimizer_state_dict(other_model, other)}
+    dcp.load(found, checkpoint_id=tmp_path)
+    other_model.load_state_dict(found["model"])
+    set_optimizer_state_dict(other_model, other, found["optimizer"])
+    assert "metaadamw" not in other.param_groups[0]
+    assert other.steps_done == steps
+    assert same(go(model, opt, steps, 6), go(other_model, other, steps, 6))
