@@ -94,6 +94,17 @@ def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
         _check_number(lagged[1], "t in lagged")
 
 
+def without_old_extra(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A checked checkpoint without the extra content if that is older than the states.
+
+    ``torch.optim.AdamW`` loads the param group with the extra content in it, and saves it again after steps of its own.
+    """
+    steps = [float(state["step"]) for state in state_dict["state"].values() if "step" in state]
+    if KEY not in state_dict or max(steps, default=0.0) <= state_dict[KEY]["steps_done"]:
+        return state_dict
+    return {key: value for key, value in state_dict.items() if key != KEY}
+
+
 def check_learner(optimizer: Optimizer, log_vars: Tensor, state_dict: Mapping[str, Any]) -> None:
     """Raises ValueError if a meta-learner with this meta-optimizer cannot take ``state_dict``."""
     where = "loaded state dict of the meta-learner"

@@ -585,6 +585,7 @@ class MetaAdamW(Optimizer):
                 raise RuntimeError("the parameters are on the meta device: give the model its data before loading a checkpoint")
             hooked = checkpoint.with_extra_on_top(hooked)
             checkpoint.check(self, hooked)
+            hooked = checkpoint.without_old_extra(hooked)
             loaded.update(hooked)
             return {"state": {}, "param_groups": hooked["param_groups"]}
 

@@ -334,3 +334,21 @@ def test_a_copy_goes_on_like_the_original(kind, statistics):
     twin.to(7).assert_same(expected)
     assert run.step == 3
     run.to(7).assert_same(expected)
+
+
+def test_an_encoder_that_adamw_carried_along_is_not_loaded():
+    """AdamW keeps what it finds in a param group, and saves it with states that are newer."""
+    run = Run()
+    run.to(2)
+    plain = torch.optim.AdamW(run.model.parameters())
+    plain.load_state_dict(run.opt.state_dict())
+    again = Run()
+    again.opt.load_state_dict(plain.state_dict())  # nothing has happened since: it fits
+    assert same(dict(again.opt.encoder.state_dict()), dict(run.opt.encoder.state_dict()))
+    train(run.model, plain, 1)
+    fresh = Run()
+    before = copy.deepcopy(dict(fresh.opt.encoder.state_dict()))
+    with pytest.warns(UserWarning, match="plain AdamW"):
+        fresh.opt.load_state_dict(plain.state_dict())
+    assert same(dict(fresh.opt.encoder.state_dict()), before)
+    assert fresh.opt.steps_done == 3
