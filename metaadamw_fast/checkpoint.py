@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from .hyperparameters import check_hyperparameters
 from .lists import MASTER
+from .sharding import laid_out_as
 
 if TYPE_CHECKING:
     from .optimizer import MetaAdamW
@@ -38,7 +39,8 @@ def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
         "group_ids": list(optimizer._group_ids),
         CONFIG: optimizer.encoder.description(),
         "encoder": dict(optimizer.encoder.state_dict()),
-        "generator": optimizer.encoder.generator.get_state(),
+        # On the device too: torch.distributed.checkpoint broadcasts only if all tensors are on one.
+        "generator": optimizer.encoder.generator.get_state().to(optimizer._scales.device),
         "scales": optimizer._scales,
         "lagged": [optimizer.lagged_statistics(), float(optimizer._progress(0))] if optimizer.statistics_mode == "lagged" else None,
     }
@@ -202,7 +204,7 @@ def load_states(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
                 if name in values:
                     # In the parameter's memory layout: the update then runs without a copy.
                     moment = torch.empty_like(param, dtype=values[name].dtype, memory_format=torch.preserve_format)
-                    state[name] = moment.copy_(values[name])
+                    state[name] = moment.copy_(laid_out_as(values[name], param))
 
 
 def load_extra(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:

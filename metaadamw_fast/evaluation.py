@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .model_state import twice_differentiable
+from .sharding import RankSums, is_sharded, local, local_gradient, reshard
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Gradients = list[Tensor | None]
@@ -26,12 +27,14 @@ class Evaluation:
 
     Args:
         loss_fn, model: the loss of a batch is ``loss_fn(model, batch)``.
-        params: what gradients are taken with respect to.
+        params: what gradients are taken with respect to. Of DTensors, gradients and products are this rank's shards.
         sign: -1 to minimize -loss_fn.
         rewind: puts the random state back, before every evaluation.
+        rank_sums: of ``params``.
         scaler: a ``torch.amp.GradScaler`` whose scale keeps the gradients of an fp16 autocast from vanishing, or None.
 
-    With ``torch.nn.parallel.DistributedDataParallel`` every loss and gradient is the mean over the ranks, whose batches may differ.
+    With ``torch.nn.parallel.DistributedDataParallel`` and with DTensors every loss and gradient is the mean over the ranks, whose
+    batches may differ.
     """
 
     def __init__(
@@ -41,12 +44,17 @@ class Evaluation:
         params: Sequence[Tensor],
         sign: float,
         rewind: Callable[[], None],
+        rank_sums: RankSums,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self._loss_fn, self._model, self._sign, self._rewind = loss_fn, model, sign, rewind
         self.params = list(params)
         self._trainable = [p for p in self.params if p.requires_grad]
-        self._group = model.process_group if isinstance(model, DistributedDataParallel) else None
+        self._shards = [local(p) for p in self.params]
+        self._group = model.process_group if isinstance(model, DistributedDataParallel) else rank_sums.group
+        # FSDP2 has averaged these, and tensor parallelism made them whole, in the backward pass.
+        self._averaged = {t for t, p in enumerate(self.params) if is_sharded(p)}
+        self._rank_sums = rank_sums
         self._loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
 
     def _parts(self, batch: Any) -> tuple[list[Any], float]:
@@ -54,6 +62,10 @@ class Evaluation:
         if not parts:
             raise ValueError("MicroBatches without a batch")
         return parts, self._sign / len(parts)
+
+    def _begin(self) -> None:
+        reshard(self._model)  # whatever is gathered is from other parameters
+        self._rewind()
 
     def _value(self, batch: Any) -> Tensor:
         value = self._loss_fn(self._model, batch)
@@ -66,12 +78,15 @@ class Evaluation:
     def loss(self, batch: Any) -> Tensor:
         """The loss, 0-dim."""
         parts, factor = self._parts(batch)
-        self._rewind()
+        self._begin()
         value = torch.stack([self._value(part) for part in parts]).sum() * factor
+        reshard(self._model)
         return self._mean_over_ranks(value, [])[0]
 
     def gradient(self, batch: Any) -> tuple[Tensor, Gradients]:
         """The loss and its gradient, None where it does not depend on a parameter. Micro-batches are gone through one by one."""
+        if self._averaged:  # FSDP2 hands gradients to ``.grad`` only
+            return self._gradient(batch, self._accumulated)
         try:
             return self._gradient(batch, self._backward)
         except RuntimeError as error:
@@ -81,7 +96,7 @@ class Evaluation:
 
     def _gradient(self, batch: Any, backward: Callable[..., Sequence[Tensor | None]]) -> tuple[Tensor, Gradients]:
         parts, factor = self._parts(batch)
-        self._rewind()
+        self._begin()
         values: list[Tensor] = []
         sums: Gradients = [None] * len(self.params)
         for part in parts:
@@ -97,12 +112,12 @@ class Evaluation:
         """By one all-reduce for each dtype. A gradient that only some ranks have counts as zeros on the others."""
         if self._group is None:
             return value, gradients
-        present = [0.0 if x is None else 1.0 for x in gradients]
+        present = [0.0 if x is None or t in self._averaged else 1.0 for t, x in enumerate(gradients)]
         flags = torch.cat([value.reshape(1).float(), torch.tensor(present, device=value.device)])
         dist.all_reduce(flags, group=self._group)
         ranks = dist.get_world_size(self._group)
         found = {t for t, count in enumerate(flags[1:].tolist()) if count}
-        means: Gradients = [None] * len(gradients)
+        means: Gradients = [x if t in self._averaged else None for t, x in enumerate(gradients)]
         for dtype in sorted({self.params[t].dtype for t in found}, key=str):
             mine = [t for t in sorted(found) if self.params[t].dtype == dtype]
             dense = [torch.zeros_like(self.params[t]) if (x := gradients[t]) is None else x for t in mine]
@@ -117,7 +132,7 @@ class Evaluation:
         for p in self._trainable:
             p.grad = None
         torch.autograd.backward(value * factor)
-        return [p.grad for p in self._trainable]
+        return [local_gradient(p) for p in self._trainable]
 
     def _backward(self, value: Tensor, factor: float, create_graph: bool = False) -> Sequence[Tensor | None]:
         if not value.requires_grad:
@@ -165,10 +180,11 @@ class Evaluation:
         with 1/ε. The parameters are left at θ - h·w, for whoever had moved them to put them back, and ``w`` is emptied: beside a
         gradient in the making no more is kept than has to be.
         """
-        moved = [(p, x) for p, x in zip(self.params, w, strict=True) if x is not None]
+        moved = [(p, x) for p, x in zip(self._shards, w, strict=True) if x is not None]
         epsilon = 1e-5 if all(p.dtype == torch.float64 for p, _ in moved) else 1e-3
-        length = _norm([x for _, x in moved])
-        h = torch.where(length > 0, epsilon * _norm([p for p, _ in moved]) / length, 0.0)
+        length = self._norm(w)
+        at = self._norm([None if x is None else p for p, x in zip(self._shards, w, strict=True)])
+        h = torch.where(length > 0, epsilon * at / length, 0.0)
         ends: list[Gradients] = []
         for distance in (h, -2 * h):
             for p, x in moved:
@@ -181,6 +197,12 @@ class Evaluation:
             ends.append(self.gradient(batch)[1])
         scale = torch.where(h > 0, 0.5 / h, 0.0)
         return [None if a is None or b is None else ((a - b) * scale).to(a.dtype) for a, b in zip(*ends, strict=True)]
+
+    def _norm(self, tensors: Gradients) -> Tensor:
+        """Of all of them together, whole tensors."""
+        zero = torch.zeros((), dtype=torch.float64, device=self._shards[0].device)
+        squares = [zero if x is None else x.detach().double().square().sum() for x in tensors]
+        return self._rank_sums(torch.stack(squares)[:, None]).sum().sqrt()
 
 
 def write(params: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
@@ -225,10 +247,6 @@ def _refuse_differentiable_once(gradients: Gradients) -> None:
             if node.name() == "torch::autograd::Error":
                 raise RuntimeError("the model has a function that is marked with @once_differentiable")
             todo += [following for following, _ in node.next_functions]
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([x.detach().double().square().sum() for x in tensors]).sum().sqrt() if tensors else torch.zeros(()).double()
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -13,12 +13,15 @@ from torch import Tensor
 from . import sync
 from .grouping import Member
 from .ops import mark_written
+from .sharding import is_sharded, local, local_gradient
 
 MASTER = "master_param"
 
 
 class StateLists:
     """Allocates the states that are missing, lists them all and hands them to the backend.
+
+    Of a DTensor all lists but ``leaves`` have this rank's shard; its states are DTensors of the same placements.
 
     Args:
         members: the T parameters.
@@ -47,15 +50,16 @@ class StateLists:
         state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
     ) -> None:
-        self.params = [m.param for m in members]
+        self.leaves = [m.param for m in members]  # what autograd knows
+        self.params = [local(p) for p in self.leaves]
         self.device = device
         # The optimizer's own count stands behind those of the parameters: one operation counts all.
-        counts = [*(float(state[p].get("step", 0.0)) for p in self.params), float(done)]
+        counts = [*(float(state[p].get("step", 0.0)) for p in self.leaves), float(done)]
         self._counts = torch.tensor(counts, dtype=torch.float32, device=device)
         self.steps, self.done = self._counts[:-1], self._counts[-1]
         self.warm = False  # whether a step was taken with these lists: everything is compiled and uploaded then
         with_maximum = [bool(param_groups[m.param_group]["amsgrad"]) for m in members]
-        for p, wanted, step in zip(self.params, with_maximum, self.steps.unbind(), strict=True):
+        for p, wanted, step in zip(self.leaves, with_maximum, self.steps.unbind(), strict=True):
             for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if wanted else 2]:
                 if name not in state[p]:
                     state[p][name] = torch.zeros_like(p, dtype=state_dtype, memory_format=torch.preserve_format)
@@ -65,12 +69,12 @@ class StateLists:
                     state[p][MASTER] = p.detach().to(torch.float32, copy=True, memory_format=torch.preserve_format)
                 state[p][MASTER] = state[p][MASTER].to(device)
             state[p]["step"] = step
-        states = [state[p] for p in self.params]
-        self.exp_avgs = [s["exp_avg"] for s in states]
-        self.exp_avg_sqs = [s["exp_avg_sq"] for s in states]
-        maxima = [s["max_exp_avg_sq"] if wanted else None for s, wanted in zip(states, with_maximum, strict=True)]
+        states = [state[p] for p in self.leaves]
+        self.exp_avgs = [local(s["exp_avg"]) for s in states]
+        self.exp_avg_sqs = [local(s["exp_avg_sq"]) for s in states]
+        maxima = [local(s["max_exp_avg_sq"]) if wanted else None for s, wanted in zip(states, with_maximum, strict=True)]
         self.max_exp_avg_sqs = maxima if any(x is not None for x in maxima) else None
-        self.updated = [s.get(MASTER, p) for s, p in zip(states, self.params, strict=True)]
+        self.updated = [local(s[MASTER]) if MASTER in s else p for s, p in zip(states, self.params, strict=True)]
         self._copies = [p for p, x in zip(self.params, self.updated, strict=True) if x is not p]
         self._masters = [x for p, x in zip(self.params, self.updated, strict=True) if x is not p]
         self._copies_of: list[int] | None = None
@@ -80,6 +84,9 @@ class StateLists:
         self._present: tuple[list[int], Tensor] | None = None
         self._state, self._param_groups = state, param_groups
         self._found = list(self._everything())
+        # DTensors with their shards: a write through the one or the other changes the version of that one only.
+        self._outer = [x for x in self._found if isinstance(x, Tensor) and is_sharded(x)]
+        self._shards = [local(x) for x in self._outer]
         written = [*self.updated, *self.exp_avgs, *self.exp_avg_sqs, *(x for x in maxima if x is not None)]
         self._written, self._tensors = written, written + self._copies
         # Held, so that no other storage can come to lie at one of these addresses: a new address is then the sign of new data.
@@ -87,14 +94,14 @@ class StateLists:
         self._places = self._where()
         self._sums = torch.zeros(len(states), 2, dtype=torch.float64, device=device)  # Σp², Σv² of what the last update left
         self._sums_of: list[int] | None = None
-        self._summed = self.updated + self.exp_avg_sqs + self._copies
+        self._summed = self.updated + self.exp_avg_sqs + self._copies + self._outer
 
     # ------------------------------------------------------------------------------------------------ what others have written
 
     def stale(self) -> bool:
         """Whether a parameter or a state has been replaced, or the data of one (``p.data = x``, ``model.to``), or amsgrad."""
         same = all(map(is_, chain(self._everything(), (None,)), chain(self._found, (None,))))
-        return not same or self._where() != self._places
+        return not same or not all(map(is_, map(local, self._outer), self._shards)) or self._where() != self._places
 
     def _everything(self) -> Iterable[Any]:
         """The parameters (and amsgrad) as the param groups list them, then all that ``optimizer.state`` holds."""
@@ -109,10 +116,10 @@ class StateLists:
         """[T, 2] float64 Σp², Σv² as the last update left them, or None if an in-place operation has written one since."""
         return self._sums if self._sums_of is not None and self._sums_of == self._versions() else None
 
-    def new_sums(self, statistics: Tensor, go: Tensor | bool = True) -> Tensor:
-        """Where the update writes Σp², Σv², [T, 2] float64; rows that it leaves alone keep those of ``statistics`` [T, S]."""
+    def new_sums(self, sums: Tensor, go: Tensor | bool = True) -> Tensor:
+        """Where the update writes Σp², Σv², [T, 2] float64; rows that it leaves alone keep those of ``sums`` [T, S]."""
         if (self._present is not None or go is not True) and self.carried() is None:
-            self._sums.copy_(statistics[:, 3:5])
+            self._sums.copy_(sums[:, 3:5])
         return self._sums
 
     def exchange_sums(self, new: Tensor) -> Tensor:
@@ -139,6 +146,12 @@ class StateLists:
         """Whether every parameter has a gradient."""
         return self._present is None
 
+    def gradients(self) -> list[Tensor | None]:
+        """``.grad`` of every parameter as it is now, of a DTensor this rank's shard."""
+        if not self._outer:
+            return [p.grad for p in self.leaves]
+        return [local_gradient(p) for p in self.leaves]
+
     def set_gradients(self, grads: Sequence[Tensor | None]) -> None:
         """The gradients of this step, None where there is none.
 
@@ -162,7 +175,7 @@ class StateLists:
         """Counts the step of the tensors that have a gradient, and marks them written; counts nothing if ``go`` is False."""
         present: Tensor | int = 1 if self._present is None else self._present[1]
         self._counts += present if go is True else present * go
-        mark_written(self._written)
+        mark_written(self._written, self._outer)
         if self._copies:
             torch._foreach_copy_(self._copies, self._masters)
             self._copies_of = [p._version for p in self._copies]

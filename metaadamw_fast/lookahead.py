@@ -13,6 +13,7 @@ from .features import of_scaled_gradient, training_progress
 from .hyperparameters import Hyperparameters
 from .lists import StateLists
 from .optimizer import MetaAdamW
+from .sharding import RankSums
 
 
 @dataclass
@@ -27,6 +28,7 @@ class LookAhead:
         group_of: int64 [T].
         moves_wd_scale: whether θ′ has a gradient to wd_scale; in the released code it has none.
         backend: of the dot products.
+        rank_sums: makes the dot products of shards those of whole tensors.
     """
 
     scales: Tensor
@@ -37,6 +39,7 @@ class LookAhead:
     group_of: Tensor
     moves_wd_scale: bool
     backend: str
+    rank_sums: RankSums
 
     def _of_tensors(self) -> tuple[Tensor, Tensor]:
         """lr_scale and wd_scale of each tensor, float64 [T]."""
@@ -45,7 +48,7 @@ class LookAhead:
 
     @torch.no_grad()
     def parameters(self, params: Sequence[Tensor]) -> list[Tensor | None]:
-        """θ′ from θ; None where a tensor does not move."""
+        """θ′ from θ (of DTensors the shards, as everything here); None where a tensor does not move."""
         lr_scale, wd_scale = self._of_tensors()
         size = self.lr * lr_scale
         decay = size * wd_scale * self.weight_decay
@@ -61,17 +64,18 @@ class LookAhead:
         ∂J/∂lr_scale = -Σ lr·⟨c, u + wd_scale·λ·p⟩ and ∂J/∂wd_scale = -Σ lr·lr_scale·λ·⟨c, p⟩, over the tensors of each group.
         """
         rows = [t for t, (u, c) in enumerate(zip(self.directions, cotangents, strict=True)) if u is not None and c is not None]
-        dots = self.lr.new_zeros(2, len(self.directions))
+        dots = self.lr.new_zeros(len(self.directions), 2)
         if rows:
-            with_u, with_p = ([x for t in rows if (x := xs[t]) is not None] for xs in (self.directions, params))
+            us, ps = ([x for t in rows if (x := xs[t]) is not None] for xs in (self.directions, params))
             mine = [c for t in rows if (c := cotangents[t]) is not None]
-            for row, others in zip(dots, (with_u, with_p), strict=True):
-                row[rows] = ops.tensor_dots(mine, others, dtype=torch.float64, backend=self.backend)
+            for column, others in enumerate((us, ps)):
+                dots[rows, column] = ops.tensor_dots(mine, others, dtype=torch.float64, backend=self.backend)
+        with_u, with_p = self.rank_sums(dots).unbind(1)
         lr_scale, wd_scale = self._of_tensors()
         gradient = self.lr.new_zeros(4, self.scales.shape[1])
-        gradient[0].index_add_(0, self.group_of, -self.lr * (dots[0] + wd_scale * self.weight_decay * dots[1]))
+        gradient[0].index_add_(0, self.group_of, -self.lr * (with_u + wd_scale * self.weight_decay * with_p))
         if self.moves_wd_scale:
-            gradient[1].index_add_(0, self.group_of, -self.lr * lr_scale * self.weight_decay * dots[1])
+            gradient[1].index_add_(0, self.group_of, -self.lr * lr_scale * self.weight_decay * with_p)
         return gradient.to(self.scales.dtype)
 
 
@@ -90,9 +94,9 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None]) -> LookAhead:
     with torch.no_grad():
         hyper = opt._hyperparameters.update(opt.param_groups)
         # g1 is the gradient of what is minimized; a .grad that stands has the sign of loss_fn.
-        grads, sign = ([p.grad for p in lists.params], hyper.sign) if released else (g1, None)
+        grads, sign = (lists.gradients(), hyper.sign) if released else (g1, None)
         lists.set_gradients(grads)
-        statistics = opt._measure(lists)
+        _, statistics = opt._measure(lists)
         grad_scale, _ = opt._gradient_factor(sign, None, statistics)
         statistics = of_scaled_gradient(statistics, grad_scale)
         step = lists.next_steps() - (1 if released else 0)
@@ -110,6 +114,7 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None]) -> LookAhead:
         group_of=opt._group_of,
         moves_wd_scale=not released,
         backend=opt._backend.name,
+        rank_sums=opt._rank_sums,
     )
 
 

@@ -18,6 +18,7 @@ from .features import NORM_FLOOR
 from .lookahead import look_ahead
 from .model_state import preserved
 from .optimizer import MetaAdamW
+from .sharding import check_supported, is_sharded, reshard
 from .weighting import TERM_KINDS, clamp_log_vars_, homoscedastic_sum
 
 TERMS = ("gradient", "loss_decrease", "gen_gap")  # the order of log_vars, priorities, kinds and fixed weights
@@ -49,8 +50,8 @@ class MetaLearner:
 
     Args:
         optimizer: whose encoder is trained.
-        model: the model that ``optimizer`` trains. With ``DistributedDataParallel`` all ranks make the same update, from the mean
-            of their losses and gradients.
+        model: the model that ``optimizer`` trains. With ``DistributedDataParallel`` and ``fully_shard`` (FSDP2; gradient
+            synchronisation on) all ranks make the same update, from the mean of their losses and gradients.
         loss_fn: ``loss_fn(model, batch) -> scalar tensor``. A batch is whatever it takes.
         objective: ``gradient``, ``loss_decrease``, ``gen_gap`` or ``combined``.
         balance: how ``combined`` adds its terms: ``huw`` (learned, homoscedastic), ``fixed`` or ``sum``.
@@ -62,14 +63,14 @@ class MetaLearner:
         hvp: how the gradient-alignment term is differentiated, which needs one Hessian-vector product: ``exact`` by a second
             backward pass through the model at the look-ahead; ``finite_difference`` by a central difference of two gradients, which
             works with every model, flash attention and activation checkpointing too; ``auto``: exact, or differences from the first
-            update on in which torch says that an operation has no second derivative (one warning).
+            update on in which torch says that an operation has no second derivative (one warning), and with sharded
+            parameters.
         gap_at: where the generalization gap is evaluated: ``theta`` (the paper: it then has no gradient to the encoder) or
             ``lookahead``.
         scaler: the ``torch.amp.GradScaler`` of the training loop, if any: its scale keeps float16 gradients from vanishing.
 
     Raises:
-        ValueError: an unknown choice, a parameter of the optimizer that is not in the model, param groups of which only some
-            maximize.
+        ValueError: an unknown choice, a parameter of the optimizer that is not in the model, ``hvp="exact"`` with DTensors.
     """
 
     def __init__(
@@ -106,6 +107,13 @@ class MetaLearner:
             raise ValueError(f"Invalid term_kinds: {tuple(term_kinds)} (each one of {', '.join(TERM_KINDS)})")
         if scaler is not None and not hasattr(scaler, "get_scale"):
             raise ValueError(f"Invalid scaler: {type(scaler).__name__} (a torch.amp.GradScaler or None)")
+        reshard(model)
+        params = [p for group in optimizer.groups for p in group.params]
+        check_supported(params, model)
+        if any(map(is_sharded, params)):
+            if hvp == "exact":
+                raise ValueError('hvp="exact" cannot differentiate twice through sharded parameters: use "finite_difference"')
+            hvp = "finite_difference"
         owned = set(model.parameters())
         for group in optimizer.groups:
             for name, param in zip(group.names, group.params, strict=True):
@@ -154,10 +162,12 @@ class MetaLearner:
         if val_batch is None and self.terms != ("gradient",):
             raise ValueError("this objective needs val_batch")
         gap_batch = val_batch if gap_batch is None else gap_batch
+        reshard(self.model)  # a forward pass without a backward may have left an FSDP2 module gathered
         with preserved(self.model) as rewind, torch.enable_grad():
-            params = self.optimizer._current_lists().params
-            self._check_dtypes(params)
-            evaluation = Evaluation(self.loss_fn, self.model, params, self._sign(), rewind, self.scaler)
+            lists, rank_sums = self.optimizer._current_lists(), self.optimizer._rank_sums
+            params = lists.params
+            self._check_dtypes(lists.leaves)
+            evaluation = Evaluation(self.loss_fn, self.model, lists.leaves, self._sign(), rewind, rank_sums, self.scaler)
             loss_a, g1 = evaluation.gradient(batch_a)
             ahead = look_ahead(self.optimizer, g1)
             g1 = [None if g is None else g * ahead.clip for g in g1]
@@ -308,7 +318,7 @@ class MetaLearner:
             if (x is None) != (y is None):
                 sums[t, 0 if y is None else 2] = torch.stack([z.double().square().sum() for z in (x, y) if z is not None]).sum()
         groups = torch.zeros(like.shape[1], 3, dtype=torch.float64, device=like.device)
-        groups.index_add_(0, self.optimizer._group_of, sums)
+        groups.index_add_(0, self.optimizer._group_of, self.optimizer._rank_sums(sums))
         squared1, dot, squared2 = groups.to(like.dtype).unbind(1)
         return squared1, dot.clone(), squared2.clone()
 

@@ -21,6 +21,7 @@ from .features import FeatureConfig, FeatureTable, feature_table, group_features
 from .hyperparameters import Hyperparameters, HyperparameterTable, check_hyperparameters
 from .lists import StateLists
 from .ops import resolve_backend
+from .sharding import RankSums, check_supported, refuse_zero
 
 # Instead of a sum of squares: lagged mode has none yet. Its square root is NaN, so the encoder leaves every group at scale 1.
 _NO_SUM = -1.0
@@ -121,6 +122,7 @@ class MetaAdamW(Optimizer):
             "capturable": capturable,
         }
         check_hyperparameters(defaults)
+        refuse_zero()
         defaults["betas"] = tuple(float(beta) for beta in betas)
         if state_dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise ValueError(f"Invalid state_dtype: {state_dtype}")
@@ -143,6 +145,7 @@ class MetaAdamW(Optimizer):
         self._group_ids: list[int] = []
         self._scales = torch.ones(4, 0)
         self._lagged: Tensor | None = None
+        self._rank_sums = RankSums([])
         self._built = False
         super().__init__(params, defaults)
 
@@ -200,6 +203,7 @@ class MetaAdamW(Optimizer):
                 raise ValueError("MetaAdamW cannot update an expanded parameter: its elements share memory")
         if len(set(params)) < len(params):
             raise ValueError("MetaAdamW got a parameter group with duplicate parameters")
+        check_supported(params, None if self._model is None else self._model())
         devices = sorted({str(p.device) for p in params})
         if len(devices) > 1:
             raise ValueError(f"MetaAdamW needs all parameters on one device, got {', '.join(devices)}")
@@ -230,6 +234,7 @@ class MetaAdamW(Optimizer):
         on_meta = device.type == "meta"  # no data yet: states and the choice of a backend wait for the first step
         device = torch.device("cpu") if on_meta else device
         self._backend = resolve_backend(self._backend_name, device)
+        self._rank_sums = RankSums([m.param for m in self._members], self._rank_sums)
         self._lists = None if on_meta else self._list_states(device)
         self._hyperparameters = HyperparameterTable([m.param_group for m in self._members], device)
         self._group_of = torch.tensor(self._group_ids, dtype=torch.long, device=device)
@@ -324,7 +329,7 @@ class MetaAdamW(Optimizer):
         lists = self._current_lists()
         hyper = self._hyperparameters.update(self.param_groups)
         loss_scale = getattr(self, "grad_scale", None)
-        lists.set_gradients([p.grad for p in lists.params])
+        lists.set_gradients(lists.gradients())
         lists.take_up_copies()
         features, scales, grad_norm = self._features, self._scales, None
         if self.statistics_mode == "lagged" and self._lagged is not None:
@@ -334,10 +339,10 @@ class MetaAdamW(Optimizer):
             grad_scale, _ = self._gradient_factor(hyper.sign, loss_scale)
             sums = torch.empty(len(self._members), 5, dtype=torch.float64, device=lists.device)
             self._update(lists, hyper, scales, grad_scale, sums, go)
-            statistics = torch.cat([sums[:, :3], lists.exchange_sums(sums[:, 3:])], dim=1).to(self._statistics.dtype)
-            statistics = of_scaled_gradient(statistics, grad_scale)
+            sums = torch.cat([sums[:, :3], lists.exchange_sums(sums[:, 3:])], dim=1)
+            statistics = of_scaled_gradient(self._rank_sums(sums).to(self._statistics.dtype), grad_scale)
         else:
-            statistics = self._measure(lists)
+            sums, statistics = self._measure(lists)
             grad_scale, grad_norm = self._gradient_factor(hyper.sign, loss_scale, statistics)
             if self._skipped is not None:
                 go = self._count_skipped(go, statistics)
@@ -346,7 +351,7 @@ class MetaAdamW(Optimizer):
             statistics = of_scaled_gradient(statistics, grad_scale)
             if self.statistics_mode == "exact":
                 features, scales = self._encode(statistics, self._progress(1))
-            self._update(lists, hyper, scales, grad_scale, lists.new_sums(statistics, go), go)
+            self._update(lists, hyper, scales, grad_scale, lists.new_sums(sums, go), go)
         lists.warm = True
         self._publish(go, _features=features, _scales=scales, _statistics=statistics)
         if grad_norm is not None:
@@ -419,17 +424,24 @@ class MetaAdamW(Optimizer):
             and lists.carried() is not None
         )
 
-    def _measure(self, lists: StateLists) -> Tensor:
-        """Statistics [T, S] of the gradients that ``lists`` has and of the state. A missing gradient counts as zeros."""
-        counts, dtype = self.encoder.features.enhanced, self.encoder.head.weight.dtype
+    def _measure(self, lists: StateLists) -> tuple[Tensor, Tensor]:
+        """Sums [T, S] of the gradients that ``lists`` has and of the state, a missing gradient counting as zeros.
+
+        Returns:
+            Those of this rank's shards, and the statistics: those of whole tensors. One and the same where nothing is sharded.
+        """
+        counts, wanted = self.encoder.features.enhanced, self.encoder.head.weight.dtype
+        dtype = torch.float64 if self._rank_sums.active else wanted
         # What the last update summed need not be read again: only g and m are. (A row that it left out has its sum in the dtype of
         # the statistics of then.)
-        carried = lists.carried() if dtype == self._statistics.dtype else None
+        carried = lists.carried() if wanted == self._statistics.dtype else None
         if carried is None:
-            return lists.launch.tensor_stats(True, True, counts, dtype)  # type: ignore[no-any-return]
-        read = lists.launch.tensor_stats(False, False, counts, dtype)
-        carried = carried.to(dtype)
-        return torch.cat([read[:, :3], carried, read[:, 3:]] if counts else [read, carried], dim=1)
+            sums = lists.launch.tensor_stats(True, True, counts, dtype)
+        else:
+            read = lists.launch.tensor_stats(False, False, counts, dtype)
+            carried = carried.to(dtype)
+            sums = torch.cat([read[:, :3], carried, read[:, 3:]] if counts else [read, carried], dim=1)
+        return sums, self._rank_sums(sums).to(wanted)
 
     def _gradient_factor(
         self, sign: Tensor | None, loss_scale: Tensor | None, statistics: Tensor | None = None
