@@ -561,7 +561,8 @@ class MetaAdamW(Optimizer):
 
         That is: in place through ``.data``, through numpy, or by another library's kernels. The update sums what it writes, and
         the next step's statistics rely on these sums. In-place operations, ``p.data = x``, other tensors in ``state``,
-        ``load_state_dict`` and ``add_param_group`` are noticed without this call.
+        ``load_state_dict`` and ``add_param_group`` are noticed without this call. Of DTensors, two more need it, which torch does
+        not count either: ``torch._foreach_*_``, and in place through ``p.detach().to_local()``.
         """
         if self._lists is not None:
             self._lists.invalidate()

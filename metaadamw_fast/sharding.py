@@ -63,7 +63,7 @@ def check_supported(params: Iterable[Tensor], model: nn.Module | None) -> None:
     module = sys.modules.get("torch.distributed.fsdp")
     if module is None:
         return
-    flat = any(type(p).__name__ == "FlatParameter" for p in params)
+    flat = any(isinstance(p, module.FlatParameter) for p in params)
     if flat or (model is not None and any(isinstance(x, module.FullyShardedDataParallel) for x in model.modules())):
         raise ValueError(
             "FullyShardedDataParallel gives an optimizer fragments of flattened parameters, whose norms mean nothing: shard the"
