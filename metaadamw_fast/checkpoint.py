@@ -3,7 +3,8 @@
 The extra content is one key, ``metaadamw``: encoder, its sizes and random generator, step count, scales, and the carried statistics
 of lagged mode. ``torch.optim.AdamW`` ignores it, so checkpoints load in both directions. It stands at the top level and, the same
 object, in the first param group, since ``torch.distributed.checkpoint`` keeps only ``state`` and ``param_groups``. What it holds
-has the same structure in every optimizer of the same options: DCP loads into what is there.
+has the same structure in every optimizer of the same options: DCP loads into what is there. The param group of the optimizer itself
+has the key too, with None: DCP's flattened form finds what it looks for by the keys that are there.
 """
 
 from __future__ import annotations
@@ -39,11 +40,17 @@ def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
         "group_ids": list(optimizer._group_ids),
         CONFIG: optimizer.encoder.description(),
         "encoder": dict(optimizer.encoder.state_dict()),
-        # On the device too: torch.distributed.checkpoint broadcasts only if all tensors are on one.
+        # Contiguous, and on one device: torch.distributed.checkpoint broadcasts the memory of tensors, and from one device only.
         "generator": optimizer.encoder.generator.get_state().to(optimizer._scales.device),
-        "scales": optimizer._scales,
+        "scales": optimizer._scales.contiguous(),
         "lagged": [optimizer.lagged_statistics(), float(optimizer._progress(0))] if optimizer.statistics_mode == "lagged" else None,
     }
+
+
+def reserve(optimizer: MetaAdamW) -> None:
+    """Gives the first param group its place for the extra content."""
+    for group in optimizer.param_groups[:1]:
+        group[KEY] = None
 
 
 def add_extra(state_dict: dict[str, Any], extra: dict[str, Any]) -> None:
@@ -115,6 +122,20 @@ def check_learner(optimizer: Optimizer, log_vars: Tensor, state_dict: Mapping[st
     _check_count(state_dict["updates"], "updates")
     known = STATE if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) else ()
     _check_states(optimizer, state_dict["meta_optimizer"], where, ("lr",), known)
+
+
+def with_adam_states(optimizer: Optimizer) -> dict[str, Any]:
+    """The optimizer's state dict with, for Adam and AdamW, also the states that its first step would begin with."""
+    state_dict = optimizer.state_dict()
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+            names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
+            for p, index in zip(group["params"], saved["params"], strict=True):
+                if index not in state_dict["state"]:
+                    step = torch.tensor(0.0, device=p.device if group["capturable"] or group["fused"] else "cpu")
+                    moments = {name: torch.zeros_like(p, memory_format=torch.preserve_format).detach() for name in names}
+                    state_dict["state"][index] = {"step": step, **moments}
+    return state_dict
 
 
 def _check_states(

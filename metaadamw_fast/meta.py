@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .checkpoint import check_learner
+from .checkpoint import check_learner, with_adam_states
 from .evaluation import Evaluation, Gradients, LossFn, MicroBatches, no_second_derivative, warn_of_differences, write
 from .features import NORM_FLOOR
 from .lookahead import look_ahead
@@ -381,11 +381,15 @@ class MetaLearner:
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Log-variances, the meta-optimizer's state and the number of updates. The encoder is in the optimizer's own state dict."""
+        """Log-variances, the meta-optimizer's state and the number of updates. The encoder is in the optimizer's own state dict.
+
+        With Adam or AdamW as meta-optimizer the structure is the same before the first update and after it, so that
+        ``torch.distributed.checkpoint`` can load into it: ``dcp.load({"meta": meta_learner}, ...)``.
+        """
         self._adopt()
         return {
             "log_vars": self.log_vars.detach(),
-            "meta_optimizer": self.meta_optimizer.state_dict(),
+            "meta_optimizer": with_adam_states(self.meta_optimizer),
             "updates": self.updates,
         }
 

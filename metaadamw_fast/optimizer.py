@@ -236,6 +236,7 @@ class MetaAdamW(Optimizer):
         self._backend = resolve_backend(self._backend_name, device)
         self._rank_sums = RankSums([m.param for m in self._members], self._rank_sums)
         self._lists = None if on_meta else self._list_states(device)
+        checkpoint.reserve(self)
         self._hyperparameters = HyperparameterTable([m.param_group for m in self._members], device)
         self._group_of = torch.tensor(self._group_ids, dtype=torch.long, device=device)
         self.encoder.to(device)
