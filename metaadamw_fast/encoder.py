@@ -220,25 +220,35 @@ class GroupEncoder(nn.Module):
             features: [G, D] before gating and standardisation, embeddings included (:meth:`embed`).
 
         Returns:
-            [4, G]: lr_scale, wd_scale, flatness_weight, alignment_weight. A group with a non-finite feature is masked out of the
-            sequence and gets 1, 1, 0, 0; the others are computed as if it did not exist.
+            [4, G]: lr_scale, wd_scale, flatness_weight, alignment_weight. A group with a non-finite feature gets 1, 1, 0, 0, and
+            the others are computed as if it did not exist: on the CPU without its row, the same bits; elsewhere masked, since the
+            number of rows cannot depend on what only the device knows.
         """
         with _full_precision(features.device):
             valid = self._valid(features)
-            x = features if valid is None else torch.where(valid[:, None], features, 0.0)
-            attention_bias = None
-            if valid is not None:
-                # Not -inf: a sequence in which every group is masked would give NaN, and with it NaN gradients.
-                attention_bias = torch.where(valid, 0.0, torch.finfo(x.dtype).min)[None, None, :].to(x.dtype)
-            if self.features.gating:
-                x = x * torch.sigmoid(self.feature_gates)
-            if self.features.standardized_columns:
-                x = standardize(x, self.features.standardized_columns, valid)
-            x = self.encoder(x, attention_bias)
-            weight, bias = self.head._parameters.values()
-            out = linear(x, cast(Tensor, weight), bias).t().sigmoid()
-            scales = torch.addcmul(self._base, self._range, out - self._centre)
-            return scales if valid is None else torch.where(valid, scales, self._base)
+            if valid is None:
+                return self._scales_of(features, None)
+            if sync.readable(valid) and valid.any():
+                rows = valid.nonzero()[:, 0]
+                scales = self._scales_of(features.index_select(0, rows), None)
+                return self._base.repeat(1, len(valid)).to(scales).index_copy(1, rows, scales)
+            x = torch.where(valid[:, None], features, 0.0)
+            return torch.where(valid, self._scales_of(x, valid), self._base)
+
+    def _scales_of(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        """Finite rows [G, D] to scales [4, G]; rows that are not ``valid`` [G] have no part in those of the others."""
+        attention_bias = None
+        if valid is not None:
+            # Not -inf: a sequence in which every group is masked would give NaN, and with it NaN gradients.
+            attention_bias = torch.where(valid, 0.0, torch.finfo(x.dtype).min)[None, None, :].to(x.dtype)
+        if self.features.gating:
+            x = x * torch.sigmoid(self.feature_gates)
+        if self.features.standardized_columns:
+            x = standardize(x, self.features.standardized_columns, valid)
+        x = self.encoder(x, attention_bias)
+        weight, bias = self.head._parameters.values()
+        out = linear(x, cast(Tensor, weight), bias).t().sigmoid()
+        return torch.addcmul(self._base, self._range, out - self._centre)
 
     @staticmethod
     def _valid(features: Tensor) -> Tensor | None:
