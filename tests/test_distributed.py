@@ -1,24 +1,20 @@
-"""Data parallel training on two processes: replicas stay equal, a meta-update is that of the joint batch. Checkpoints by DCP."""
-
-import os
-from datetime import timedelta
+"""Data parallel training: replicas stay equal, a meta-update is that of the joint batch. Checkpoints by DCP."""
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 
-from metaadamw_fast import MetaAdamW, MetaLearner
+from metaadamw_fast import MetaAdamW, MetaLearner, MicroBatches
 
+from . import ranks
 from .models import noise, perceptron, same
 
-RANKS = 2
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="there is no gloo")
+BATCH = 16  # of all ranks together
+pytestmark = ranks.needs_gloo
 
 
 def loss_fn(model, data):
@@ -26,14 +22,14 @@ def loss_fn(model, data):
 
 
 def joint(seed):
-    return noise((8 * RANKS, 6), 2 * seed), noise((8 * RANKS, 3), 2 * seed + 1)
+    return noise((BATCH, 6), 2 * seed), noise((BATCH, 3), 2 * seed + 1)
 
 
-def trained(model, rank, ranks, hvp):
+def trained(model, rank, size, hvp):
     """Six steps with two meta-updates; every rank has its part of each batch."""
     opt = MetaAdamW(model.named_parameters(), lr=1e-2, model=model, head_init="xavier", max_grad_norm=1.0)
     meta = MetaLearner(opt, model, loss_fn, hvp=hvp, gap_at="lookahead", lr=1.0, make_optimizer=torch.optim.SGD)
-    part = slice(8 * RANKS // ranks * rank, 8 * RANKS // ranks * (rank + 1))
+    part = slice(BATCH // size * rank, BATCH // size * (rank + 1))
     reports = []
     for step in range(6):
         opt.zero_grad()
@@ -56,29 +52,51 @@ def with_an_unused_parameter():
     return model
 
 
-def work(rank, hvp, directory):
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the name of this machine may lead nowhere
-    store = f"file://{directory}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
-    try:
-        model = DistributedDataParallel(with_an_unused_parameter(), find_unused_parameters=True)
-        torch.save(trained(model, rank, RANKS, hvp), f"{directory}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def replica(rank, size, hvp):
+    model = DistributedDataParallel(with_an_unused_parameter(), find_unused_parameters=True)
+    return trained(model, rank, size, hvp)
 
 
-@pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
-def test_replicas_are_equal_and_what_one_process_makes_of_the_joint_batches(hvp, tmp_path):
-    mp.spawn(work, (hvp, str(tmp_path)), nprocs=RANKS)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS))
-    assert same(first, second)
+@pytest.mark.parametrize(("hvp", "size"), [("exact", 2), ("finite_difference", 2), ("exact", 4)])
+def test_replicas_are_equal_and_what_one_process_makes_of_the_joint_batches(hvp, size, tmp_path):
+    first, *others = ranks.run(replica, size, tmp_path, size, hvp)
+    assert all(same(first, other) for other in others)
     alone = trained(with_an_unused_parameter(), 0, 1, hvp)
     # Means of means against one mean: float32 sums in another order, some 1e-6 after six steps and two updates. (With Adam as
     # meta-optimizer more: the bias of attention's keys has no gradient but rounding, of which Adam makes whole steps.)
     torch.testing.assert_close(first, alone, rtol=1e-3, atol=1e-5)
     before, after = (report["lr_scale"] for report in first["reports"])
     assert not torch.equal(before, after)
+
+
+def accumulating(rank, size):
+    """Two micro-batches a step, of which DDP communicates after the second only."""
+    model = DistributedDataParallel(perceptron())
+    opt = MetaAdamW(model.named_parameters(), lr=1e-2, model=model, head_init="xavier", max_grad_norm=1.0)
+    meta = MetaLearner(opt, model, loss_fn, lr=1.0, make_optimizer=torch.optim.SGD)
+    parts = torch.arange(BATCH).view(size, 2, -1)[rank]
+    for step in range(6):
+        opt.zero_grad()
+        with model.no_sync():
+            (loss_fn(model, tuple(x[parts[0]] for x in joint(step))) / 2).backward()
+            kept = [p.grad.clone() for p in model.parameters()]
+            if step == 3:  # in the middle of an accumulation
+                meta.update(*(MicroBatches(tuple(x[part] for x in joint(100 + i)) for part in parts) for i in range(3)))
+                assert same(kept, [p.grad for p in model.parameters()])
+        (loss_fn(model, tuple(x[parts[1]] for x in joint(step))) / 2).backward()
+        opt.step()
+    return {
+        "params": [p.detach().clone() for p in model.parameters()],
+        "lr_scale": opt.lr_scale,
+        "log_vars": meta.log_vars.detach(),
+    }
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_gradient_accumulation_without_synchronisation(size, tmp_path):
+    first, *others = ranks.run(accumulating, size, tmp_path, size)
+    assert all(same(first, other) for other in others)
+    torch.testing.assert_close(first, ranks.run(accumulating, 1, tmp_path, 1)[0], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
