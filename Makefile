@@ -25,6 +25,7 @@ bench: $(VENV)/.ready
 	mkdir -p bench/results/cpu
 	$(BIN)/python -m bench.step --json bench/results/cpu/step.json --png bench/results/cpu/step.png $(ARGS)
 	$(BIN)/python -m bench.encoder
+	$(BIN)/python -m bench.sharded_step --json bench/results/cpu/sharded_step.json
 	$(BIN)/python -m pytest bench --benchmark-only
 
 # Writes bench/results/<device>/. PYTHON is the one that has torch, triton, pytest.

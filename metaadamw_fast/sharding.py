@@ -32,10 +32,11 @@ def local_gradient(param: Tensor) -> Tensor | None:
     if grad is None or not is_sharded(grad):
         return grad  # type: ignore[no-any-return]
     like: Any = param
-    if grad.placements != like.placements:
+    if grad._spec is not like._spec and grad.placements != like.placements:
         grad = grad.redistribute(like.device_mesh, like.placements)
-    shard = grad.to_local()
-    return shard.wait() if hasattr(shard, "wait") else shard  # type: ignore[no-any-return]
+    shard = grad._local_tensor
+    # A collective that is still on its way.
+    return shard.wait() if type(shard) is not Tensor and hasattr(shard, "wait") else shard  # type: ignore[no-any-return]
 
 
 def laid_out_as(value: Tensor, param: Tensor) -> Tensor:
