@@ -78,6 +78,9 @@ class StateLists:
         self.updated = [local(s[MASTER]) if MASTER in s else p for s, p in zip(states, self.params, strict=True)]
         self._copies = [p for p, x in zip(self.params, self.updated, strict=True) if x is not p]
         self._masters = [x for p, x in zip(self.params, self.updated, strict=True) if x is not p]
+        # Whose versions tell that a copy was written: of a DTensor also its own.
+        both = zip(self.leaves, self.params, self.updated, strict=True)
+        self._copies_seen = [y for leaf, p, x in both if x is not p for y in ((p,) if leaf is p else (leaf, p))]
         self._copies_of: list[int] | None = None
         self.launch = launch(
             [None] * len(states), self.exp_avgs, self.updated, self.exp_avg_sqs, self.max_exp_avg_sqs, written=True
@@ -179,7 +182,7 @@ class StateLists:
         mark_written(self._written, self._outer)
         if self._copies:
             torch._foreach_copy_(self._copies, self._masters)
-            self._copies_of = [p._version for p in self._copies]
+            self._copies_of = [p._version for p in self._copies_seen]
         self.carry(True)
 
     def take_up_copies(self) -> None:
@@ -187,7 +190,7 @@ class StateLists:
 
         A master stays what it is where its parameter still is its rounding, so that nothing is lost where nothing was written.
         """
-        if self._copies_of != [p._version for p in self._copies]:
+        if self._copies_of != [p._version for p in self._copies_seen]:
             for p, master in zip(self._copies, self._masters, strict=True):
                 master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
-            self._copies_of = [p._version for p in self._copies]
+            self._copies_of = [p._version for p in self._copies_seen]

@@ -295,6 +295,7 @@ class MetaAdamW(Optimizer):
         if self._lists is None or self._device() != self._lists.device:
             self._build()
         else:
+            self._rank_sums = RankSums(params, self._rank_sums)
             self._lists = self._list_states(self._device())
             self._table = None
         assert self._lists is not None
@@ -617,7 +618,7 @@ class MetaAdamW(Optimizer):
                 handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None, "_lists": None}
+        return {**self.__dict__, "_model": None, "_lists": None, "_rank_sums": RankSums([])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

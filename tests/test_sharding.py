@@ -264,6 +264,104 @@ def test_carried_sums_of_shards_are_those_of_a_full_pass(kind, options, tmp_path
         assert same(carried, measured)
 
 
+def masters(_, through_the_shard):
+    """Of bfloat16 parameters, with one of them overwritten on the way."""
+    model = placed("fsdp")[0]
+    model.to(torch.bfloat16)
+    opt = MetaAdamW(model.named_parameters(), lr=1e-2, model=model, master_weights=True, state_dtype=torch.float32)
+    weight = model.head.weight
+    for step in range(4):
+        for i, p in enumerate(model.parameters()):
+            p.grad = distribute_tensor(noise(p.shape, 10 * step + i).bfloat16(), p.device_mesh, p.placements)
+        if step == 2:
+            with torch.no_grad():
+                (weight.to_local() if through_the_shard else weight).mul_(2.0)
+        opt.step()
+        assert isinstance(opt.state[weight]["master_param"], DTensor)
+        assert torch.equal(whole(opt.state[weight]["master_param"]).bfloat16(), whole(weight))
+    return whole(weight), whole(opt.state[weight]["master_param"])
+
+
+@pytest.mark.parametrize("through_the_shard", [False, True])
+def test_master_weights_of_shards_take_up_what_others_write(through_the_shard, tmp_path):
+    first, second = ranks.run(masters, 2, tmp_path, through_the_shard)
+    assert same(first, second)
+    assert first[1].abs().max() > 1.3 * seeded_net().head.weight.abs().max()
+
+
+def copies(_):
+    """An optimizer made from another's pickled state finds its process groups again."""
+    model = placed("hsdp")[0]
+    opt = MetaAdamW(model.named_parameters(), lr=1e-2, model=model, head_init="xavier")
+    loss_fn(model, joint(0)).backward()
+    opt.step()
+    state = opt.__getstate__()
+    assert not state["_rank_sums"].active
+    other = MetaAdamW.__new__(MetaAdamW)
+    other.__setstate__(state)
+    other.step()
+    return other._rank_sums.active
+
+
+def test_an_optimizer_s_state_holds_no_process_group(tmp_path):
+    assert ranks.run(copies, 4, tmp_path) == [True] * 4
+
+
+def overflow(rank, kind):
+    """An infinity in the shard of one rank; the others do not see it."""
+    model = placed(kind)[0]
+    opt = MetaAdamW(model.named_parameters(), lr=1e-2, model=model, max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    seen = []
+    for step in range(3):
+        opt.zero_grad()
+        scaler.scale(loss_fn(model, joint(step))).backward()
+        if step == 1 and rank == 0:
+            model.head.weight.grad.to_local().view(-1)[0] = float("inf")
+        before = [whole(p) for p in model.parameters()]
+        scaler.step(opt)
+        scaler.update()
+        seen.append(
+            (same(before, [whole(p) for p in model.parameters()]), opt.steps_done, scaler.get_scale(), opt.grad_norm.clone())
+        )
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "offload"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(kind, tmp_path):
+    first, second = ranks.run(overflow, 2, tmp_path, kind)
+    assert same(first, second)
+    assert [row[:3] for row in first] == [(False, 1, 8.0), (True, 1, 4.0), (False, 2, 4.0)]
+
+
+def meta_update(rank):
+    """Between two halves of an accumulated gradient, after an evaluation that leaves the root gathered."""
+    model = placed("fsdp")[0]
+    opt = MetaAdamW(model.named_parameters(), lr=1e-2, model=model, head_init="xavier")
+    meta = MetaLearner(opt, model, loss_fn)
+    loss_fn(model, joint(rank)).backward()
+    opt.step()
+    grads = [p.grad for p in model.parameters()]
+
+    def everything():
+        return [whole(x) for p in model.parameters() for x in (p, p.grad, *opt.state[p].values())]
+
+    before, random = everything(), torch.get_rng_state()
+    with torch.no_grad():
+        loss_fn(model, joint(rank))
+    report = meta.update(joint(10 + rank), joint(20 + rank), joint(30 + rank))
+    assert same(before, everything())
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+    assert meta.updates == 1
+    return {name: x.detach() for name, x in vars(report).items()}
+
+
+def test_a_meta_update_leaves_a_sharded_model_as_it_was(tmp_path):
+    first, second = ranks.run(meta_update, 2, tmp_path)
+    assert same(first, second)
+
+
 def refusals(_):
     model = seeded_net()
     for build, words in (
