@@ -157,7 +157,7 @@ def parts_of(opt: MetaAdamW, backend: str, update: int, statistics: int) -> list
 
     @torch.no_grad()
     def encode() -> None:
-        opt._encode(found, 0.5)
+        opt._encode(found, 1)
 
     @torch.no_grad()
     def write() -> None:

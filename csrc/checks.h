@@ -282,12 +282,19 @@ inline std::vector<int64_t> make_table(const Lists& lists) {
   return memory;
 }
 
-// Of what tensor_stats is asked for.
-inline void check_columns(const Header& header, bool params, bool exp_avg_sqs, ScalarType dtype) {
+// Of what tensor_stats is asked for. Returns the sums Σp², Σv² [T, 2] that need not be read, null if they are not given.
+inline const double* check_columns(const Header& header, bool params, bool exp_avg_sqs, const std::optional<Tensor>& carried,
+                                   ScalarType dtype) {
   METAADAMW_CHECK((!params || header.has(kParam)) && (!exp_avg_sqs || header.has(kSecondMoment)),
                   "the launch was made without the lists of these columns");
   METAADAMW_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "the statistics are float32 or float64, not ",
                   torch::headeronly::toString(dtype));
+  METAADAMW_CHECK(!carried || (!params && !exp_avg_sqs && carried->scalar_type() == ScalarType::Double && carried->dim() == 2 &&
+                               carried->size(0) == header.tensors && carried->size(1) == kCarriedSums && carried->is_contiguous() &&
+                               device_of(*carried) == header.device),
+                  "carried must be a contiguous float64 tensor of shape [", header.tensors,
+                  ", 2] on the device of the tensors, instead of params and exp_avg_sqs");
+  return carried ? static_cast<const double*>(carried->data_ptr()) : nullptr;
 }
 
 // A [T] float64 tensor of hyper-parameters.

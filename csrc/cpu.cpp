@@ -54,10 +54,23 @@ struct Lanes {
   typedef T type __attribute__((vector_size(kLanes * sizeof(T)), aligned(sizeof(T)), may_alias));
 };
 
-// Adds the sums of n <= kBlock elements to `totals`. Products and lanes are in the arithmetic type, over kBlock / kLanes = 64
-// additions at most; everything after that is float64.
+// Sums by lane, in float64. They become one number at the end of a chunk only: sixteen additions that wait for one another take as
+// long as a fifth of a block.
+using LaneSums = double[kSums][kLanes];
+
+// Adds what the lanes of a block hold to those of its chunk.
+template <typename V>
+METAADAMW_INLINE void add_lanes(const V (&sums)[kSums], int begin, int end, LaneSums& totals) {
+  using Doubles = typename Lanes<double>::type;
+  for (int s = begin; s < end; ++s) {
+    *reinterpret_cast<Doubles*>(totals[s]) += __builtin_convertvector(sums[s], Doubles);
+  }
+}
+
+// Adds the sums [begin, end) of n <= kBlock elements to `totals`. Products and lanes are in the arithmetic type, over kBlock /
+// kLanes = 64 additions at most; everything after that is float64.
 template <bool counts, typename T>
-METAADAMW_INLINE void block_sums(const T* g, const T* m, const T* p, const T* v, int n, double* totals) {
+METAADAMW_INLINE void block_sums(const T* g, const T* m, const T* p, const T* v, int n, int begin, int end, LaneSums& totals) {
   using Vector = typename Lanes<T>::type;
   Vector sums[kSums] = {};
   int i = 0;
@@ -76,16 +89,13 @@ METAADAMW_INLINE void block_sums(const T* g, const T* m, const T* p, const T* v,
     }
     accumulate<counts, Vector>(sums, tail[0], tail[1], tail[2], tail[3]);
   }
-  for (int s = 0; s < kSums; ++s) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      totals[s] += sums[s][lane];
-    }
-  }
+  add_lanes(sums, begin, end, totals);
 }
 
-#define METAADAMW_BLOCK_SUMS(T, counts)                                                                                    \
-  METAADAMW_CLONES void block_sums_##T##_##counts(const T* g, const T* m, const T* p, const T* v, int n, double* totals) { \
-    block_sums<counts, T>(g, m, p, v, n, totals);                                                                          \
+#define METAADAMW_BLOCK_SUMS(T, counts)                                                                                      \
+  METAADAMW_CLONES void block_sums_##T##_##counts(const T* g, const T* m, const T* p, const T* v, int n, int begin, int end, \
+                                                  LaneSums& totals) {                                                        \
+    block_sums<counts, T>(g, m, p, v, n, begin, end, totals);                                                                \
   }
 METAADAMW_BLOCK_SUMS(float, false)
 METAADAMW_BLOCK_SUMS(float, true)
@@ -93,16 +103,16 @@ METAADAMW_BLOCK_SUMS(double, false)
 METAADAMW_BLOCK_SUMS(double, true)
 #undef METAADAMW_BLOCK_SUMS
 
-void sum_block(const float* g, const float* m, const float* p, const float* v, int n, bool counts, double* totals) {
-  (counts ? block_sums_float_true : block_sums_float_false)(g, m, p, v, n, totals);
+void sum_block(const float* g, const float* m, const float* p, const float* v, int n, int begin, int end, LaneSums& totals) {
+  (end > kUpdateSums ? block_sums_float_true : block_sums_float_false)(g, m, p, v, n, begin, end, totals);
 }
-void sum_block(const double* g, const double* m, const double* p, const double* v, int n, bool counts, double* totals) {
-  (counts ? block_sums_double_true : block_sums_double_false)(g, m, p, v, n, totals);
+void sum_block(const double* g, const double* m, const double* p, const double* v, int n, int begin, int end, LaneSums& totals) {
+  (end > kUpdateSums ? block_sums_double_true : block_sums_double_false)(g, m, p, v, n, begin, end, totals);
 }
 
 // The sums of gradient and momentum over a block of each half of a chunk, with the bits of two block_sums.
 template <typename T>
-METAADAMW_INLINE void pair_sums(const T* g, const T* m, int64_t half, double (&totals)[2][kSums]) {
+METAADAMW_INLINE void pair_sums(const T* g, const T* m, int64_t half, LaneSums (&totals)[2]) {
   using Vector = typename Lanes<T>::type;
   Vector sums[2][kSums] = {};
   for (int i = 0; i < kBlock; i += kLanes) {
@@ -115,43 +125,56 @@ METAADAMW_INLINE void pair_sums(const T* g, const T* m, int64_t half, double (&t
     }
   }
   for (const int k : {0, 1}) {
-    for (int s = kGradSquared; s <= kMomentumSquared; ++s) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        totals[k][s] += sums[k][s][lane];
-      }
-    }
+    add_lanes(sums[k], kGradSquared, kMomentumSquared + 1, totals[k]);
   }
 }
-METAADAMW_CLONES void sum_pair(const float* g, const float* m, int64_t half, double (&totals)[2][kSums]) {
+METAADAMW_CLONES void sum_pair(const float* g, const float* m, int64_t half, LaneSums (&totals)[2]) {
   pair_sums(g, m, half, totals);
 }
-METAADAMW_CLONES void sum_pair(const double* g, const double* m, int64_t half, double (&totals)[2][kSums]) {
+METAADAMW_CLONES void sum_pair(const double* g, const double* m, int64_t half, LaneSums (&totals)[2]) {
   pair_sums(g, m, half, totals);
 }
 
-// The sums of a chunk are those of its two halves, so that these can be read side by side: two streams of each operand come from
-// memory 4 % faster than one.
+// The sums [begin, end) of a chunk are those of its two halves, so that these can be read side by side: two streams of each operand
+// come from memory 4 % faster than one. A chunk of one block has one half.
 class ChunkSums {
  public:
-  explicit ChunkSums(int64_t count) : half_((count + 2 * kBlock - 1) / (2 * kBlock) * kBlock) {}
+  ChunkSums(int64_t count, int begin, int end)
+      : half_((count + 2 * kBlock - 1) / (2 * kBlock) * kBlock), halves_(count > half_ ? 2 : 1), begin_(begin), end_(end) {
+    for (int k = 0; k < halves_; ++k) {
+      std::memset(sums_[k][begin], 0, (end - begin) * sizeof sums_[k][begin]);
+    }
+  }
   int64_t half() const { return half_; }
-  double* of_block(int64_t first) { return sums_[first >= half_]; }
-  double (&of_halves())[2][kSums] { return sums_; }
-  void add_to(double* totals) const {
-    for (int s = 0; s < kSums; ++s) {
-      totals[s] += sums_[0][s] + sums_[1][s];
+  LaneSums& of_block(int64_t first) { return sums_[first >= half_]; }
+  LaneSums (&of_halves())[2] { return sums_; }
+  // Lanes of both halves, then lanes of lanes, always in this order.
+  void add_to(double* totals) {
+    for (int s = begin_; s < end_; ++s) {
+      double (&lanes)[kLanes] = sums_[0][s];
+      for (int lane = 0; lane < kLanes && halves_ == 2; ++lane) {
+        lanes[lane] += sums_[1][s][lane];
+      }
+      for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int lane = 0; lane < width; ++lane) {
+          lanes[lane] += lanes[lane + width];
+        }
+      }
+      totals[s] += lanes[0];
     }
   }
 
  private:
   int64_t half_;
-  double sums_[2][kSums] = {};
+  int halves_, begin_, end_;
+  LaneSums sums_[2];
 };
 
 template <typename T>
 void sum_chunk(const std::array<Operand, 4>& operands, int64_t first, int64_t count, bool counts, double* totals) {
-  ChunkSums sums(count);
   const auto& [g, m, p, v] = operands;
+  const int end = counts ? kSums : p.data != nullptr || v.data != nullptr ? kUpdateSums : kParamSquared;
+  ChunkSums sums(count, 0, end);
   const bool in_pairs = in_place<T>(g) && in_place<T>(m) && g.data != nullptr && p.data == nullptr && v.data == nullptr &&
                         !counts && count == 2 * sums.half();
   if (in_pairs) {
@@ -167,14 +190,15 @@ void sum_chunk(const std::array<Operand, 4>& operands, int64_t first, int64_t co
       for (int i = 0; i < 4; ++i) {
         x[i] = read<T>(operands[i], first + done, n, buffers[i]);
       }
-      sum_block(x[0], x[1], x[2], x[3], n, counts, sums.of_block(done));
+      sum_block(x[0], x[1], x[2], x[3], n, 0, end, sums.of_block(done));
     }
   }
   sums.add_to(totals);
 }
 
-Tensor tensor_stats(const Header& header, const Table& table, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype) {
-  check_columns(header, params, exp_avg_sqs, dtype);
+Tensor tensor_stats(const Header& header, const Table& table, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype,
+                    const std::optional<Tensor>& carried = std::nullopt) {
+  const double* carried_sums = check_columns(header, params, exp_avg_sqs, carried, dtype);
   std::vector<std::array<double, kSums>> partials(table.chunks, std::array<double, kSums>{});
   for_each_chunk<Order::kForward>(table, [&](const Row& row, int64_t, int64_t chunk, int64_t first, int64_t count) {
     std::array<Operand, 4> operands{Operand(table, row, kGrad), Operand(table, row, kMomentum), Operand(table, row, kParam),
@@ -184,14 +208,19 @@ Tensor tensor_stats(const Header& header, const Table& table, bool params, bool 
     (row.is_double ? sum_chunk<double> : sum_chunk<float>)(operands, first, count, count_nonzero, partials[chunk].data());
   });
 
-  const Columns columns(params, exp_avg_sqs, count_nonzero);
+  const Columns columns(params || carried, exp_avg_sqs || carried, count_nonzero);
   Tensor result = torch::stable::empty({table.tensors, columns.count}, dtype);
   const auto finish = [&](auto* out) {
     for (int64_t t = 0; t < table.tensors; ++t) {
       for (int c = 0; c < columns.count; ++c) {
+        const int sum = columns.sum[c];
         double total = 0.0;
-        for (int64_t chunk = table.first_chunk[t]; chunk < table.first_chunk[t + 1]; ++chunk) {
-          total += partials[chunk][columns.sum[c]];
+        if (carried_sums != nullptr && is_carried(sum)) {
+          total = carried_sums[t * kCarriedSums + sum - kParamSquared];
+        } else {
+          for (int64_t chunk = table.first_chunk[t]; chunk < table.first_chunk[t + 1]; ++chunk) {
+            total += partials[chunk][sum];
+          }
         }
         *out++ = total;
       }
@@ -212,7 +241,7 @@ METAADAMW_INLINE typename Lanes<T>::type& lanes_at(T* x) {
 // Adds sums [begin, end) to `totals`.
 template <bool amsgrad, bool found, typename T>
 METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* g, T* p, T* m, T* v, T* v_max, int n, int begin, int end,
-                                   double* totals) {
+                                   LaneSums& totals) {
   using Vector = typename Lanes<T>::type;
   const Scalars<T> s = scalars;  // a local copy: nothing that the loop writes can change it
   Vector sums[kSums] = {};
@@ -246,16 +275,12 @@ METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* g, T* p, 
     }
     accumulate_left(sums, left[kParam], left[kSecondMoment]);
   }
-  for (int k = begin; k < end; ++k) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      totals[k] += sums[k][lane];
-    }
-  }
+  add_lanes(sums, begin, end, totals);
 }
 
 #define METAADAMW_UPDATE_BLOCK(T, amsgrad, found)                                                                                  \
   METAADAMW_CLONES void update_block_##T##_##amsgrad##_##found(const Scalars<T>& s, const T* g, T* p, T* m, T* v, T* v_max, int n, \
-                                                               int begin, int end, double* totals) {                               \
+                                                               int begin, int end, LaneSums& totals) {                             \
     update_block<amsgrad, found, T>(s, g, p, m, v, v_max, n, begin, end, totals);                                                  \
   }
 #define METAADAMW_UPDATE(T)                                                                                         \
@@ -264,7 +289,7 @@ METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* g, T* p, 
   METAADAMW_UPDATE_BLOCK(T, true, false)                                                                            \
   METAADAMW_UPDATE_BLOCK(T, true, true)                                                                             \
   void update(const Scalars<T>& s, const T* g, T* p, T* m, T* v, T* v_max, int n, bool amsgrad, int begin, int end, \
-              double* totals) {                                                                                     \
+              LaneSums& totals) {                                                                                   \
     const bool found = begin < kParamSquared && end > begin;                                                        \
     const auto maximum = found ? update_block_##T##_true_true : update_block_##T##_true_false;                      \
     const auto plain = found ? update_block_##T##_false_true : update_block_##T##_false_false;                      \
@@ -289,7 +314,7 @@ struct RoundingKeys {
   uint32_t of[kOperands];
 
   RoundingKeys(const HyperparameterVectors& hyperparameters, int64_t t, int64_t first) : used(hyperparameters.stochastic) {
-    for (int i = 0; i < kOperands; ++i) {
+    for (int i = 0; i < kOperands && used; ++i) {
       of[i] = rounding_key(hyperparameters.rounding_seed, hyperparameters.step[t], t, i, first);
     }
   }
@@ -306,13 +331,13 @@ void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperpar
   // Otherwise elements are rounded on their way out of a buffer, and summed up after that.
   const bool as_stored = in_place<T>(operands[kParam]) && in_place<T>(operands[kSecondMoment]);
   const int end_sum = totals == nullptr ? first_sum : as_stored ? kUpdateSums : kParamSquared;
-  ChunkSums sums(count);
+  ChunkSums sums(count, first_sum, kUpdateSums);
   for (int64_t done = 0; done < count; done += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
     for (int i = 0; i < kOperands; ++i) {
       x[i] = i == kMaximum && !amsgrad ? buffers[i] : read<T>(operands[i], first + done, n, buffers[i]);
     }
-    double* of_block = sums.of_block(done);
+    LaneSums& of_block = sums.of_block(done);
     update(scalars, x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum], n, amsgrad, first_sum, end_sum, of_block);
     for (int i = kGrad + 1; i < kOperands; ++i) {
       if (keys.used && is_rounded_stochastically(i) && itemsize(operands[i].type) == 2) {
@@ -323,7 +348,7 @@ void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperpar
     if (totals != nullptr && !as_stored) {
       const T* p = read<T>(operands[kParam], first + done, n, buffers[kParam]);
       const T* v = read<T>(operands[kSecondMoment], first + done, n, buffers[kSecondMoment]);
-      sum_block(zeros<T>(), zeros<T>(), p, v, n, /*counts=*/false, of_block);
+      sum_block(zeros<T>(), zeros<T>(), p, v, n, kParamSquared, kUpdateSums, of_block);
     }
   }
   if (totals != nullptr) {
@@ -368,10 +393,10 @@ struct HostTable {
   explicit HostTable(void* memory) : header(*static_cast<Header*>(memory)), table(header, static_cast<char*>(memory)) {}
 };
 
-Tensor launch_tensor_stats(Tensor table, std::optional<Tensor>, bool params, bool exp_avg_sqs, bool count_nonzero,
-                           ScalarType dtype) {
+Tensor launch_tensor_stats(Tensor table, std::optional<Tensor>, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype,
+                           std::optional<Tensor> carried) {
   const HostTable host(table.data_ptr());
-  return tensor_stats(host.header, host.table, params, exp_avg_sqs, count_nonzero, dtype);
+  return tensor_stats(host.header, host.table, params, exp_avg_sqs, count_nonzero, dtype, carried);
 }
 
 void launch_adamw_update_(Tensor table, std::optional<Tensor>, Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1,

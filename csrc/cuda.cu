@@ -12,6 +12,7 @@
 
 #include "checks.h"
 #include "cuda_utils.cuh"
+#include "policy_checks.h"
 #include "rounding.h"
 
 // Missing where torch is a CPU build: then the extension still loads, and says so when it is asked to use a GPU.
@@ -58,8 +59,12 @@ struct StatsOutput {
   void* data;  // [T, columns.count]
   bool is_double;
   Columns columns;
+  const double* carried;  // [T, 2] Σp², Σv², null if they were read
 
   __device__ void put(int64_t tensor, int sum, double value) const {
+    if (carried != nullptr && is_carried(sum)) {
+      value = carried[tensor * kCarriedSums + sum - kParamSquared];
+    }
 #pragma unroll
     for (int c = 0; c < kSums; ++c) {
       if (c < columns.count && columns.sum[c] == sum) {
@@ -334,15 +339,16 @@ Table table_on_device(const Header& header, const std::optional<Tensor>& copy) {
   return Table(header, static_cast<char*>(copy->data_ptr()));
 }
 
-Tensor tensor_stats(const Header& header, const Table& table, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype) {
-  check_columns(header, params, exp_avg_sqs, dtype);
+Tensor tensor_stats(const Header& header, const Table& table, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype,
+                    const std::optional<Tensor>& carried = std::nullopt) {
+  const double* carried_sums = check_columns(header, params, exp_avg_sqs, carried, dtype);
   const torch::stable::accelerator::DeviceGuard guard(header.device);
-  const Columns columns(params, exp_avg_sqs, count_nonzero);
+  const Columns columns(params || carried, exp_avg_sqs || carried, count_nonzero);
   Tensor result = torch::stable::empty({header.tensors, columns.count}, dtype, std::nullopt,
                                        torch::stable::Device(torch::headeronly::DeviceType::CUDA, header.device));
   if (header.chunks != 0) {
     const int wanted = 1 << kGrad | 1 << kMomentum | params << kParam | exp_avg_sqs << kSecondMoment;
-    const StatsOutput output{result.data_ptr(), dtype == ScalarType::Double, columns};
+    const StatsOutput output{result.data_ptr(), dtype == ScalarType::Double, columns, carried_sums};
     const auto kernel = count_nonzero ? tensor_stats_kernel<true> : tensor_stats_kernel<false>;
     kernel<<<header.chunks, kThreads, 0, current_stream(header.device)>>>(table, wanted, output);
     check_cuda(cudaGetLastError(), "tensor_stats");
@@ -363,9 +369,9 @@ void adamw_update_(const Header& header, const Table& table, const Hyperparamete
 }
 
 Tensor launch_tensor_stats(Tensor table, std::optional<Tensor> copy, bool params, bool exp_avg_sqs, bool count_nonzero,
-                           ScalarType dtype) {
+                           ScalarType dtype, std::optional<Tensor> carried) {
   const Header& header = *static_cast<Header*>(table.data_ptr());
-  return tensor_stats(header, table_on_device(header, copy), params, exp_avg_sqs, count_nonzero, dtype);
+  return tensor_stats(header, table_on_device(header, copy), params, exp_avg_sqs, count_nonzero, dtype, carried);
 }
 
 void launch_adamw_update_(Tensor table, std::optional<Tensor> copy, Tensor step_size, Tensor decay_factor, Tensor step,
@@ -375,6 +381,70 @@ void launch_adamw_update_(Tensor table, std::optional<Tensor> copy, Tensor step_
   adamw_update_(header, table_on_device(header, copy),
                 hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, rounding_seed, header),
                 sums_output(new_sums, header));
+}
+
+// ------------------------------------------------------------------------------------------------- on both sides of the encoder
+
+constexpr int kWarp = 32;
+
+// A warp for each group.
+template <typename T>
+__global__ void group_features_kernel(const FeatureColumns columns, const T* statistics, const int64_t width,
+                                      const GroupedTensors grouped, const T* numel, const float* done, const int64_t ahead,
+                                      const double total_steps, const int64_t dim, T* features) {
+  const double progress = training_progress(*done + static_cast<double>(ahead), total_steps);
+  const auto total = [](double x) {
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      x += __shfl_xor_sync(0xffffffffu, x, distance);
+    }
+    return x;
+  };
+  feature_row(columns, statistics, width, grouped, numel, blockIdx.x, progress, threadIdx.x, kWarp, total,
+              features + blockIdx.x * dim);
+}
+
+Tensor group_features(Tensor statistics, Tensor order, Tensor begin, Tensor numel, Tensor constants, bool enhanced, bool v_norm,
+                      bool deviations, int64_t time, Tensor done, int64_t ahead, double total_steps) {
+  const FeatureColumns columns{enhanced, v_norm, deviations, static_cast<int>(time)};
+  check_features(columns, statistics, order, begin, numel, constants, done);
+  const torch::stable::accelerator::DeviceGuard guard(device_of(statistics));
+  const cudaStream_t stream = current_stream(device_of(statistics));
+  Tensor features = torch::stable::clone(constants);
+  const int64_t groups = constants.size(0), dim = constants.size(1);
+  const GroupedTensors grouped{static_cast<const int64_t*>(order.data_ptr()), static_cast<const int64_t*>(begin.data_ptr())};
+  const auto fill = [&](auto zero) {
+    using T = decltype(zero);
+    group_features_kernel<T><<<groups, kWarp, 0, stream>>>(
+        columns, static_cast<const T*>(statistics.data_ptr()), statistics.size(1), grouped, static_cast<const T*>(numel.data_ptr()),
+        static_cast<const float*>(done.data_ptr()), ahead, total_steps, dim, static_cast<T*>(features.data_ptr()));
+  };
+  if (groups != 0) {
+    statistics.scalar_type() == ScalarType::Double ? fill(0.0) : fill(0.0f);
+    check_cuda(cudaGetLastError(), "group_features");
+  }
+  return features;
+}
+
+__global__ void modulation_kernel(const ModulationInput in, double* out) {
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (t < in.tensors) {
+    in.write(t, out);
+  }
+}
+
+Tensor modulation(Tensor scales, Tensor group_of, Tensor lr, Tensor weight_decay, Tensor beta1, Tensor steps,
+                  std::optional<Tensor> go, bool released) {
+  const ModulationInput in = modulation_input(scales, group_of, lr, weight_decay, beta1, steps, go, released);
+  const int64_t device = device_of(scales);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor result = torch::stable::empty({3, in.tensors}, ScalarType::Double, std::nullopt,
+                                       torch::stable::Device(torch::headeronly::DeviceType::CUDA, device));
+  if (in.tensors != 0) {
+    const int64_t blocks = (in.tensors + kThreads - 1) / kThreads;
+    modulation_kernel<<<blocks, kThreads, 0, current_stream(device)>>>(in, static_cast<double*>(result.data_ptr()));
+    check_cuda(cudaGetLastError(), "modulation");
+  }
+  return result;
 }
 
 // A number that tells captures on the current stream of x's device apart; 0 if none is under way.
@@ -442,5 +512,7 @@ STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CUDA, m) {
   m.impl("adamw_update_", TORCH_BOX(&metaadamw::list_adamw_update_));
   m.impl("launch_tensor_stats", TORCH_BOX(&metaadamw::launch_tensor_stats));
   m.impl("launch_adamw_update_", TORCH_BOX(&metaadamw::launch_adamw_update_));
+  m.impl("group_features", TORCH_BOX(&metaadamw::group_features));
+  m.impl("modulation", TORCH_BOX(&metaadamw::modulation));
   m.impl("launch_capture", TORCH_BOX(&metaadamw::launch_capture));
 }

@@ -82,11 +82,18 @@ STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
   m.def("launch_capture(Tensor like) -> int");  // CUDA only
   m.def("launch_set_gradients(Tensor(a!) table, Tensor[] grads) -> int");
   m.def(
-      "launch_tensor_stats(Tensor table, Tensor? copy, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype)"
-      " -> Tensor");
+      "launch_tensor_stats(Tensor table, Tensor? copy, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype,"
+      " Tensor? carried=None) -> Tensor");
   m.def(
       "launch_adamw_update_(Tensor table, Tensor? copy, Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1, Tensor"
       " beta2, Tensor eps, Tensor? grad_scale, Tensor(a!)? new_sums, int? rounding_seed) -> ()");
+  // What stands on both sides of the encoder (policy.h).
+  m.def(
+      "group_features(Tensor statistics, Tensor order, Tensor begin, Tensor numel, Tensor constants, bool enhanced, bool v_norm,"
+      " bool deviations, int time, Tensor done, int ahead, float total_steps) -> Tensor");
+  m.def(
+      "modulation(Tensor scales, Tensor group_of, Tensor lr, Tensor weight_decay, Tensor beta1, Tensor steps, Tensor? go, bool"
+      " released) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CompositeExplicitAutograd, m) {

@@ -26,6 +26,10 @@ struct Columns {
 // The sums that the update makes, of what it finds in g and m and of what it leaves in p and v: all but the counts.
 constexpr int kUpdateSums = kSecondMomentSquared + 1;
 
+// Of these, the ones of what it leaves: they are carried over to the next statistics, which then do not read p and v.
+METAADAMW_INLINE constexpr bool is_carried(int sum) { return sum == kParamSquared || sum == kSecondMomentSquared; }
+constexpr int kCarriedSums = kUpdateSums - kParamSquared;
+
 // Where the update writes its sums, [T, 2] or [T, 5]: Σp², Σv² of what it leaves, and before them Σg², Σg·m, Σm² of what it found.
 struct NewSums {
   double* data;  // null if nobody wants them

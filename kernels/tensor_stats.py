@@ -125,7 +125,14 @@ def tensor_stats_kernel(
             _sum_chunk(table, tensors, chunk, chunks, row, partials, tickets, out, params, squares, counts, element(kinds, i))
 
 
-def tensor_stats(launch: LaunchTable, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype) -> Tensor:
+def tensor_stats(
+    launch: LaunchTable,
+    params: bool,
+    exp_avg_sqs: bool,
+    count_nonzero: bool,
+    dtype: torch.dtype,
+    carried: Tensor | None = None,
+) -> Tensor:
     """Sums per tensor, [T, S]: Σg², Σg·m, Σm², then Σp², Σv² and the non-zeros of g and m where asked for.
 
     Args:
@@ -133,6 +140,7 @@ def tensor_stats(launch: LaunchTable, params: bool, exp_avg_sqs: bool, count_non
         params, exp_avg_sqs: compute their column, and read them.
         count_nonzero: append the two counts.
         dtype: of the result, float32 or float64.
+        carried: float64 [T, 2], the columns Σp² and Σv² where neither is to be read.
 
     A lane adds at most CHUNK / BLOCK products in the type of the arithmetic; everything after that is float64, in a fixed order.
 
@@ -150,4 +158,4 @@ def tensor_stats(launch: LaunchTable, params: bool, exp_avg_sqs: bool, count_non
                 launch.table, launch.tensors, launch.chunks, launch.partials, launch.tickets, out,
                 params, exp_avg_sqs, count_nonzero, launch.kinds, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-    return out
+    return out if carried is None else torch.cat([out[:, :3], carried.to(dtype), out[:, 3:]], dim=1)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .features import training_progress
 from .hyperparameters import check_hyperparameters
 from .lists import MASTER
 from .sharding import laid_out_as
@@ -34,6 +35,9 @@ ELEMENTWISE = (*MOMENTS, MASTER, "momentum_buffer", "square_avg")  # of the shap
 
 def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
     """The content of the ``metaadamw`` key: tensors, numbers, lists and dicts only, for ``torch.load(weights_only=True)``."""
+    lagged = None
+    if optimizer.statistics_mode == "lagged":
+        lagged = [optimizer.lagged_statistics(), training_progress(optimizer.steps_done, optimizer.total_steps)]
     return {
         "steps_done": optimizer.steps_done,
         SKIPPED: optimizer.skipped_steps,
@@ -43,7 +47,7 @@ def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
         # Contiguous, and on one device: torch.distributed.checkpoint broadcasts the memory of tensors, and from one device only.
         "generator": optimizer.encoder.generator.get_state().to(optimizer._scales.device),
         "scales": optimizer._scales.contiguous(),
-        "lagged": [optimizer.lagged_statistics(), float(optimizer._progress(0))] if optimizer.statistics_mode == "lagged" else None,
+        "lagged": lagged,
     }
 
 

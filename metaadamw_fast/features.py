@@ -64,7 +64,17 @@ class FeatureConfig:
         """How many leading columns are statistics (neither t, nor padding, nor embedding)."""
         if self.enhanced:
             return 9
-        return (4 + self.v_norm) * (2 if self.version.endswith("plus") else 1)
+        return (4 + self.v_norm) * (1 + self.deviations)
+
+    @property
+    def deviations(self) -> bool:
+        """Whether standard deviations stand behind the means."""
+        return self.version.endswith("plus")
+
+    @property
+    def time_column(self) -> int | None:
+        """Where the training progress stands."""
+        return self.statistic_columns if self.time_step else None
 
     @property
     def standardized_columns(self) -> int:
@@ -90,14 +100,15 @@ class FeatureConfig:
 class FeatureTable:
     """What the features of a fixed set of groups need besides the statistics, all on one device.
 
-    ``order`` [T] lists the tensors group by group, ``lengths`` [G] the tensors in each group, ``group_of`` [T] the group of each
-    tensor in that order. ``template`` [G, D] is a row's constant part, ``numel`` [T, 1] (in that order) the tensors' sizes.
+    ``order`` [T] lists the tensors group by group, ``lengths`` [G] the tensors in each group, ``begin`` [G + 1] where each begins
+    in that order and where the last ends, ``group_of`` [T] the group of each tensor in that order. ``template`` [G, D] is a row's constant part, ``numel`` [T, 1] (in that order) the tensors' sizes.
     ``norm_columns`` are the columns of the statistics under a square root.
     """
 
     config: FeatureConfig
     order: Tensor
     lengths: Tensor
+    begin: Tensor
     group_of: Tensor
     template: Tensor
     numel: Tensor
@@ -133,6 +144,7 @@ def feature_table(
         config,
         order.to(device),
         lengths.to(device),
+        torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device),
         ids[order].to(device),
         template.to(like),
         numel[order, None].to(like),
@@ -198,11 +210,11 @@ def group_features(statistics: Tensor, table: FeatureTable, t: float | Tensor) -
         means = _group_mean(values, table)
         width = means.shape[1]
         out[:, :width] = means
-        if config.version.endswith("plus"):
+        if config.deviations:
             deviations = values - means.index_select(0, table.group_of)
             out[:, width : 2 * width] = _group_mean(deviations.square_(), table).sqrt_()
-    if config.time_step:
-        out[:, config.statistic_columns] = t
+    if config.time_column is not None:
+        out[:, config.time_column] = t
     return out
 
 

@@ -131,10 +131,15 @@ class CppLaunch:
     def _copy(self) -> Tensor | None:
         return None if self._device_copy is None else self._device_copy.current()
 
-    def tensor_stats(self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype) -> Tensor:
-        """Sums [T, S], as :func:`metaadamw_fast.ops.tensor_stats`; columns that are not asked for are not read."""
+    def tensor_stats(
+        self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype, carried: Tensor | None = None
+    ) -> Tensor:
+        """Sums [T, S], as :func:`metaadamw_fast.ops.tensor_stats`; columns that are not asked for are not read.
+
+        ``carried``, float64 [T, 2], are the columns Σp² and Σv² of a call that asks for neither.
+        """
         op = torch.ops.metaadamw_fast.launch_tensor_stats.default
-        statistics: Tensor = op(self._table, self._copy(), params, exp_avg_sqs, count_nonzero, dtype)
+        statistics: Tensor = op(self._table, self._copy(), params, exp_avg_sqs, count_nonzero, dtype, carried)
         return statistics
 
     def adamw_update_(
@@ -197,7 +202,9 @@ class ReferenceLaunch:
         check_distinct(*lists)
         self._grads = grads
 
-    def tensor_stats(self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype) -> Tensor:
+    def tensor_stats(
+        self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype, carried: Tensor | None = None
+    ) -> Tensor:
         """As :meth:`CppLaunch.tensor_stats`."""
         if (params and self._params is None) or (exp_avg_sqs and self._exp_avg_sqs is None):
             raise RuntimeError("the launch was made without the lists of these columns")
@@ -205,7 +212,8 @@ class ReferenceLaunch:
         lists = (self._grads, self._exp_avgs, self._params, self._exp_avg_sqs)
         rows = zip(*(x for x in lists if x is not None), strict=True)
         arithmetic = [reference.arithmetic_dtype(*row) for row in rows]  # also of the columns that are not read now
-        return reference.tensor_stats(self._grads, self._exp_avgs, *chosen, count_nonzero, dtype, arithmetic)
+        read = reference.tensor_stats(self._grads, self._exp_avgs, *chosen, count_nonzero, dtype, arithmetic)
+        return reference.beside(read, carried)
 
     def adamw_update_(
         self,

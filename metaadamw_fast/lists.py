@@ -170,11 +170,6 @@ class StateLists:
             present = sync.upload([[float(g is not None) for g in grads] + [1.0]], self._counts.dtype, self.device)
             self._present = (absent, present[0])
 
-    def next_steps(self, go: Tensor | bool = True) -> Tensor:
-        """Step counts of the step that comes now, [T] float64; nothing is counted yet. All are 0 if ``go``, 0-dim, is False."""
-        steps = self.steps.double() + 1
-        return steps if go is True else steps * go
-
     def after_update(self, go: Tensor | bool = True) -> None:
         """Counts the step of the tensors that have a gradient, and marks them written; counts nothing if ``go`` is False."""
         present: Tensor | int = 1 if self._present is None else self._present[1]

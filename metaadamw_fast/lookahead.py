@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .features import of_scaled_gradient, training_progress
+from .features import of_scaled_gradient
 from .hyperparameters import Hyperparameters
 from .lists import StateLists
 from .optimizer import MetaAdamW
@@ -99,12 +99,12 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None]) -> LookAhead:
         _, statistics = opt._measure(lists)
         grad_scale, _ = opt._gradient_factor(sign, None, statistics)
         statistics = of_scaled_gradient(statistics, grad_scale)
-        step = lists.next_steps() - (1 if released else 0)
+        step = lists.steps.double() + (0 if released else 1)
         if released:
             directions = _stored_directions(lists, step, hyper)
         else:
             directions = _next_directions(lists, g1, step, hyper, grad_scale)
-    _, scales = opt._encode(statistics, training_progress(opt.steps_done + (not released), opt.total_steps))
+    _, scales = opt._encode(statistics, 0 if released else 1)
     return LookAhead(
         scales=scales,
         clip=1.0 if grad_scale is None else grad_scale[0].to(scales.dtype),

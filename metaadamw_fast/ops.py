@@ -7,6 +7,7 @@ list to list. float64 tensors are computed in float64, all others in float32.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import HYPERPARAMETERS, check_stats, check_update
+from .features import FeatureTable
 from .launch import CppLaunch, ReferenceLaunch
 
 Tensors = Iterable[Tensor]
@@ -61,7 +63,19 @@ class CppBackend:
     if _NO_EXTENSION is None:
         tensor_stats = staticmethod(torch.ops.metaadamw_fast.tensor_stats.default)
         adamw_update_ = staticmethod(torch.ops.metaadamw_fast.adamw_update_.default)
+        modulation = staticmethod(torch.ops.metaadamw_fast.modulation.default)
         launch = CppLaunch
+
+    @staticmethod
+    def group_features(statistics: Tensor, table: FeatureTable, done: Tensor, ahead: int, total_steps: int | None) -> Tensor:
+        """As :func:`metaadamw_fast.reference.group_features`; the means are accumulated in float64."""
+        config = table.config
+        time = -1 if config.time_column is None else config.time_column
+        features: Tensor = torch.ops.metaadamw_fast.group_features.default(
+            statistics, table.order, table.begin, table.numel, table.template,
+            config.enhanced, config.v_norm, config.deviations, time, done, ahead, total_steps or 0.0,
+        )  # fmt: skip
+        return features
 
 
 class ReferenceBackend:
@@ -70,12 +84,19 @@ class ReferenceBackend:
     name = "reference"
     tensor_stats = staticmethod(reference.tensor_stats)
     adamw_update_ = staticmethod(reference.adamw_update_)
+    group_features = staticmethod(reference.group_features)
+    modulation = staticmethod(reference.modulation)
     launch = ReferenceLaunch
 
 
+@functools.cache
 def _triton_backend() -> Any:
-    """The Triton ops. Imported when they are asked for: importing Triton takes a good part of a second."""
-    return importlib.import_module("metaadamw_fast.kernels.launch").TritonBackend
+    """The Triton ops; what is no op on elements stays in eager PyTorch.
+
+    Imported when they are asked for: importing Triton takes a good part of a second.
+    """
+    kernels = importlib.import_module("metaadamw_fast.kernels.launch").TritonBackend
+    return type("TritonBackend", (kernels, ReferenceBackend), {})
 
 
 def _unavailable(name: str, device: torch.device) -> str | None:

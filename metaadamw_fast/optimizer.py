@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from . import checkpoint, sync
 from . import grouping as grouping_
 from .encoder import EncoderConfig, GroupEncoder
-from .features import FeatureConfig, FeatureTable, feature_table, group_features, of_scaled_gradient, training_progress
+from .features import FeatureConfig, FeatureTable, feature_table, of_scaled_gradient
 from .hyperparameters import Hyperparameters, HyperparameterTable, check_hyperparameters
 from .lists import StateLists
 from .ops import resolve_backend
@@ -335,7 +335,7 @@ class MetaAdamW(Optimizer):
         lists.take_up_copies()
         features, scales, grad_norm = self._features, self._scales, None
         if self.statistics_mode == "lagged" and self._lagged is not None:
-            features, scales = self._encode(self._lagged, self._progress(0))
+            features, scales = self._encode(self._lagged, 0)
             features = torch.where(self._lagged[0, 0] == _NO_SUM, self._features, features)
         if go is True and self._one_pass(lists):
             grad_scale, _ = self._gradient_factor(hyper.sign, loss_scale)
@@ -352,7 +352,7 @@ class MetaAdamW(Optimizer):
                     return loss
             statistics = of_scaled_gradient(statistics, grad_scale)
             if self.statistics_mode == "exact":
-                features, scales = self._encode(statistics, self._progress(1))
+                features, scales = self._encode(statistics, 1)
             self._update(lists, hyper, scales, grad_scale, lists.new_sums(sums, go), go)
         lists.warm = True
         self._publish(go, _features=features, _scales=scales, _statistics=statistics)
@@ -398,12 +398,6 @@ class MetaAdamW(Optimizer):
                     " Call backward() before, or requires_grad_(False) if it is not to be trained"
                 )
 
-    def _progress(self, ahead: int) -> float | Tensor:
-        """The t column when ``ahead`` more steps will have been taken. The host does not wait for a device to know."""
-        if sync.readable(self._done):
-            return training_progress(self._done.item() + ahead, self.total_steps)
-        return training_progress(self._done.double() + ahead, self.total_steps)
-
     def _publish(self, go: Tensor | bool, **tensors: Tensor) -> None:
         """What can be read of the step, unless it did not count. Where a graph may be replayed, in the tensors that are there."""
         in_place = any(group["capturable"] for group in self.param_groups)
@@ -440,9 +434,7 @@ class MetaAdamW(Optimizer):
         if carried is None:
             sums = lists.launch.tensor_stats(True, True, counts, dtype)
         else:
-            read = lists.launch.tensor_stats(False, False, counts, dtype)
-            carried = carried.to(dtype)
-            sums = torch.cat([read[:, :3], carried, read[:, 3:]] if counts else [read, carried], dim=1)
+            sums = lists.launch.tensor_stats(False, False, counts, dtype, carried)
         return sums, self._rank_sums(sums).to(wanted)
 
     def _gradient_factor(
@@ -468,13 +460,14 @@ class MetaAdamW(Optimizer):
             return sign, norm
         return (factor.expand(len(self._members)) if sign is None else sign * factor).contiguous(), norm
 
-    def _encode(self, statistics: Tensor, t: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Features [G, D] and scales [4, G]; with their graph if gradients are enabled."""
+    def _encode(self, statistics: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
+        """Features [G, D] and scales [4, G] when ``ahead`` more steps are taken; with their graph if gradients are enabled."""
         if self._table is None or self._table.template.dtype != statistics.dtype:
             self._table = feature_table(
                 self._members, self._group_ids, len(self.groups), self.encoder.features, self.encoder.dim, statistics
             )
-        features = self.encoder.embed(group_features(statistics, self._table, t))
+        features = self._backend.group_features(statistics, self._table, self._done, ahead, self.total_steps)
+        features = self.encoder.embed(features)
         return features, self.encoder(features)
 
     def _update(
@@ -487,14 +480,12 @@ class MetaAdamW(Optimizer):
         go: Tensor | bool,
     ) -> None:
         """The update with these scales [4, G]: step size lr·lr_scale, decay 1 - lr·lr_scale·wd_scale·λ."""
-        lr_scale, wd_scale, *_ = scales.index_select(1, self._group_of).double().unbind()
-        step = lists.next_steps(go)
-        size = hyper.lr * lr_scale
-        decay = size * wd_scale * hyper.weight_decay
-        if self.variant == "released":
-            decay = decay / (1 - hyper.beta1**step)
+        per_tensor = self._backend.modulation(
+            scales, self._group_of, hyper.lr, hyper.weight_decay, hyper.beta1, lists.steps,
+            go if isinstance(go, Tensor) else None, self.variant == "released",
+        )  # fmt: skip
         betas = hyper.beta1, hyper.beta2
-        lists.launch.adamw_update_(size, 1 - decay, step, *betas, hyper.eps, grad_scale, new_sums, self._rounding_seed)
+        lists.launch.adamw_update_(*per_tensor.unbind(), *betas, hyper.eps, grad_scale, new_sums, self._rounding_seed)
         lists.after_update(go)
         if any(group["capturable"] for group in self.param_groups):
             lists.carry(False)  # a replay would not notice writes of others, nor the host a replay

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import rounding
+from . import features, rounding, sync
 from .checks import check_distinct, check_stats, check_update, update_lists
 
 Tensors = Sequence[Tensor]
@@ -50,6 +50,55 @@ def tensor_stats(
 
 def _sum(x: Tensor) -> Tensor:
     return x.sum(dtype=torch.float64)
+
+
+def beside(read: Tensor, carried: Tensor | None) -> Tensor:
+    """Sums [T, 3 or 5] that were read, with the columns Σp², Σv² ``carried`` from elsewhere, float64 [T, 2], in their place."""
+    return read if carried is None else torch.cat([read[:, :3], carried.to(read.dtype), read[:, 3:]], dim=1)
+
+
+def group_features(statistics: Tensor, table: features.FeatureTable, done: Tensor, ahead: int, total_steps: int | None) -> Tensor:
+    """Features [G, D] when ``ahead`` more steps than ``done`` (0-dim) are taken; see :func:`metaadamw_fast.features.group_features`.
+
+    The host does not wait for a device to know how many are done.
+    """
+    step = done.item() + ahead if sync.readable(done) else done.double() + ahead
+    return features.group_features(statistics, table, features.training_progress(step, total_steps))
+
+
+def modulation(
+    scales: Tensor,
+    group_of: Tensor,
+    lr: Tensor,
+    weight_decay: Tensor,
+    beta1: Tensor,
+    steps: Tensor,
+    go: Tensor | None,
+    released: bool,
+) -> Tensor:
+    """What the update takes of each tensor, from the scales of its group: algorithm 1, lines of the parameter.
+
+    Args:
+        scales: [4, G], of which lr_scale and wd_scale are used.
+        group_of: int64 [T].
+        lr, weight_decay, beta1: float64 [T].
+        steps: float32 [T], the step counts so far.
+        go: 0-dim bool, whether this step counts; None if it does.
+        released: divide the decay, too, by the bias correction 1 - beta1^k, as the authors' code.
+
+    Returns:
+        float64 [3, T]: step size lr·lr_scale, decay factor 1 - lr·lr_scale·wd_scale·λ, and step count, 0 for a step that does not
+        count.
+    """
+    lr_scale, wd_scale, *_ = scales.index_select(1, group_of).double().unbind()
+    step = steps.double() + 1
+    if go is not None:
+        step = step * go
+    step_size = lr * lr_scale
+    decay = step_size * wd_scale * weight_decay
+    if released:
+        decay = decay / (1 - beta1**step)
+    return torch.stack([step_size, 1 - decay, step])
 
 
 def adamw_update_(

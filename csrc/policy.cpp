@@ -1,0 +1,46 @@
+// Features and modulation on the CPU. There are as many rows as groups and tensors: a loop, not a parallel one.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "policy_checks.h"
+
+namespace metaadamw {
+namespace {
+
+Tensor group_features(Tensor statistics, Tensor order, Tensor begin, Tensor numel, Tensor constants, bool enhanced, bool v_norm,
+                      bool deviations, int64_t time, Tensor done, int64_t ahead, double total_steps) {
+  const FeatureColumns columns{enhanced, v_norm, deviations, static_cast<int>(time)};
+  check_features(columns, statistics, order, begin, numel, constants, done);
+  const double progress = training_progress(*static_cast<const float*>(done.data_ptr()) + ahead, total_steps);
+  Tensor features = torch::stable::clone(constants);
+  const GroupedTensors grouped{static_cast<const int64_t*>(order.data_ptr()), static_cast<const int64_t*>(begin.data_ptr())};
+  const auto fill = [&](auto zero) {
+    using T = decltype(zero);
+    const auto alone = [](double x) { return x; };
+    for (int64_t g = 0; g < constants.size(0); ++g) {
+      feature_row(columns, static_cast<const T*>(statistics.data_ptr()), statistics.size(1), grouped,
+                  static_cast<const T*>(numel.data_ptr()), g, progress, 0, 1, alone,
+                  static_cast<T*>(features.data_ptr()) + g * constants.size(1));
+    }
+  };
+  statistics.scalar_type() == ScalarType::Double ? fill(0.0) : fill(0.0f);
+  return features;
+}
+
+Tensor modulation(Tensor scales, Tensor group_of, Tensor lr, Tensor weight_decay, Tensor beta1, Tensor steps,
+                  std::optional<Tensor> go, bool released) {
+  const ModulationInput in = modulation_input(scales, group_of, lr, weight_decay, beta1, steps, go, released);
+  Tensor result = torch::stable::empty({3, in.tensors}, ScalarType::Double);
+  for (int64_t t = 0; t < in.tensors; ++t) {
+    in.write(t, static_cast<double*>(result.data_ptr()));
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace metaadamw
+
+STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CPU, m) {
+  m.impl("group_features", TORCH_BOX(&metaadamw::group_features));
+  m.impl("modulation", TORCH_BOX(&metaadamw::modulation));
+}

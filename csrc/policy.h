@@ -1,0 +1,125 @@
+// What stands on both sides of the encoder: the features of groups from the statistics of tensors, and what the update takes of
+// each tensor from the scales of groups. metaadamw_fast/features.py and reference.py say the same in PyTorch; MetaAdamW section 3.2
+// and algorithm 1. No torch types: compiled by the host compiler and by nvcc.
+#pragma once
+
+#include "sums.h"
+
+namespace metaadamw {
+
+constexpr int kMaxValues = 5;
+constexpr double kNormFloor = 1e-8;  // below it a norm counts as this in a cosine
+
+// Which features a row has.
+struct FeatureColumns {
+  bool enhanced;
+  bool v_norm;
+  bool deviations;  // behind the means
+  int time;         // the column of the training progress, -1 for none
+
+  METAADAMW_INLINE int values() const { return enhanced ? 4 : 4 + v_norm; }
+};
+
+// The tensors of all groups, group after group.
+struct GroupedTensors {
+  const int64_t* tensor;  // [T] their rows in the statistics
+  const int64_t* begin;   // [G + 1] where each group begins in `tensor`
+};
+
+// A NaN stays one.
+template <typename T>
+METAADAMW_INLINE T at_least(T x, T floor) {
+  return x < floor ? floor : x;
+}
+
+// What is averaged over the tensors of a group.
+template <typename T>
+METAADAMW_INLINE void tensor_values(const FeatureColumns& columns, const T* sums, T numel, T (&x)[kMaxValues]) {
+  x[0] = std::sqrt(sums[kGradSquared]);
+  x[1] = std::sqrt(sums[kMomentumSquared]);
+  if (columns.enhanced) {
+    const T count = at_least(numel, T(1));  // an empty tensor has no zeros
+    x[2] = (numel - sums[kGradNonzero]) / count;
+    x[3] = (numel - sums[kMomentumNonzero]) / count;
+  } else {
+    const T floor = static_cast<T>(kNormFloor);
+    x[2] = std::sqrt(sums[kParamSquared]);
+    x[3] = sums[kGradMomentum] / (at_least(x[0], floor) * at_least(x[1], floor));
+    x[4] = columns.v_norm ? std::sqrt(sums[kSecondMomentSquared]) : T(0);
+  }
+}
+
+// s/total_steps if that is known (not 0), else 2*sigmoid(s/1000) - 1; `step` is 1 in the first step.
+METAADAMW_INLINE double training_progress(double step, double total_steps) {
+  return total_steps > 0.0 ? step / total_steps : 2.0 / (1.0 + std::exp(-step / 1000.0)) - 1.0;
+}
+
+// Fills in a row of features that holds its constants. `lanes` threads share the work; total(x) is the sum of their x, in all of
+// them, and the first one writes.
+template <typename T, typename Total>
+METAADAMW_INLINE void feature_row(const FeatureColumns& columns, const T* statistics, int64_t width, const GroupedTensors& grouped,
+                                  const T* numel, int64_t group, double progress, int lane, int lanes, const Total& total, T* row) {
+  const int64_t begin = grouped.begin[group], end = grouped.begin[group + 1];
+  const double count = static_cast<double>(end - begin);
+  double mean[kMaxValues] = {}, variance[kMaxValues] = {};
+  for (int64_t i = begin + lane; i < end; i += lanes) {
+    T x[kMaxValues] = {};
+    tensor_values(columns, statistics + grouped.tensor[i] * width, numel[i], x);
+    for (int k = 0; k < kMaxValues; ++k) {
+      mean[k] += x[k];
+    }
+  }
+  for (int k = 0; k < kMaxValues; ++k) {
+    mean[k] = total(mean[k]) / count;
+  }
+  if (columns.enhanced || columns.deviations) {
+    for (int64_t i = begin + lane; i < end; i += lanes) {
+      T x[kMaxValues] = {};
+      tensor_values(columns, statistics + grouped.tensor[i] * width, numel[i], x);
+      for (int k = 0; k < kMaxValues; ++k) {
+        variance[k] += (x[k] - mean[k]) * (x[k] - mean[k]);
+      }
+    }
+    for (int k = 0; k < kMaxValues; ++k) {
+      variance[k] = total(variance[k]) / count;
+    }
+  }
+  if (lane != 0) {
+    return;
+  }
+  if (columns.enhanced) {
+    const double x[6] = {mean[0], variance[0], mean[1], variance[1], mean[2], mean[3]};
+    for (int k = 0; k < 6; ++k) {
+      row[k] = static_cast<T>(x[k]);
+    }
+  } else {
+    const int values = columns.values();
+    for (int k = 0; k < values; ++k) {
+      row[k] = static_cast<T>(mean[k]);
+      if (columns.deviations) row[values + k] = static_cast<T>(std::sqrt(variance[k]));
+    }
+  }
+  if (columns.time >= 0) {
+    row[columns.time] = static_cast<T>(progress);
+  }
+}
+
+// What the update takes of one tensor, of its group's scales; float64.
+struct Modulation {
+  double step_size;
+  double decay_factor;
+  double step;
+};
+
+// `released`: the authors' code divides the decay, too, by the bias correction.
+METAADAMW_INLINE Modulation modulate(double lr, double weight_decay, double beta1, double lr_scale, double wd_scale, double step,
+                                     bool released) {
+  const double step_size = lr * lr_scale;
+  double decay = step_size * wd_scale * weight_decay;
+  if (released) {
+    decay = decay / (1.0 - integer_power(beta1, step));
+  }
+  return {step_size, 1.0 - decay, step};
+}
+
+}  // namespace metaadamw

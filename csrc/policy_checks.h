@@ -1,0 +1,92 @@
+// The arguments of the ops around the encoder (policy.h), checked. They come from the optimizer, so the messages are for its
+// authors.
+#pragma once
+
+#include "checks.h"
+#include "policy.h"
+
+namespace metaadamw {
+
+inline void check_vector(const Tensor& x, const char* name, ScalarType dtype, int64_t length, const Tensor& like) {
+  METAADAMW_CHECK(x.scalar_type() == dtype && x.numel() == length && x.is_contiguous() && device_of(x) == device_of(like), name,
+                  " must have ", length, " contiguous elements of dtype ", torch::headeronly::toString(dtype), " on ",
+                  device_name(device_of(like)));
+}
+
+inline void check_features(const FeatureColumns& columns, const Tensor& statistics, const Tensor& order, const Tensor& begin,
+                           const Tensor& numel, const Tensor& constants, const Tensor& done) {
+  const ScalarType dtype = statistics.scalar_type();
+  METAADAMW_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, "statistics are float32 or float64, not ",
+                  torch::headeronly::toString(dtype));
+  METAADAMW_CHECK(statistics.dim() == 2 && statistics.size(1) == (columns.enhanced ? kSums : kUpdateSums) && constants.dim() == 2,
+                  "statistics must be [T, ", columns.enhanced ? kSums : kUpdateSums, "] and constants [G, D]");
+  const int64_t statistic_columns = columns.enhanced ? 9 : columns.values() * (1 + columns.deviations);
+  METAADAMW_CHECK(constants.size(1) >= statistic_columns && columns.time < constants.size(1), "constants have ", constants.size(1),
+                  " columns, too few for the features");
+  check_vector(statistics, "statistics", dtype, statistics.numel(), statistics);
+  check_vector(constants, "constants", dtype, constants.numel(), statistics);
+  check_vector(numel, "numel", dtype, statistics.size(0), statistics);
+  check_vector(order, "order", ScalarType::Long, statistics.size(0), statistics);
+  check_vector(begin, "begin", ScalarType::Long, constants.size(0) + 1, statistics);
+  check_vector(done, "done", ScalarType::Float, 1, statistics);
+}
+
+// The arguments of `modulation`, on the host or on a device.
+struct ModulationInput {
+  int64_t tensors;
+  const void* scales;  // [4, G], of which the rows lr_scale and wd_scale are used
+  bool is_double;
+  int64_t row_stride;
+  int64_t group_stride;
+  const int64_t* group_of;
+  const double* lr;
+  const double* weight_decay;
+  const double* beta1;
+  const float* steps;  // done so far
+  const bool* go;      // null: this step counts
+  bool released;
+
+  METAADAMW_INLINE double scale(int row, int64_t t) const {
+    const int64_t at = row * row_stride + group_of[t] * group_stride;
+    return is_double ? static_cast<const double*>(scales)[at] : static_cast<const float*>(scales)[at];
+  }
+
+  // Column t of [3, T]: step size, decay factor, step count.
+  METAADAMW_INLINE void write(int64_t t, double* out) const {
+    const double step = go == nullptr || *go ? static_cast<double>(steps[t]) + 1.0 : 0.0;
+    const Modulation x = modulate(lr[t], weight_decay[t], beta1[t], scale(0, t), scale(1, t), step, released);
+    out[t] = x.step_size;
+    out[tensors + t] = x.decay_factor;
+    out[2 * tensors + t] = x.step;
+  }
+};
+
+inline ModulationInput modulation_input(const Tensor& scales, const Tensor& group_of, const Tensor& lr, const Tensor& weight_decay,
+                                        const Tensor& beta1, const Tensor& steps, const std::optional<Tensor>& go, bool released) {
+  const ScalarType dtype = scales.scalar_type();
+  METAADAMW_CHECK((dtype == ScalarType::Double || dtype == ScalarType::Float) && scales.dim() == 2 && scales.size(0) == 4,
+                  "scales must be [4, G], float32 or float64");
+  const int64_t tensors = group_of.numel();
+  check_vector(group_of, "group_of", ScalarType::Long, tensors, scales);
+  check_vector(lr, "lr", ScalarType::Double, tensors, scales);
+  check_vector(weight_decay, "weight_decay", ScalarType::Double, tensors, scales);
+  check_vector(beta1, "beta1", ScalarType::Double, tensors, scales);
+  check_vector(steps, "steps", ScalarType::Float, tensors, scales);
+  if (go) {
+    check_vector(*go, "go", ScalarType::Bool, 1, scales);
+  }
+  return {tensors,
+          scales.data_ptr(),
+          dtype == ScalarType::Double,
+          scales.stride(0),
+          scales.stride(1),
+          static_cast<const int64_t*>(group_of.data_ptr()),
+          static_cast<const double*>(lr.data_ptr()),
+          static_cast<const double*>(weight_decay.data_ptr()),
+          static_cast<const double*>(beta1.data_ptr()),
+          static_cast<const float*>(steps.data_ptr()),
+          go ? static_cast<const bool*>(go->data_ptr()) : nullptr,
+          released};
+}
+
+}  // namespace metaadamw
