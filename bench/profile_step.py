@@ -22,16 +22,15 @@ from bench.timing import interleaved
 
 def phases(optimizer: Any) -> dict[str, tuple[Any, str]]:
     """The parts of a step, none inside another: label, then the object and the attribute that is called."""
-    from metaadamw_fast import optimizer as module
-
     lists = optimizer._lists
     return {
         "stale": (lists, "stale"),
         "set_gradients": (lists, "set_gradients"),
         "tensor_stats": (lists.launch, "tensor_stats"),
         "hyper-parameters": (optimizer._hyperparameters, "update"),
-        "group_features": (module, "group_features"),
+        "group_features": (optimizer._backend, "group_features"),
         "encoder": (optimizer.encoder, "forward"),
+        "modulation": (optimizer._backend, "modulation"),
         "adamw_update_": (lists.launch, "adamw_update_"),
         "after_update": (lists, "after_update"),
     }
@@ -76,6 +75,7 @@ def main() -> None:
         for label, seconds in spent.items():
             samples[label].append(seconds)
         samples["rest"].append(total - sum(spent.values()))
+        samples["all but the encoder"].append(total - spent["encoder"])
         samples["whole step"].append(total)
 
     times = interleaved({"fused": fused.step, "ours": step}, seconds=options.seconds, max_rounds=4_000)

@@ -77,10 +77,18 @@ METAADAMW_INLINE double integer_power(double base, double exponent) {
   return result;
 }
 
+// What makes up for the moments' start at zero; equal for all tensors of equal betas and step count.
+struct BiasCorrections {
+  double first;                // 1 - beta1^k
+  double inverse_sqrt_second;  // 1 / sqrt(1 - beta2^k)
+};
+
+METAADAMW_INLINE BiasCorrections bias_corrections(double beta1, double beta2, double step) {
+  return {1.0 - integer_power(beta1, step), 1.0 / std::sqrt(1.0 - integer_power(beta2, step))};
+}
+
 template <typename T>
-METAADAMW_INLINE Scalars<T> fold(const Hyperparameters& h) {
-  const double bias_correction1 = 1.0 - integer_power(h.beta1, h.step);
-  const double bias_correction2 = 1.0 - integer_power(h.beta2, h.step);
+METAADAMW_INLINE Scalars<T> fold(const Hyperparameters& h, const BiasCorrections& corrections) {
   Scalars<T> s;
   s.grad_scale = static_cast<T>(h.grad_scale);
   // beta1*m + (1-beta1)*g as an interpolation from the heavier end: rounding beta1 itself to float32 would bias the momentum
@@ -89,9 +97,9 @@ METAADAMW_INLINE Scalars<T> fold(const Hyperparameters& h) {
   s.momentum_weight = static_cast<T>(s.lerp_from_grad ? h.beta1 : 1.0 - h.beta1);
   s.beta2 = static_cast<T>(h.beta2);
   s.beta2_complement = static_cast<T>(1.0 - h.beta2);  // in float64: 1 - float32(0.999) is off by 1e-5
-  s.step_size = static_cast<T>(h.step_size / bias_correction1);
+  s.step_size = static_cast<T>(h.step_size / corrections.first);
   s.decay_factor = static_cast<T>(h.decay_factor);
-  s.inverse_sqrt_bias_correction2 = static_cast<T>(1.0 / std::sqrt(bias_correction2));
+  s.inverse_sqrt_bias_correction2 = static_cast<T>(corrections.inverse_sqrt_second);
   s.eps = static_cast<T>(h.eps);
   return s;
 }

@@ -38,9 +38,11 @@ void for_each_chunk(const Table& table, const F& f) {
   torch::stable::parallel_for(0, elements == 0 ? 0 : shares, 1, [&](int64_t first_share, int64_t last_share) {
     const int64_t begin = first_of_share(first_share);
     const int64_t end = last_share == shares ? table.chunks : first_of_share(last_share);
+    int64_t t = begin == end ? 0 : tensor_of_chunk(table.first_chunk, table.tensors, order == Order::kForward ? begin : end - 1);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t chunk = order == Order::kForward ? i : begin + end - 1 - i;
-      const int64_t t = tensor_of_chunk(table.first_chunk, table.tensors, chunk);
+      while (chunk >= table.first_chunk[t + 1]) ++t;  // every tensor has a chunk: at most one of the two goes on by one
+      while (chunk < table.first_chunk[t]) --t;
       const int64_t first = (chunk - table.first_chunk[t]) * kChunk;
       f(table.rows[t], t, chunk, first, std::min(kChunk, table.rows[t].numel - first));
     }
@@ -322,9 +324,10 @@ struct RoundingKeys {
 
 // Adds the sums of g and m as they were and of p and v as they were stored to `totals`, from sum `first_sum` on.
 template <typename T>
-void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperparameters& hyperparameters, const RoundingKeys& keys,
-                  int64_t first, int64_t count, int first_sum, double* totals) {
-  const Scalars<T> scalars = fold<T>(hyperparameters);
+void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperparameters& hyperparameters,
+                  const BiasCorrections& corrections, const RoundingKeys& keys, int64_t first, int64_t count, int first_sum,
+                  double* totals) {
+  const Scalars<T> scalars = fold<T>(hyperparameters, corrections);
   T buffers[kOperands][kBlock];
   T* x[kOperands];
   const bool amsgrad = operands[kMaximum].data != nullptr;
@@ -356,7 +359,18 @@ void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperpar
   }
 }
 
+// Of every tensor. Most are those of the tensor before: a power and a root are much for a tensor of a few elements.
+std::vector<BiasCorrections> all_bias_corrections(const HyperparameterVectors& x, int64_t tensors) {
+  std::vector<BiasCorrections> all(tensors);
+  for (int64_t t = 0; t < tensors; ++t) {
+    const bool same = t > 0 && x.beta1[t] == x.beta1[t - 1] && x.beta2[t] == x.beta2[t - 1] && x.step[t] == x.step[t - 1];
+    all[t] = same ? all[t - 1] : bias_corrections(x.beta1[t], x.beta2[t], x.step[t]);
+  }
+  return all;
+}
+
 void adamw_update_(const Table& table, const HyperparameterVectors& hyperparameters, const NewSums& new_sums) {
+  const std::vector<BiasCorrections> corrections = all_bias_corrections(hyperparameters, table.tensors);
   std::vector<std::array<double, kSums>> partials(new_sums.data != nullptr ? table.chunks : 0, std::array<double, kSums>{});
   for_each_chunk<Order::kBackward>(table, [&](const Row& row, int64_t t, int64_t chunk, int64_t first, int64_t count) {
     if (row.lacks_gradient() || hyperparameters.skips(t)) {
@@ -366,7 +380,7 @@ void adamw_update_(const Table& table, const HyperparameterVectors& hyperparamet
     const std::array<Operand, kOperands> operands{Operand(table, row, 0), Operand(table, row, 1), Operand(table, row, 2),
                                                   Operand(table, row, 3), Operand(table, row, 4)};
     double* totals = new_sums.data != nullptr ? partials[chunk].data() : nullptr;
-    (row.is_double ? update_chunk<double> : update_chunk<float>)(operands, hyperparameters[t],
+    (row.is_double ? update_chunk<double> : update_chunk<float>)(operands, hyperparameters[t], corrections[t],
                                                                  RoundingKeys(hyperparameters, t, first), first, count,
                                                                  new_sums.first(), totals);
   });

@@ -272,7 +272,8 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
   __shared__ Scalars<T> scalars;
   __shared__ uint32_t keys[kOperands];
   if (threadIdx.x == 0) {
-    scalars = fold<T>(hyperparameters[work.chunk.tensor]);
+    const Hyperparameters h = hyperparameters[work.chunk.tensor];
+    scalars = fold<T>(h, bias_corrections(h.beta1, h.beta2, h.step));
   }
   if (stochastic && threadIdx.x < kOperands) {
     const int64_t t = work.chunk.tensor;

@@ -101,13 +101,39 @@ STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CompositeExplicitAutograd, m) {
   m.impl("launch_set_gradients", TORCH_BOX(&metaadamw::launch_set_gradients));
 }
 
+// Whether lists and the values of dicts are, one after the other, the very objects of `found`. An optimizer asks it of all its
+// parameters and states in every step: in Python it takes ten times as long.
+static PyObject* same_objects(PyObject*, PyObject* args) {
+  PyObject *containers, *found;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &containers, &PyList_Type, &found)) {
+    return nullptr;
+  }
+  const Py_ssize_t count = PyList_Size(found);
+  Py_ssize_t next = 0;
+  const auto is_next = [&](PyObject* x) { return next < count && PyList_GetItem(found, next++) == x; };
+  bool same = true;
+  for (Py_ssize_t i = 0; i < PyList_Size(containers) && same; ++i) {
+    PyObject *container = PyList_GetItem(containers, i), *key, *value;
+    if (PyDict_Check(container)) {
+      for (Py_ssize_t at = 0; same && PyDict_Next(container, &at, &key, &value);) same = is_next(value);
+    } else if (PyList_Check(container)) {
+      for (Py_ssize_t j = 0; same && j < PyList_Size(container); ++j) same = is_next(PyList_GetItem(container, j));
+    } else {
+      PyErr_SetString(PyExc_TypeError, "same_objects takes a list of lists and dicts");
+      return nullptr;
+    }
+  }
+  return PyBool_FromLong(same && next == count);
+}
+
 // `import metaadamw_fast._C` loads the library, which registers the ops; the hash of the sources lets Python refuse a stale build,
 // and the GPU architectures tell what else was built: "" for nothing but the CPU.
 #ifndef METAADAMW_CUDA
 #define METAADAMW_CUDA ""
 #endif
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  static PyMethodDef methods[] = {{"same_objects", same_objects, METH_VARARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
   PyObject* module = PyModule_Create(&definition);
   if (module != nullptr) {
     PyModule_AddStringConstant(module, "source_hash", METAADAMW_SOURCE_HASH);

@@ -85,10 +85,9 @@ class EncoderLayer(nn.Module):
         groups, dim = x.shape
         y = torch.layer_norm(x, (dim,), scale1, shift1)
         qkv = linear(y, cast(Tensor, in_weight), in_bias)
-        q, k, v = qkv.view(groups, 3 * self.heads, -1).transpose(0, 1).chunk(3)  # [H, G, D/H] each
-        scores = torch.bmm(q * (self.heads / dim) ** 0.5, k.transpose(1, 2))
-        if attention_bias is not None:
-            scores = scores + attention_bias
+        q, k, v = qkv.view(groups, 3, self.heads, -1).permute(1, 2, 0, 3).unbind(0)  # [H, G, D/H] each
+        bias, beta = (x.new_empty(1, 1, 1), 0) if attention_bias is None else (attention_bias, 1)  # beta 0: the bias is not read
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), beta=beta, alpha=(self.heads / dim) ** 0.5)
         mixed = torch.bmm(scores.softmax(-1), v).transpose(0, 1).reshape(groups, dim)
         x = x + linear(mixed, cast(Tensor, out_weight), out_bias)
         y = torch.layer_norm(x, (dim,), scale2, shift2)
@@ -224,16 +223,22 @@ class GroupEncoder(nn.Module):
             the others are computed as if it did not exist: on the CPU without its row, the same bits; elsewhere masked, since the
             number of rows cannot depend on what only the device knows.
         """
-        with _full_precision(features.device):
-            valid = self._valid(features)
-            if valid is None:
-                return self._scales_of(features, None)
-            if sync.readable(valid) and valid.any():
-                rows = valid.nonzero()[:, 0]
-                scales = self._scales_of(features.index_select(0, rows), None)
-                return self._base.repeat(1, len(valid)).to(scales).index_copy(1, rows, scales)
-            x = torch.where(valid[:, None], features, 0.0)
-            return torch.where(valid, self._scales_of(x, valid), self._base)
+        device = features.device.type
+        if torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(device):
+            return self._masked_scales(features)
+        with _full_precision(device):
+            return self._masked_scales(features)
+
+    def _masked_scales(self, features: Tensor) -> Tensor:
+        valid = self._valid(features)
+        if valid is None:
+            return self._scales_of(features, None)
+        if sync.readable(valid) and valid.any():
+            rows = valid.nonzero()[:, 0]
+            scales = self._scales_of(features.index_select(0, rows), None)
+            return self._base.repeat(1, len(valid)).to(scales).index_copy(1, rows, scales)
+        x = torch.where(valid[:, None], features, 0.0)
+        return torch.where(valid, self._scales_of(x, valid), self._base)
 
     def _scales_of(self, x: Tensor, valid: Tensor | None) -> Tensor:
         """Finite rows [G, D] to scales [4, G]; rows that are not ``valid`` [G] have no part in those of the others."""
@@ -259,15 +264,12 @@ class GroupEncoder(nn.Module):
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def _full_precision(device: str) -> Iterator[None]:
     """Keeps the user's autocast and reduced-precision matrix products away from the encoder."""
     precision = torch.get_float32_matmul_precision()
-    if precision == "highest" and not torch.is_autocast_enabled(device.type):
-        yield
-        return
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)

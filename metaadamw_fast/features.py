@@ -101,7 +101,8 @@ class FeatureTable:
     """What the features of a fixed set of groups need besides the statistics, all on one device.
 
     ``order`` [T] lists the tensors group by group, ``lengths`` [G] the tensors in each group, ``begin`` [G + 1] where each begins
-    in that order and where the last ends, ``group_of`` [T] the group of each tensor in that order. ``template`` [G, D] is a row's constant part, ``numel`` [T, 1] (in that order) the tensors' sizes.
+    in that order and where the last ends, ``group_of`` [T] the group of each tensor in that order. ``template`` [G, D] is a row's
+    constant part, ``numel`` [T, 1] (in that order) the tensors' sizes.
     ``norm_columns`` are the columns of the statistics under a square root.
     """
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from itertools import chain
-from operator import attrgetter, is_
+from collections.abc import Mapping, MutableMapping, Sequence
+from operator import add, attrgetter, is_, sub
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from . import sync
 from .grouping import Member
-from .ops import mark_written
+from .ops import mark_written, same_objects
 from .sharding import is_sharded, local, local_gradient
 
 MASTER = "master_param"
@@ -87,7 +86,8 @@ class StateLists:
         )
         self._present: tuple[list[int], Tensor] | None = None
         self._state, self._param_groups = state, param_groups
-        self._found = list(self._everything())
+        self._found = [y for x in self._containers() for y in (x.values() if isinstance(x, dict) else x)]
+        self._outlined = self._outline()
         # DTensors with their shards: a write through the one or the other changes the version of that one only.
         self._outer = [x for x in self._found if isinstance(x, Tensor) and is_sharded(x)]
         self._shards = list(map(_local_of, self._outer))
@@ -98,19 +98,27 @@ class StateLists:
         self._places = self._where()
         self._sums = torch.zeros(len(states), 2, dtype=torch.float64, device=device)  # Σp², Σv² of what the last update left
         self._sums_of: list[int] | None = None
+        self._seen: list[int] | None = None  # the versions that the step under way has found
+        self._raised_by: list[int] | None = None  # by how much an update raises them: one, or more where tensors share a counter
         self._summed = self.updated + self.exp_avg_sqs + self._copies + self._outer
 
     # ------------------------------------------------------------------------------------------------ what others have written
 
     def stale(self) -> bool:
         """Whether a parameter or a state has been replaced, or the data of one (``p.data = x``, ``model.to``), or amsgrad."""
-        same = all(map(is_, chain(self._everything(), (None,)), chain(self._found, (None,))))
-        return not same or not all(map(is_, map(_local_of, self._outer), self._shards)) or self._where() != self._places
+        return (
+            not same_objects(self._containers(), self._found)
+            or self._outline() != self._outlined
+            or self._where() != self._places
+            or not all(map(is_, map(_local_of, self._outer), self._shards))
+        )
 
-    def _everything(self) -> Iterable[Any]:
-        """The parameters (and amsgrad) as the param groups list them, then all that ``optimizer.state`` holds."""
-        groups = ((group["amsgrad"], *group["params"]) for group in self._param_groups)
-        return chain(chain.from_iterable(groups), chain.from_iterable(map(dict.values, self._state.values())))
+    def _containers(self) -> list[Any]:
+        """The parameters as the param groups list them, then all that ``optimizer.state`` holds."""
+        return [*(group["params"] for group in self._param_groups), *self._state.values()]
+
+    def _outline(self) -> list[tuple[bool, int]]:
+        return [(group["amsgrad"], len(group["params"])) for group in self._param_groups]
 
     def _where(self) -> tuple[list[int], list[tuple[int, ...]]]:
         # Strides of the parameters only: `p.data = p.data.t()` is a thing people write, the same of a state is not.
@@ -118,7 +126,8 @@ class StateLists:
 
     def carried(self) -> Tensor | None:
         """[T, 2] float64 Σp², Σv² as the last update left them, or None if an in-place operation has written one since."""
-        return self._sums if self._sums_of is not None and self._sums_of == self._versions() else None
+        self._seen = self._versions()
+        return self._sums if self._sums_of is not None and self._sums_of == self._seen else None
 
     def new_sums(self, sums: Tensor, go: Tensor | bool = True) -> Tensor:
         """Where the update writes Σp², Σv², [T, 2] float64; rows that it leaves alone keep those of ``sums`` [T, S]."""
@@ -135,6 +144,16 @@ class StateLists:
     def carry(self, valid: bool) -> None:
         """Says whether :meth:`new_sums` are those of the parameters and second moments as they are now."""
         self._sums_of = self._versions() if valid else None
+
+    def _carry_what_is_written(self) -> None:
+        """As ``carry(True)`` after an update, which raises each version by what the first one did: it need not be read again."""
+        if self._seen is None or self._raised_by is None:
+            self.carry(True)
+            if self._seen is not None and self._sums_of is not None:
+                self._raised_by = list(map(sub, self._sums_of, self._seen))
+        else:
+            self._sums_of = list(map(add, self._seen, self._raised_by))
+        self._seen = None
 
     def invalidate(self) -> None:
         """Says that somebody wrote what no version counter tells of."""
@@ -178,7 +197,7 @@ class StateLists:
         if self._copies:
             torch._foreach_copy_(self._copies, self._masters)
             self._copies_of = [p._version for p in self._copies_seen]
-        self.carry(True)
+        self._carry_what_is_written()
 
     def take_up_copies(self) -> None:
         """Brings the float32 masters up to date with parameters that others have written: they are the model, what they say counts.

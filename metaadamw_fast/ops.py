@@ -11,7 +11,9 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,17 @@ def _load_extension() -> str | None:
 
 
 _NO_EXTENSION = _load_extension()
+
+
+def _same_objects(containers: list[Any], found: list[Any]) -> bool:
+    """Whether lists and the values of dicts are, one after the other, the very objects of ``found``."""
+    now = list(chain.from_iterable(x.values() if isinstance(x, dict) else x for x in containers))
+    return len(now) == len(found) and all(map(is_, now, found))
+
+
+same_objects: Callable[[list[Any], list[Any]], bool] = _same_objects
+if _NO_EXTENSION is None:
+    same_objects = importlib.import_module("metaadamw_fast._C").same_objects
 
 
 class CppBackend:

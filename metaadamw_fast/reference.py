@@ -58,12 +58,16 @@ def beside(read: Tensor, carried: Tensor | None) -> Tensor:
 
 
 def group_features(statistics: Tensor, table: features.FeatureTable, done: Tensor, ahead: int, total_steps: int | None) -> Tensor:
-    """Features [G, D] when ``ahead`` more steps than ``done`` (0-dim) are taken; see :func:`metaadamw_fast.features.group_features`.
+    """Features [G, D] when ``ahead`` more steps than ``done`` (0-dim) will have been taken; see ``features.group_features``.
 
     The host does not wait for a device to know how many are done.
     """
-    step = done.item() + ahead if sync.readable(done) else done.double() + ahead
-    return features.group_features(statistics, table, features.training_progress(step, total_steps))
+    progress: float | Tensor
+    if sync.readable(done):
+        progress = features.training_progress(float(done) + ahead, total_steps)
+    else:
+        progress = features.training_progress(done.double() + ahead, total_steps)
+    return features.group_features(statistics, table, progress)
 
 
 def modulation(

@@ -1,12 +1,17 @@
 // Runs the index functions of the CUDA kernels in a loop over (block, thread), as csrc/cuda.cu calls them: every element of every
-// tensor must be touched exactly once, where it lies, in the order that sums rely on. Prints what is wrong; the exit code tells.
+// tensor must be touched exactly once, where it lies, in the order that sums rely on. And a warp that makes a row of features, its
+// lanes as threads. Prints what is wrong; the exit code tells.
+#include <barrier>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "../csrc/mapping.h"
+#include "../csrc/policy.h"
 
 using namespace metaadamw;
 
@@ -231,9 +236,60 @@ void huge_tensors() {
   }
 }
 
+// A group's row of features by the 32 lanes of a warp, which add up by halves as with shuffles, is that of one lane.
+void features_by_a_warp() {
+  const std::string what = "features by a warp";
+  constexpr int kLanes = 32;
+  std::mt19937 random(0);
+  std::uniform_real_distribution<double> uniform(0.1, 2.0);
+  for (const int tensors : {1, 31, 32, 33, 500}) {
+    std::vector<int64_t> order(tensors), begin{0, tensors / 3, tensors};
+    std::vector<double> statistics(tensors * kSums), numel(tensors, 9.0);
+    for (int t = 0; t < tensors; ++t) {
+      order[t] = tensors - 1 - t;
+    }
+    for (double& x : statistics) {
+      x = uniform(random);
+    }
+    const GroupedTensors grouped{order.data(), begin.data()};
+    for (const FeatureColumns columns : {FeatureColumns{false, true, true, 10}, FeatureColumns{true, false, false, 9}}) {
+      double alone[16] = {}, together[16] = {};
+      const auto row = [&](int lane, int lanes, const auto& total, double* out) {
+        feature_row(columns, statistics.data(), kSums, grouped, numel.data(), 1, 0.25, lane, lanes, total, out);
+      };
+      row(0, 1, [](double x) { return x; }, alone);
+      std::barrier all(kLanes);
+      double mine[kLanes];
+      std::vector<std::thread> lanes;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        lanes.emplace_back([&, lane] {
+          const auto total = [&](double x) {
+            for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+              mine[lane] = x;
+              all.arrive_and_wait();
+              x += mine[lane ^ distance];
+              all.arrive_and_wait();
+            }
+            return x;
+          };
+          row(lane, kLanes, total, together);
+        });
+      }
+      for (std::thread& lane : lanes) {
+        lane.join();
+      }
+      REQUIRE(alone[0] > 0.0 && alone[columns.time] == 0.25);
+      for (int k = 0; k < 16; ++k) {
+        REQUIRE(std::abs(alone[k] - together[k]) <= 1e-12 * (1.0 + std::abs(alone[k])));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  features_by_a_warp();
   sizes_and_alignments();
   layouts();
   huge_tensors();

@@ -1,0 +1,131 @@
+"""csrc/policy.h against the same in PyTorch: features of groups, and what the update takes of the scales of groups."""
+
+import pytest
+import torch
+from torch import nn
+
+from metaadamw_fast import FeatureConfig, ops, reference
+from metaadamw_fast.features import VERSIONS, feature_table
+from metaadamw_fast.grouping import Member
+
+from .models import noise
+
+F32, F64 = torch.float32, torch.float64
+
+needs_cpp = pytest.mark.skipif(not hasattr(ops.CppBackend, "modulation"), reason="there is no C++ extension")
+
+
+def table_of(config, group_ids, like, *, heads=1):
+    """Tensors of 0, 1, 2, ... elements; every third is a bias, layers go up to 3."""
+    members = []
+    for t in range(len(group_ids)):
+        param = nn.Parameter(torch.zeros((t,) if t % 3 == 0 else (1, t)))
+        members.append(Member(param, f"layers.{t % 4}.x" if t % 5 else None, "linear", 0))
+    return feature_table(members, group_ids, max(group_ids) + 1, config, config.width(heads), like)
+
+
+def statistics_of(tensors, config, dtype, seed=0):
+    """Sums as tensors of up to `tensors` elements may have: Σgm between -Σ and Σ, fewer non-zeros than elements."""
+    rows = noise((tensors, 7), seed, F64).abs() * 10.0 ** noise((tensors, 1), seed + 1, F64)
+    rows[:, 1] = noise((tensors,), seed + 2, F64) * (rows[:, 0] * rows[:, 2]).sqrt()
+    sizes = torch.arange(tensors, dtype=F64)[:, None]
+    rows[:, 5:] = (sizes * torch.rand(tensors, 2, dtype=F64, generator=torch.Generator().manual_seed(seed))).floor()
+    rows[0] = 0.0  # no elements
+    return rows[:, : 7 if config.enhanced else 5].to(dtype).contiguous()
+
+
+# Float32 norms, cosines and deviations, each rounded a few times; means of up to 40 of them added up in float32 by the reference.
+ROUNDINGS = 50
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("v_norm", [False, True])
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("total_steps", [None, 80])
+def test_features_are_those_of_the_reference(version, v_norm, dtype, total_steps):
+    config = FeatureConfig(version, v_norm=v_norm, time_step=version != "basic_plus")
+    group_ids = [t % 7 % 5 for t in range(40)]
+    statistics = statistics_of(40, config, dtype)
+    table, done = table_of(config, group_ids, statistics, heads=4), torch.tensor(6.0)
+    found = ops.CppBackend.group_features(statistics, table, done, 1, total_steps)
+    wide = statistics.double()
+    expected = reference.group_features(wide, table_of(config, group_ids, wide, heads=4), done, 1, total_steps)
+    assert found.dtype == dtype
+    # Deviations are small differences of large numbers: their error is that of the values that they are of.
+    scale = wide.sqrt().nan_to_num().amax() if version.endswith("plus") else expected.abs().amax(0)
+    scale = wide.amax() if config.enhanced else scale
+    assert ((found.double() - expected).abs() <= ROUNDINGS * torch.finfo(dtype).eps * scale).all()
+    assert not found[:, config.statistic_columns + config.time_step :].any()
+
+
+@needs_cpp
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_only_the_group_of_a_bad_sum_has_bad_features(version, bad):
+    """-1 stands where lagged mode has no statistics yet."""
+    config = FeatureConfig(version)
+    group_ids = [0, 1, 2, 1, 0, 2]
+    statistics = statistics_of(6, config, F32)
+    table, done = table_of(config, group_ids, statistics), torch.tensor(0.0)
+    good = ops.CppBackend.group_features(statistics, table, done, 1, None)
+    for column in (0, 2):
+        spoiled = statistics.clone()
+        spoiled[3, column] = bad
+        found = ops.CppBackend.group_features(spoiled, table, done, 1, None)
+        assert torch.equal(found[[0, 2]], good[[0, 2]])
+        assert not found[1].isfinite().all()
+        assert good.isfinite().all()
+
+
+@needs_cpp
+def test_a_cosine_has_floors_under_its_norms():
+    statistics = torch.tensor([[0.0, 0.0, 4.0, 1.0, 1.0], [1e-20, 3e-17, 9.0, 1.0, 1.0]])
+    config = FeatureConfig()
+    found = ops.CppBackend.group_features(statistics, table_of(config, [0, 1], statistics), torch.tensor(0.0), 1, 2)
+    assert found[0, 3] == 0
+    torch.testing.assert_close(found[1, 3], torch.tensor(3e-17 / (1e-8 * 3)))
+    assert found[:, 5].tolist() == [0.5, 0.5]
+
+
+def modulation_arguments(tensors=30, groups=6, dtype=F32):
+    scales = 1 + 0.4 * noise((4, groups), 1, dtype).clamp(-1, 1)
+    group_of = torch.arange(tensors) % groups
+    lr, weight_decay = noise((tensors,), 2, F64).abs(), noise((tensors,), 3, F64).abs()
+    beta1 = torch.full((tensors,), 0.9, dtype=F64)
+    return [scales, group_of, lr, weight_decay, beta1, (torch.arange(tensors) * 7.0) % 100]
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("go", [None, torch.tensor(True), torch.tensor(False)])
+def test_modulation_has_the_bits_of_the_reference(dtype, transposed, go):
+    arguments = modulation_arguments(dtype=dtype)
+    if transposed:
+        arguments[0] = arguments[0].t().contiguous().t()
+    found = ops.CppBackend.modulation(*arguments, go, False)
+    assert torch.equal(found, reference.modulation(*arguments, go, False))
+    assert torch.equal(found[2], torch.zeros(30, dtype=F64) if go is not None and not go else arguments[5].double() + 1)
+
+
+@needs_cpp
+def test_modulation_of_the_released_code():
+    """β1^k by repeated squaring and by torch's power: a rounding for each squaring."""
+    arguments = modulation_arguments()
+    found, expected = (run.modulation(*arguments, None, True) for run in (ops.CppBackend, ops.ReferenceBackend))
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+
+
+@needs_cpp
+def test_arguments_that_do_not_fit_are_refused():
+    config = FeatureConfig()
+    statistics = statistics_of(6, config, F32)
+    table, done = table_of(config, [0, 1, 2, 1, 0, 2], statistics), torch.tensor(0.0)
+    for wrong in (statistics[:, :4], statistics[:5], statistics.half(), statistics.double()):
+        with pytest.raises(RuntimeError, match=r"statistics|elements"):
+            ops.CppBackend.group_features(wrong, table, done, 1, None)
+    arguments = modulation_arguments()
+    for position, wrong in ((0, arguments[0][:2]), (1, arguments[1].int()), (2, arguments[2][1:]), (5, arguments[5].double())):
+        with pytest.raises(RuntimeError, match=r"scales|elements"):
+            ops.CppBackend.modulation(*arguments[:position], wrong, *arguments[position + 1 :], None, False)
