@@ -426,6 +426,36 @@ Tensor group_features(Tensor statistics, Tensor order, Tensor begin, Tensor nume
   return features;
 }
 
+// One block: there are as many rows as tensors.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) scaled_gradients_kernel(const ScaledGradients<T> x) {
+  __shared__ double factor;
+  double squared[1] = {0.0};
+  for (int64_t t = threadIdx.x; t < x.tensors; t += kThreads) {
+    squared[0] += x.statistics[t * x.width + kGradSquared];
+  }
+  const double total = block_sums(squared);
+  if (threadIdx.x == 0) {
+    const GradientFactor found = x.factor(total);
+    factor = found.factor;
+    *x.norm = static_cast<T>(found.norm);
+  }
+  __syncthreads();
+  for (int64_t t = threadIdx.x; t < x.tensors; t += kThreads) {
+    x.write(t, factor);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> scaled_gradients_on_cuda(Tensor statistics, std::optional<Tensor> sign,
+                                                            std::optional<Tensor> loss_scale, double max_norm) {
+  const torch::stable::accelerator::DeviceGuard guard(device_of(statistics));
+  const cudaStream_t stream = current_stream(device_of(statistics));
+  return scaled_gradients(statistics, sign, loss_scale, max_norm, [&](const auto& x) {
+    scaled_gradients_kernel<<<1, kThreads, 0, stream>>>(x);
+    check_cuda(cudaGetLastError(), "scaled_gradients");
+  });
+}
+
 __global__ void modulation_kernel(const ModulationInput in, double* out) {
   const int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (t < in.tensors) {
@@ -514,6 +544,7 @@ STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CUDA, m) {
   m.impl("launch_tensor_stats", TORCH_BOX(&metaadamw::launch_tensor_stats));
   m.impl("launch_adamw_update_", TORCH_BOX(&metaadamw::launch_adamw_update_));
   m.impl("group_features", TORCH_BOX(&metaadamw::group_features));
+  m.impl("scaled_gradients", TORCH_BOX(&metaadamw::scaled_gradients_on_cuda));
   m.impl("modulation", TORCH_BOX(&metaadamw::modulation));
   m.impl("launch_capture", TORCH_BOX(&metaadamw::launch_capture));
 }

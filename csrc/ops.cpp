@@ -91,6 +91,7 @@ STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
   m.def(
       "group_features(Tensor statistics, Tensor order, Tensor begin, Tensor numel, Tensor constants, bool enhanced, bool v_norm,"
       " bool deviations, int time, Tensor done, int ahead, float total_steps) -> Tensor");
+  m.def("scaled_gradients(Tensor statistics, Tensor? sign, Tensor? loss_scale, float max_norm) -> (Tensor, Tensor, Tensor)");
   m.def(
       "modulation(Tensor scales, Tensor group_of, Tensor lr, Tensor weight_decay, Tensor beta1, Tensor steps, Tensor? go, bool"
       " released) -> Tensor");

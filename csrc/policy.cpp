@@ -37,10 +37,26 @@ Tensor modulation(Tensor scales, Tensor group_of, Tensor lr, Tensor weight_decay
   return result;
 }
 
+std::tuple<Tensor, Tensor, Tensor> scaled_gradients_on_cpu(Tensor statistics, std::optional<Tensor> sign,
+                                                           std::optional<Tensor> loss_scale, double max_norm) {
+  return scaled_gradients(statistics, sign, loss_scale, max_norm, [](const auto& x) {
+    double squared = 0.0;
+    for (int64_t t = 0; t < x.tensors; ++t) {
+      squared += x.statistics[t * x.width + kGradSquared];
+    }
+    const GradientFactor factor = x.factor(squared);
+    *x.norm = factor.norm;
+    for (int64_t t = 0; t < x.tensors; ++t) {
+      x.write(t, factor.factor);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace metaadamw
 
 STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CPU, m) {
   m.impl("group_features", TORCH_BOX(&metaadamw::group_features));
+  m.impl("scaled_gradients", TORCH_BOX(&metaadamw::scaled_gradients_on_cpu));
   m.impl("modulation", TORCH_BOX(&metaadamw::modulation));
 }

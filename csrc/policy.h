@@ -104,6 +104,33 @@ METAADAMW_INLINE void feature_row(const FeatureColumns& columns, const T* statis
   }
 }
 
+// What all gradients are multiplied with by unscaling and clipping, and the norm of the unscaled ones before clipping. MetaAdamW
+// has no formula of its own here: this is torch's clip_grad_norm_ of a gradient that need not be read, since |cg|^2 = c^2 |g|^2.
+struct GradientFactor {
+  double factor;
+  double norm;
+};
+
+// `squared` is |g|^2 of the gradients as they are; max_norm 0 does not clip. The norm is rounded to T, as torch has it.
+template <typename T>
+METAADAMW_INLINE GradientFactor gradient_factor(double squared, double loss_scale, double max_norm) {
+  const double unscale = 1.0 / loss_scale;
+  const double norm = static_cast<T>(static_cast<T>(std::sqrt(squared)) * unscale);
+  const double clip = max_norm / (norm + 1e-6);
+  return {max_norm > 0.0 && !(clip > 1.0) ? unscale * clip : unscale, norm};  // a clip of NaN is one
+}
+
+// The statistics of one tensor's gradient that is multiplied with `factor`. Clipping multiplies with 0 where the sum of squares
+// overflows: whether the gradient itself is finite then shows in its product with the momentum.
+template <typename T>
+METAADAMW_INLINE void scale_statistics(double factor, const T* from, int64_t width, T* to) {
+  for (int64_t k = 0; k < width; ++k) {
+    to[k] = from[k];
+  }
+  to[kGradMomentum] = static_cast<T>(from[kGradMomentum] * factor);
+  to[kGradSquared] = factor == 0.0 ? to[kGradMomentum] : static_cast<T>(factor * factor * from[kGradSquared]);
+}
+
 // What the update takes of one tensor, of its group's scales; float64.
 struct Modulation {
   double step_size;

@@ -2,6 +2,8 @@
 // authors.
 #pragma once
 
+#include <tuple>
+
 #include "checks.h"
 #include "policy.h"
 
@@ -29,6 +31,54 @@ inline void check_features(const FeatureColumns& columns, const Tensor& statisti
   check_vector(order, "order", ScalarType::Long, statistics.size(0), statistics);
   check_vector(begin, "begin", ScalarType::Long, constants.size(0) + 1, statistics);
   check_vector(done, "done", ScalarType::Float, 1, statistics);
+}
+
+// The arguments and results of `scaled_gradients`, on the host or on a device.
+template <typename T>
+struct ScaledGradients {
+  int64_t tensors;
+  int64_t width;
+  const T* statistics;      // [T, width]
+  const double* sign;       // [T], null for 1
+  const float* loss_scale;  // null for 1
+  double max_norm;
+  double* factors;  // [T]
+  T* norm;
+  T* scaled;  // [T, width]
+
+  METAADAMW_INLINE GradientFactor factor(double squared) const {
+    return gradient_factor<T>(squared, loss_scale == nullptr ? 1.0 : static_cast<double>(*loss_scale), max_norm);
+  }
+  METAADAMW_INLINE void write(int64_t t, double factor) const {
+    factors[t] = sign == nullptr ? factor : sign[t] * factor;
+    scale_statistics(factors[t], statistics + t * width, width, scaled + t * width);
+  }
+};
+
+// Calls run(ScaledGradients<float or double>) with results like those that it returns: factors, norm, statistics.
+template <typename Run>
+std::tuple<Tensor, Tensor, Tensor> scaled_gradients(const Tensor& statistics, const std::optional<Tensor>& sign,
+                                                    const std::optional<Tensor>& loss_scale, double max_norm, const Run& run) {
+  const ScalarType dtype = statistics.scalar_type();
+  METAADAMW_CHECK(
+      (dtype == ScalarType::Double || dtype == ScalarType::Float) && statistics.dim() == 2 && statistics.size(1) >= kUpdateSums,
+      "statistics must be [T, S], float32 or float64");
+  check_vector(statistics, "statistics", dtype, statistics.numel(), statistics);
+  if (sign) check_vector(*sign, "sign", ScalarType::Double, statistics.size(0), statistics);
+  if (loss_scale) check_vector(*loss_scale, "loss_scale", ScalarType::Float, 1, statistics);
+  Tensor factors = torch::stable::new_empty(statistics, {statistics.size(0)}, ScalarType::Double);
+  Tensor norm = torch::stable::new_empty(statistics, {});
+  Tensor scaled = torch::stable::empty_like(statistics);
+  const auto run_as = [&](auto zero) {
+    using T = decltype(zero);
+    run(ScaledGradients<T>{statistics.size(0), statistics.size(1), static_cast<const T*>(statistics.data_ptr()),
+                           sign ? static_cast<const double*>(sign->data_ptr()) : nullptr,
+                           loss_scale ? static_cast<const float*>(loss_scale->data_ptr()) : nullptr, max_norm,
+                           static_cast<double*>(factors.data_ptr()), static_cast<T*>(norm.data_ptr()),
+                           static_cast<T*>(scaled.data_ptr())});
+  };
+  dtype == ScalarType::Double ? run_as(0.0) : run_as(0.0f);
+  return {factors, norm, scaled};
 }
 
 // The arguments of `modulation`, on the host or on a device.

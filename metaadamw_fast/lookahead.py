@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .features import of_scaled_gradient
 from .hyperparameters import Hyperparameters
 from .lists import StateLists
 from .optimizer import MetaAdamW
@@ -97,8 +96,7 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None]) -> LookAhead:
         grads, sign = (lists.gradients(), hyper.sign) if released else (g1, None)
         lists.set_gradients(grads)
         _, statistics = opt._measure(lists)
-        grad_scale, _ = opt._gradient_factor(sign, None, statistics)
-        statistics = of_scaled_gradient(statistics, grad_scale)
+        grad_scale, _, statistics = opt._scaled(statistics, sign, None)
         step = lists.steps.double() + (0 if released else 1)
         if released:
             directions = _stored_directions(lists, step, hyper)

@@ -76,6 +76,7 @@ class CppBackend:
     if _NO_EXTENSION is None:
         tensor_stats = staticmethod(torch.ops.metaadamw_fast.tensor_stats.default)
         adamw_update_ = staticmethod(torch.ops.metaadamw_fast.adamw_update_.default)
+        scaled_gradients = staticmethod(torch.ops.metaadamw_fast.scaled_gradients.default)
         modulation = staticmethod(torch.ops.metaadamw_fast.modulation.default)
         launch = CppLaunch
 
@@ -98,6 +99,7 @@ class ReferenceBackend:
     tensor_stats = staticmethod(reference.tensor_stats)
     adamw_update_ = staticmethod(reference.adamw_update_)
     group_features = staticmethod(reference.group_features)
+    scaled_gradients = staticmethod(reference.scaled_gradients)
     modulation = staticmethod(reference.modulation)
     launch = ReferenceLaunch
 

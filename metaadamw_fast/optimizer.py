@@ -21,6 +21,7 @@ from .features import FeatureConfig, FeatureTable, feature_table, of_scaled_grad
 from .hyperparameters import Hyperparameters, HyperparameterTable, check_hyperparameters
 from .lists import StateLists
 from .ops import resolve_backend
+from .reference import gradient_factor
 from .sharding import RankSums, check_supported, refuse_zero
 
 # Instead of a sum of squares: lagged mode has none yet. Its square root is NaN, so the encoder leaves every group at scale 1.
@@ -338,19 +339,18 @@ class MetaAdamW(Optimizer):
             features, scales = self._encode(self._lagged, 0)
             features = torch.where(self._lagged[0, 0] == _NO_SUM, self._features, features)
         if go is True and self._one_pass(lists):
-            grad_scale, _ = self._gradient_factor(hyper.sign, loss_scale)
+            grad_scale, _ = gradient_factor(len(self._members), hyper.sign, self._loss_scale(loss_scale))
             sums = torch.empty(len(self._members), 5, dtype=torch.float64, device=lists.device)
             self._update(lists, hyper, scales, grad_scale, sums, go)
             sums = torch.cat([sums[:, :3], lists.exchange_sums(sums[:, 3:])], dim=1)
             statistics = of_scaled_gradient(self._rank_sums(sums).to(self._statistics.dtype), grad_scale)
         else:
             sums, statistics = self._measure(lists)
-            grad_scale, grad_norm = self._gradient_factor(hyper.sign, loss_scale, statistics)
             if self._skipped is not None:
                 go = self._count_skipped(go, statistics)
                 if go is False:
                     return loss
-            statistics = of_scaled_gradient(statistics, grad_scale)
+            grad_scale, grad_norm, statistics = self._scaled(statistics, hyper.sign, loss_scale)
             if self.statistics_mode == "exact":
                 features, scales = self._encode(statistics, 1)
             self._update(lists, hyper, scales, grad_scale, lists.new_sums(sums, go), go)
@@ -437,28 +437,23 @@ class MetaAdamW(Optimizer):
             sums = lists.launch.tensor_stats(False, False, counts, dtype, carried)
         return sums, self._rank_sums(sums).to(wanted)
 
-    def _gradient_factor(
-        self, sign: Tensor | None, loss_scale: Tensor | None, statistics: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What unscaling (by 0-dim ``loss_scale``), clipping and maximizing (``sign`` [T]) multiply the gradients with.
-
-        Clipping needs the ``statistics`` of the gradients as they are: Σ(cg)² = c²·Σg², so the gradients are not read for it.
+    def _scaled(
+        self, statistics: Tensor, sign: Tensor | None, loss_scale: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Unscaling (by 0-dim ``loss_scale``), clipping and maximizing (``sign`` [T]); the gradients themselves stay as they are.
 
         Returns:
-            The factors, float64 [T] (None if 1), and the norm of the unscaled gradients before clipping (None without clipping).
+            What the update multiplies the gradients with, float64 [T] (None if 1), the norm of the unscaled gradients before
+            clipping (None without clipping), and the statistics of the gradients that are multiplied so.
         """
-        factor = norm = None
-        if loss_scale is not None:
-            factor = loss_scale.to(self._done.device).double().reciprocal().reshape(())
-        if self.max_grad_norm is not None and statistics is not None:
-            norm = statistics[:, 0].sum().sqrt()
-            if factor is not None:
-                norm = (norm * factor).to(statistics.dtype)
-            clip = (self.max_grad_norm / (norm.double() + 1e-6)).clamp(max=1.0)
-            factor = clip if factor is None else factor * clip
-        if factor is None:
-            return sign, norm
-        return (factor.expand(len(self._members)) if sign is None else sign * factor).contiguous(), norm
+        if sign is None and loss_scale is None and self.max_grad_norm is None:
+            return None, None, statistics
+        scaled = self._backend.scaled_gradients(statistics, sign, self._loss_scale(loss_scale), self.max_grad_norm or 0.0)
+        factors, norm, statistics = scaled
+        return factors, None if self.max_grad_norm is None else norm, statistics
+
+    def _loss_scale(self, loss_scale: Tensor | None) -> Tensor | None:
+        return None if loss_scale is None else loss_scale.to(self._done.device, torch.float32).reshape(())
 
     def _encode(self, statistics: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
         """Features [G, D] and scales [4, G] when ``ahead`` more steps are taken; with their graph if gradients are enabled."""

@@ -70,6 +70,51 @@ def group_features(statistics: Tensor, table: features.FeatureTable, done: Tenso
     return features.group_features(statistics, table, progress)
 
 
+def gradient_factor(
+    tensors: int, sign: Tensor | None, loss_scale: Tensor | None, max_norm: float = 0.0, statistics: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What unscaling (by 0-dim ``loss_scale``), clipping and maximizing (``sign`` [T]) multiply the gradients with.
+
+    Clipping needs the ``statistics`` of the gradients as they are: Σ(cg)² = c²·Σg², so the gradients are not read for it. The
+    coefficient is that of ``torch.nn.utils.clip_grad_norm_``.
+
+    Returns:
+        The factors, float64 [T] (None if 1), and the norm of the unscaled gradients before clipping (None without statistics).
+    """
+    factor = norm = None
+    if loss_scale is not None:
+        factor = loss_scale.double().reciprocal()
+    if statistics is not None:
+        norm = statistics[:, 0].sum().sqrt()
+        if factor is not None:
+            norm = (norm * factor).to(statistics.dtype)
+        if max_norm:
+            clip = (max_norm / (norm.double() + 1e-6)).clamp(max=1.0)
+            factor = clip if factor is None else factor * clip
+    if factor is None:
+        return sign, norm
+    return (factor.expand(tensors) if sign is None else sign * factor).contiguous(), norm
+
+
+def scaled_gradients(
+    statistics: Tensor, sign: Tensor | None, loss_scale: Tensor | None, max_norm: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients that are multiplied by unscaling, clipping (``max_norm`` 0 does not) and maximizing.
+
+    Args:
+        statistics: [T, S] of the gradients as they are.
+        sign: float64 [T], loss_scale: float32, 0-dim, max_norm: see :func:`gradient_factor`.
+
+    Returns:
+        Factors, float64 [T], the norm of the unscaled gradients, 0-dim, and the statistics [T, S] of the multiplied gradients.
+    """
+    factors, norm = gradient_factor(len(statistics), sign, loss_scale, max_norm, statistics)
+    if factors is None:
+        factors = statistics.new_ones(len(statistics), dtype=torch.float64)
+    assert norm is not None
+    return factors, norm, features.of_scaled_gradient(statistics, factors)
+
+
 def modulation(
     scales: Tensor,
     group_of: Tensor,

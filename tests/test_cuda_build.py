@@ -22,7 +22,13 @@ STATS = ("tensor_stats_kernelILb0", "tensor_stats_kernelILb1")  # as mangled: wi
 # With the sums of what it finds (lagged mode) or without, rounding by chance or to the nearest.
 UPDATE, *UPDATES_WITH_MORE = UPDATES = tuple(f"adamw_update_kernelILb{found}ELb{chance}" for found in (0, 1) for chance in (0, 1))
 KERNELS = STATS + UPDATES
-POLICY = ("group_features_kernelIfE", "group_features_kernelIdE", "modulation_kernel")  # a few numbers per tensor
+POLICY = (
+    "group_features_kernelIfE",
+    "group_features_kernelIdE",
+    "scaled_gradients_kernelIfE",
+    "scaled_gradients_kernelIdE",
+    "modulation_kernel",
+)  # a few numbers per tensor
 
 pytestmark = pytest.mark.skipif(not HOME, reason="there is no nvcc")
 

@@ -88,6 +88,26 @@ def test_a_cosine_has_floors_under_its_norms():
     assert found[:, 5].tolist() == [0.5, 0.5]
 
 
+@needs_cpp
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("max_norm", [0.0, 0.1, 1e9, float("inf")])
+@pytest.mark.parametrize("loss_scale", [None, 1024.0])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("spoil", [None, float("nan"), float("inf")])
+def test_gradients_are_scaled_as_in_the_reference(dtype, max_norm, loss_scale, maximize, spoil):
+    statistics = statistics_of(40, FeatureConfig("enhanced"), dtype)
+    if spoil is not None:
+        statistics[7, 0] = spoil
+    sign = torch.where(torch.arange(40) % 2 == 0, -1.0, 1.0).double() if maximize else None
+    arguments = (statistics, sign, None if loss_scale is None else torch.tensor(loss_scale), max_norm)
+    found, expected = ops.CppBackend.scaled_gradients(*arguments), reference.scaled_gradients(*arguments)
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype
+        # The reference adds up 40 squares in the dtype of the statistics, and rounds the norm once.
+        torch.testing.assert_close(x, y, rtol=50 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
+    assert torch.equal(found[2][:, 2:], statistics[:, 2:])
+
+
 def modulation_arguments(tensors=30, groups=6, dtype=F32):
     scales = 1 + 0.4 * noise((4, groups), 1, dtype).clamp(-1, 1)
     group_of = torch.arange(tensors) % groups
