@@ -64,7 +64,8 @@ def check_supported(params: Iterable[Tensor], model: nn.Module | None) -> None:
     module = sys.modules.get("torch.distributed.fsdp")
     if module is None:
         return
-    flat = any(isinstance(p, module.FlatParameter) for p in params)
+    # With use_orig_params the parameters are views of a flat one, and marked so that nobody flattens them again.
+    flat = any(isinstance(p, module.FlatParameter) or getattr(p, "_fsdp_flattened", False) for p in params)
     if flat or (model is not None and any(isinstance(x, module.FullyShardedDataParallel) for x in model.modules())):
         raise ValueError(
             "FullyShardedDataParallel gives an optimizer fragments of flattened parameters, whose norms mean nothing: shard the"

@@ -364,9 +364,12 @@ def test_a_meta_update_leaves_a_sharded_model_as_it_was(tmp_path):
 
 def refusals(_):
     model = seeded_net()
+    fsdp1 = FullyShardedDataParallel(seeded_net(), device_id=torch.device("cpu"), use_orig_params=True)
     for build, words in (
         (lambda: ZeroRedundancyOptimizer(model.parameters(), MetaAdamW, lr=1e-3), "FSDP2"),
         (lambda: MetaAdamW(FullyShardedDataParallel(seeded_net(), device_id=torch.device("cpu")).parameters()), "FSDP2"),
+        (lambda: MetaAdamW(fsdp1.parameters()), "FSDP2"),
+        (lambda: MetaAdamW(fsdp1.named_parameters(), model=fsdp1), "FSDP2"),
         (lambda: MetaLearner(MetaAdamW((m := shard(seeded_net())).parameters()), m, loss_fn, hvp="exact"), "finite_difference"),
         (lambda: MetaAdamW(two_meshes()), "one device mesh"),
     ):
