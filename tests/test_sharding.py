@@ -334,6 +334,30 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(kind, tmp_path):
     assert [row[:3] for row in first] == [(False, 1, 8.0), (True, 1, 4.0), (False, 2, 4.0)]
 
 
+def not_finite(rank, options):
+    """A NaN in the shard of the first rank at step 1, in that of the second at step 2; the other rank does not see it."""
+    model = placed("fsdp")[0]
+    opt = MetaAdamW(model.named_parameters(), lr=1e-2, model=model, head_init="xavier", skip_nonfinite=True, **options)
+    seen = []
+    for step in range(4):
+        opt.zero_grad()
+        loss_fn(model, joint(step)).backward()
+        if step - 1 == rank:
+            model.head.weight.grad.to_local().view(-1)[0] = float("nan")
+        before = [whole(p) for p in model.parameters()]
+        opt.step()
+        seen.append((same(before, [whole(p) for p in model.parameters()]), opt.steps_done, opt.skipped_steps))
+    return seen, [whole(p) for p in model.parameters()], opt.lr_scale.clone()
+
+
+@pytest.mark.parametrize("options", [{}, {"statistics": "lagged"}], ids=str)
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(options, tmp_path):
+    first, second = ranks.run(not_finite, 2, tmp_path, options)
+    assert same(first, second)
+    assert first[0] == [(False, 1, 0), (True, 1, 1), (True, 1, 2), (False, 2, 2)]
+    assert all(p.isfinite().all() for p in first[1])
+
+
 def meta_update(rank):
     """Between two halves of an accumulated gradient, after an evaluation that leaves the root gathered."""
     model = placed("fsdp")[0]
