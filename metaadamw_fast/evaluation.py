@@ -113,7 +113,7 @@ class Evaluation:
         if self._group is None:
             return value, gradients
         present = [0.0 if x is None or t in self._averaged else 1.0 for t, x in enumerate(gradients)]
-        flags = torch.cat([value.reshape(1).float(), torch.tensor(present, device=value.device)])
+        flags = torch.cat([value.reshape(1).double(), torch.tensor(present, dtype=torch.float64, device=value.device)])
         dist.all_reduce(flags, group=self._group)
         ranks = dist.get_world_size(self._group)
         found = {t for t, count in enumerate(flags[1:].tolist()) if count}

@@ -69,6 +69,24 @@ def test_replicas_are_equal_and_what_one_process_makes_of_the_joint_batches(hvp,
     assert not torch.equal(before, after)
 
 
+def losses_in_float64(rank, size):
+    model = perceptron(torch.float64)
+    model = DistributedDataParallel(model) if size > 1 else model
+    opt = MetaAdamW(model.parameters(), lr=1e-2)
+    part = slice(BATCH // size * rank, BATCH // size * (rank + 1))
+    batches = [[x.double()[part] for x in joint(i)] for i in range(4)]
+    loss_fn(model, batches[0]).backward()
+    opt.step()
+    report = MetaLearner(opt, model, loss_fn).update(*batches[1:])
+    return report.loss_decrease.detach(), report.generalization_gap.detach()
+
+
+def test_a_mean_over_ranks_keeps_float64(tmp_path):
+    alone = losses_in_float64(0, 1)
+    for found in ranks.run(losses_in_float64, 2, tmp_path, 2):
+        torch.testing.assert_close(found, alone, rtol=1e-11, atol=0.0)
+
+
 def accumulating(rank, size):
     """Two micro-batches a step, of which DDP communicates after the second only."""
     model = DistributedDataParallel(perceptron())
