@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from .model_state import twice_differentiable
-from .sharding import RankSums, is_sharded, local, local_gradient, reshard
+from .sharding import RankSums, is_sharded, local, local_gradient, replicas, reshard
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Gradients = list[Tensor | None]
@@ -33,8 +32,8 @@ class Evaluation:
         rank_sums: of ``params``.
         scaler: a ``torch.amp.GradScaler`` whose scale keeps the gradients of an fp16 autocast from vanishing, or None.
 
-    With ``torch.nn.parallel.DistributedDataParallel`` and with DTensors every loss and gradient is the mean over the ranks, whose
-    batches may differ.
+    With ``torch.nn.parallel.DistributedDataParallel``, wherever in the model, and with DTensors every loss and gradient is the mean
+    over the ranks, whose batches may differ.
     """
 
     def __init__(
@@ -51,7 +50,8 @@ class Evaluation:
         self.params = list(params)
         self._trainable = [p for p in self.params if p.requires_grad]
         self._shards = [local(p) for p in self.params]
-        self._group = model.process_group if isinstance(model, DistributedDataParallel) else rank_sums.group
+        group = replicas(model)
+        self._group = rank_sums.group if group is None else group
         # FSDP2 has averaged these, and tensor parallelism made them whole, in the backward pass.
         self._averaged = {t for t, p in enumerate(self.params) if is_sharded(p)}
         self._rank_sums = rank_sums

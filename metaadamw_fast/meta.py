@@ -18,7 +18,7 @@ from .features import NORM_FLOOR
 from .lookahead import look_ahead
 from .model_state import preserved
 from .optimizer import MetaAdamW
-from .sharding import check_supported, is_sharded, reshard
+from .sharding import check_supported, is_sharded, replicas, reshard
 from .weighting import TERM_KINDS, clamp_log_vars_, homoscedastic_sum
 
 TERMS = ("gradient", "loss_decrease", "gen_gap")  # the order of log_vars, priorities, kinds and fixed weights
@@ -50,8 +50,8 @@ class MetaLearner:
 
     Args:
         optimizer: whose encoder is trained.
-        model: the model that ``optimizer`` trains. With ``DistributedDataParallel`` and ``fully_shard`` (FSDP2; gradient
-            synchronisation on) all ranks make the same update, from the mean of their losses and gradients.
+        model: the model that ``optimizer`` trains. With ``DistributedDataParallel``, compiled or inside another module too, and
+            ``fully_shard`` (FSDP2) all ranks make the same update, from the mean of their losses and gradients.
         loss_fn: ``loss_fn(model, batch) -> scalar tensor``. A batch is whatever it takes.
         objective: ``gradient``, ``loss_decrease``, ``gen_gap`` or ``combined``.
         balance: how ``combined`` adds its terms: ``huw`` (learned, homoscedastic), ``fixed`` or ``sum``.
@@ -70,7 +70,8 @@ class MetaLearner:
         scaler: the ``torch.amp.GradScaler`` of the training loop, if any: its scale keeps float16 gradients from vanishing.
 
     Raises:
-        ValueError: an unknown choice, a parameter of the optimizer that is not in the model, ``hvp="exact"`` with DTensors.
+        ValueError: an unknown choice, a parameter of the optimizer that is not in the model, ``hvp="exact"`` with DTensors,
+            ``DistributedDataParallel`` modules on different ranks.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class MetaLearner:
         reshard(model)
         params = [p for group in optimizer.groups for p in group.params]
         check_supported(params, model)
+        replicas(model)
         if any(map(is_sharded, params)):
             if hvp == "exact":
                 raise ValueError('hvp="exact" cannot differentiate twice through sharded parameters: use "finite_difference"')

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def is_sharded(x: Tensor) -> bool:
@@ -87,6 +88,27 @@ def refuse_zero() -> None:
                 " with torch.distributed.fsdp.fully_shard (FSDP2) instead: states are sharded then, and the encoder sees all"
             )
         frame = frame.f_back
+
+
+def replicas(model: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks of the ``DistributedDataParallel`` modules in a model, itself included; None if it has none.
+
+    Raises:
+        ValueError: several of them, with different ranks.
+    """
+    groups = [part.process_group for part in model.modules() if isinstance(part, DistributedDataParallel)]
+    ranks = sorted({tuple(dist.get_process_group_ranks(group)) for group in groups})
+    if len(ranks) > 1:
+        raise ValueError(
+            "the model has DistributedDataParallel modules on different ranks, so its losses have no mean over the replicas: "
+            + ", ".join(map(str, map(list, ranks)))
+        )
+    return groups[0] if groups else None
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    module = sys.modules.get("torch.distributed.fsdp")
+    return [] if module is None else [part for part in model.modules() if isinstance(part, module.FSDPModule)]
 
 
 def reshard(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -46,20 +47,36 @@ def trained(model, rank, size, hvp):
     }
 
 
+def eagerly_compiled(model):
+    return torch.compile(model, backend="eager")
+
+
 def with_an_unused_parameter():
     model = perceptron()
     model.unused = nn.Parameter(torch.ones(3))
     return model
 
 
-def replica(rank, size, hvp):
+class Inside(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def replica(rank, size, hvp, wrap):
     model = DistributedDataParallel(with_an_unused_parameter(), find_unused_parameters=True)
-    return trained(model, rank, size, hvp)
+    return trained(model if wrap is None else wrap(model), rank, size, hvp)
 
 
-@pytest.mark.parametrize(("hvp", "size"), [("exact", 2), ("finite_difference", 2), ("exact", 4)])
-def test_replicas_are_equal_and_what_one_process_makes_of_the_joint_batches(hvp, size, tmp_path):
-    first, *others = ranks.run(replica, size, tmp_path, size, hvp)
+@pytest.mark.parametrize(
+    ("hvp", "size", "wrap"),
+    [("exact", 2, None), ("finite_difference", 2, None), ("exact", 4, None), ("exact", 2, Inside), ("exact", 2, eagerly_compiled)],
+)
+def test_replicas_are_equal_and_what_one_process_makes_of_the_joint_batches(hvp, size, wrap, tmp_path):
+    first, *others = ranks.run(replica, size, tmp_path, size, hvp, wrap)
     assert all(same(first, other) for other in others)
     alone = trained(with_an_unused_parameter(), 0, 1, hvp)
     # Means of means against one mean: float32 sums in another order, some 1e-6 after six steps and two updates. (With Adam as
@@ -85,6 +102,20 @@ def test_a_mean_over_ranks_keeps_float64(tmp_path):
     alone = losses_in_float64(0, 1)
     for found in ranks.run(losses_in_float64, 2, tmp_path, 2):
         torch.testing.assert_close(found, alone, rtol=1e-11, atol=0.0)
+
+
+def two_models(rank):
+    """Each of the two on ranks of its own."""
+    alone = [dist.new_group([r]) for r in range(2)][rank]
+    model = nn.Sequential(DistributedDataParallel(nn.Linear(6, 6)), DistributedDataParallel(nn.Linear(6, 3), process_group=alone))
+    opt = MetaAdamW(model[0].parameters())
+    with pytest.raises(ValueError, match=r"different ranks.*\[0, 1\]"):
+        MetaLearner(opt, model, loss_fn)
+    MetaLearner(opt, nn.Sequential(model[0], DistributedDataParallel(nn.Linear(6, 3))), loss_fn)
+
+
+def test_replicas_on_different_ranks_are_refused(tmp_path):
+    ranks.run(two_models, 2, tmp_path)
 
 
 def accumulating(rank, size):
