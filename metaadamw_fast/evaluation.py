@@ -187,13 +187,10 @@ class Evaluation:
         h = torch.where(length > 0, epsilon * at / length, 0.0)
         ends: list[Gradients] = []
         for distance in (h, -2 * h):
-            for p, x in moved:
-                p.data.add_(distance * x)
-            torch.clear_autocast_cache()
+            _move(moved, distance)
             if ends:
                 moved.clear()
                 w.clear()
-                del p, x
             ends.append(self.gradient(batch)[1])
         scale = torch.where(h > 0, 0.5 / h, 0.0)
         return [None if a is None or b is None else ((a - b) * scale).to(a.dtype) for a, b in zip(*ends, strict=True)]
@@ -211,6 +208,12 @@ def write(params: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
         if value is not None:
             p.data.copy_(value)
     torch.clear_autocast_cache()  # it holds low-precision copies of what stood there
+
+
+def _move(along: Sequence[tuple[Tensor, Tensor]], distance: Tensor) -> None:
+    for p, x in along:
+        p.data.add_(distance * x)
+    torch.clear_autocast_cache()
 
 
 # What torch says of: kernels of its own; autograd functions; two versions of AOT autograd; reentrant activation checkpointing.

@@ -253,6 +253,17 @@ def test_activation_checkpointing_changes_no_number(reentrant):
     assert same(*map(vars, reports))
 
 
+@pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
+def test_a_loss_that_depends_on_no_parameter_of_the_optimizer(hvp):
+    model = perceptron()
+    opt = MetaAdamW([nn.Parameter(torch.ones(2)), *model.out.parameters()], head_init="xavier")
+    model.unused = opt.param_groups[0]["params"][0]
+    report = MetaLearner(opt, model, lambda m, data: m.layers[0](data[0]).square().mean(), hvp=hvp).update(
+        *(batch(model, 50 + i) for i in range(3))
+    )
+    assert report.gradient_alignment == report.loss_decrease == 0
+
+
 def test_a_compiled_model():
     """Through AOT autograd, whose backward has no backward."""
     model = perceptron()
