@@ -78,7 +78,7 @@ class LookAhead:
         return gradient.to(self.scales.dtype)
 
 
-def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None]) -> LookAhead:
+def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None], standing: Sequence[Tensor | None]) -> LookAhead:
     """What ``opt.step()`` would do with the gradient ``g1``, without doing it.
 
     u is m̂′/(√v̂′ + ε) for the moments that the step would leave. The released code takes the features from the ``.grad`` that
@@ -87,13 +87,14 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None]) -> LookAhead:
     Args:
         opt: the optimizer; nothing of it changes.
         g1: T gradients of what is minimized, None where there is none.
+        standing: T gradients of the last training step, which the released code takes the features from; empty otherwise.
     """
     released = opt.variant == "released"
     lists = opt._current_lists()
     with torch.no_grad():
         hyper = opt._hyperparameters.update(opt.param_groups)
         # g1 is the gradient of what is minimized; a .grad that stands has the sign of loss_fn.
-        grads, sign = (lists.gradients(), hyper.sign) if released else (g1, None)
+        grads, sign = (standing, hyper.sign) if released else (g1, None)
         lists.set_gradients(grads)
         _, statistics = opt._measure(lists)
         grad_scale, _, statistics = opt._scaled(statistics, sign, None)

@@ -165,13 +165,14 @@ class MetaLearner:
             raise ValueError("this objective needs val_batch")
         gap_batch = val_batch if gap_batch is None else gap_batch
         reshard(self.model)  # a forward pass without a backward may have left an FSDP2 module gathered
+        lists = self.optimizer._current_lists()
+        standing = lists.gradients() if self.optimizer.variant == "released" else []  # `preserved` takes them aside
         with preserved(self.model) as rewind, torch.enable_grad():
-            lists, rank_sums = self.optimizer._current_lists(), self.optimizer._rank_sums
-            params = lists.params
+            params, rank_sums = lists.params, self.optimizer._rank_sums
             self._check_dtypes(lists.leaves)
             evaluation = Evaluation(self.loss_fn, self.model, lists.leaves, self._sign(), rewind, rank_sums, self.scaler)
             loss_a, g1 = evaluation.gradient(batch_a)
-            ahead = look_ahead(self.optimizer, g1)
+            ahead = look_ahead(self.optimizer, g1, standing)
             g1 = [None if g is None else g * ahead.clip for g in g1]
             before = evaluation.loss(val_batch) if "loss_decrease" in self.terms else None
             terms = {}

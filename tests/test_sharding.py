@@ -386,6 +386,24 @@ def test_a_meta_update_leaves_a_sharded_model_as_it_was(tmp_path):
     assert same(first, second)
 
 
+def released_report(_, model=None):
+    """Its features are those of the gradient of the last training step, not of that of the meta-update."""
+    model = model or placed("fsdp")[0]
+    opt = MetaAdamW(model.named_parameters(), lr=1e-2, model=model, head_init="xavier", variant="released")
+    for step in range(2):
+        opt.zero_grad()
+        loss_fn(model, joint(step)).backward()
+        opt.step()
+    report = MetaLearner(opt, model, loss_fn, hvp="finite_difference").update(*(joint(10 + i) for i in range(3)))
+    return report.lr_scale, report.total
+
+
+def test_the_released_variant_reads_the_gradient_that_stands(tmp_path):
+    alone = released_report(0, seeded_net())
+    for found in ranks.run(released_report, 2, tmp_path):
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=0.0)
+
+
 def refusals(_):
     model = seeded_net()
     fsdp1 = FullyShardedDataParallel(seeded_net(), device_id=torch.device("cpu"), use_orig_params=True)
