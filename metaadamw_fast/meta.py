@@ -160,6 +160,7 @@ class MetaLearner:
         Raises:
             ValueError: an objective that needs a validation batch got none; a loss that is not a scalar or has no gradient;
                 param groups of which only some maximize; bfloat16 or float16 parameters, in which a look-ahead is lost in rounding.
+            RuntimeError: a version of torch in which an unreduced gradient of FSDP2 is not found.
         """
         if val_batch is None and self.terms != ("gradient",):
             raise ValueError("this objective needs val_batch")

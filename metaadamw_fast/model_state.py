@@ -10,13 +10,20 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .sharding import reducing
+
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Restores gradients, buffers, train/eval modes and torch's random states on exit, also after an exception.
 
+    Gradients are aside meanwhile, also those that FSDP2 has not reduced yet; see :func:`metaadamw_fast.sharding.reducing`.
+
     Yields:
         A function that puts the random states back to those at the entry: evaluations that start from it draw equal dropout masks.
+
+    Raises:
+        RuntimeError: a torch in which unreduced gradients of FSDP2 are not found.
     """
     grads = [(p, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
@@ -31,7 +38,10 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
             torch.cuda.set_rng_state(state, device)
 
     try:
-        yield rewind
+        with reducing(model):
+            for param, _ in grads:  # autograd would add to them in place
+                param.grad = None
+            yield rewind
     finally:
         rewind()
         for module, training in modes:

@@ -7,7 +7,8 @@ all tensors together, makes those of the shards those of the tensors, the same b
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -113,11 +114,74 @@ def _fsdp_modules(model: nn.Module) -> list[Any]:
 
 def reshard(model: nn.Module) -> None:
     """Makes FSDP2 modules drop gathered parameters, so that the next forward pass gathers what the shards then hold."""
-    module = sys.modules.get("torch.distributed.fsdp")
-    if module is not None:
-        for part in model.modules():
-            if isinstance(part, module.FSDPModule):
-                part.reshard()
+    for part in _fsdp_modules(model):
+        part.reshard()
+
+
+@contextmanager
+def reducing(model: nn.Module) -> Iterator[None]:
+    """Makes FSDP2 reduce every gradient over the ranks; what it has accumulated without is aside meanwhile.
+
+    On exit, also by an exception, that is put back, whether gradients are reduced is as it was, and nothing is gathered: the next
+    forward pass gathers what the shards then hold.
+
+    Raises:
+        RuntimeError: unknown internals of FSDP2, and no ``.grad`` stands that would show that the last gradient was reduced.
+    """
+    parts = _fsdp_modules(model)
+    try:
+        places = _unreduced(parts)
+    except AttributeError as error:
+        if all(p.grad is None for p in model.parameters()):
+            raise RuntimeError(
+                f"this version of torch does not show whether FSDP2 has accumulated a gradient ({error}), which a meta-update would"
+                " lose: call update() after the optimizer's step() and before zero_grad()"
+            ) from error
+        parts, places = [], []
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    try:
+        for owner, name, meanwhile in places:
+            setattr(owner, name, meanwhile)
+        yield
+    except BaseException:
+        for part in parts:  # maybe in the middle of a forward or backward pass, which FSDP2 would go on with
+            if getattr(part._get_fsdp_state(), "_is_root", False) and hasattr(part, "reset_iter_state"):  # torch 2.13
+                part.reset_iter_state()
+        raise
+    finally:
+        for owner, name, meanwhile in _unreduced(parts):
+            setattr(owner, name, meanwhile)
+        reshard(model)
+        for owner, name, value in saved:
+            setattr(owner, name, value)
+
+
+def _unreduced(parts: Iterable[Any]) -> list[tuple[Any, str, Any]]:
+    """Where FSDP2 holds gradients that it has not reduced, whether it reduces them, and where it is in an iteration.
+
+    Returns:
+        (object, attribute, its value between two iterations if all gradients are reduced at once)
+
+    Raises:
+        AttributeError: another version of FSDP2. None of it is public.
+    """
+    found: list[tuple[Any, str, Any]] = []
+    for state in {part._get_fsdp_state(): None for part in parts}:
+        context, idle = state._state_ctx, type(state._training_state).IDLE
+        found += [(context, "is_last_backward", True), (context, "post_backward_final_callback_queued", False)]
+        found += [(context, "iter_forward_root", None), (state, "_training_state", idle)]
+        groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]  # torch 2.11
+        for group in filter(None, groups):
+            found += [(group, "reduce_grads", True), (group, "all_reduce_grads", True), (group, "_partial_reduce_output", None)]
+            # In the middle of a forward pass the root does not reshard; what is gathered ahead of its use would be used after all.
+            found += [(group, "_training_state", idle), (group, "_all_gather_result", None)]
+            for param in group.fsdp_params:
+                found.append((param, "unsharded_accumulated_grad", None))
+                if hasattr(param, "_unsharded_param"):  # from the first forward pass on
+                    found.append((param._unsharded_param, "grad", None))
+    for owner, name, _ in found:
+        getattr(owner, name)
+    return found
 
 
 class RankSums:

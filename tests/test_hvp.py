@@ -240,6 +240,7 @@ def copied(model, opt):
     return opt, model
 
 
+@pytest.mark.parametrize("variant", ["paper", "released"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_no_number(reentrant, variant):
     torch.manual_seed(0)
@@ -253,6 +254,16 @@ def test_activation_checkpointing_changes_no_number(reentrant, variant):
     batches = [batch(model, 50 + i) for i in range(3)]
     reports = [MetaLearner(o, m, mse, hvp="finite_difference").update(*batches) for o, m in ((opt, model), (plain_opt, plain))]
     assert same(*map(vars, reports))
+
+
+def test_a_gradient_that_is_not_the_optimizer_s_stays_what_it_is():
+    """Reentrant checkpointing hands gradients to `.grad`, to that of every parameter."""
+    model = Checkpointed(True)
+    opt = MetaAdamW(model.first.parameters())
+    mse(model, batch(model, 0)).backward()
+    gradients = [(p, p.grad, p.grad.clone()) for p in model.parameters()]
+    MetaLearner(opt, model, mse, hvp="finite_difference").update(*(batch(model, 50 + i) for i in range(3)))
+    assert all(p.grad is g and torch.equal(g, x) for p, g, x in gradients)
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])

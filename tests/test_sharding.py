@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaadamw_fast import MetaAdamW, MetaLearner
+from metaadamw_fast.sharding import reshard
 
 from . import ranks
 from .models import noise, same
@@ -384,6 +385,113 @@ def meta_update(rank):
 def test_a_meta_update_leaves_a_sharded_model_as_it_was(tmp_path):
     first, second = ranks.run(meta_update, 2, tmp_path)
     assert same(first, second)
+
+
+class SomeError(Exception):
+    pass
+
+
+def failing(module, where, call):
+    """``module`` raises in its ``call``-th pass, forward or backward, from now on. Returns a handle that makes it stop."""
+    calls = []
+
+    def fail(*_):
+        calls.append(None)
+        if len(calls) == call:
+            raise SomeError
+
+    def fail_behind(_, inputs, output):
+        if output.requires_grad:
+            output.register_hook(fail)
+
+    return module.register_forward_pre_hook(fail) if where == "forward" else module.register_forward_hook(fail_behind)
+
+
+def two_micro_batches(rank, kind, accumulated=True, updated=True, fails=None):
+    """A gradient accumulated over two micro-batches, a meta-update between them.
+
+    Returns:
+        The loss of the second micro-batch, the gradient, and what the meta-update reports.
+    """
+    model = placed(kind if kind in ("bfloat16", "hsdp", "offload") else "fsdp")[0]
+    opt = MetaAdamW(model.named_parameters(), lr=1e-2, model=model, head_init="xavier")
+    meta = MetaLearner(opt, model, loss_fn)
+    loss_fn(model, joint(rank)).backward()
+    opt.step()
+    opt.zero_grad()
+    model.set_reshard_after_backward(kind != "kept")
+    synchronise = model.set_requires_all_reduce if kind == "hsdp" else model.set_requires_gradient_sync
+    report = None
+    if accumulated:
+        synchronise(False)
+        loss_fn(model, joint(10 + rank)).backward()
+        synchronise(kind != "off")
+    if updated:
+        batches = [joint(20 + rank), joint(30 + rank), joint(40 + rank)]
+        if fails is None:
+            report = {name: x.detach() for name, x in vars(meta.update(*batches)).items()}
+        else:
+            handle = failing(model.layers[1], *fails)
+            with pytest.raises(SomeError):
+                meta.update(*batches)
+            handle.remove()
+    loss = loss_fn(model, joint(50 + rank))
+    loss.backward()
+    if accumulated and kind == "off":
+        assert all(p.grad is None for p in opt.groups[0].params)  # it is still off
+        synchronise(True)
+        loss_fn(model, joint(60 + rank)).backward()
+    reshard(model)
+    return loss.detach(), [whole(p.grad) for p in model.parameters()], report
+
+
+def amid_an_accumulation(rank, kind):
+    loss, gradient, report = two_micro_batches(rank, kind)
+    expected_loss, expected, _ = two_micro_batches(rank, kind, updated=False)
+    assert same(loss, expected_loss)  # no parameter of the look-ahead has stayed gathered
+    assert same(gradient, expected)
+    assert same(report, two_micro_batches(rank, kind, accumulated=False)[2])
+    return gradient
+
+
+@pytest.mark.parametrize("kind", ["on", "off", "kept", "bfloat16", "offload", "hsdp"])
+def test_a_meta_update_between_two_micro_batches_changes_no_gradient(kind, tmp_path):
+    first, second = ranks.run(amid_an_accumulation, 2, tmp_path, kind)
+    assert same(first, second)
+
+
+def after_an_error(rank):
+    """At θ, at θ′ and beyond it, in forward and backward passes."""
+    expected_loss, expected, _ = two_micro_batches(rank, "on", updated=False)
+    for fails in (("forward", 1), ("forward", 4), ("forward", 6), ("backward", 1), ("backward", 3)):
+        loss, gradient, _ = two_micro_batches(rank, "on", fails=fails)
+        assert same(loss, expected_loss), fails
+        assert same(gradient, expected), fails
+
+
+def test_a_meta_update_that_fails_leaves_a_sharded_model_as_it_was(tmp_path):
+    ranks.run(after_an_error, 2, tmp_path)
+
+
+def another_fsdp(rank):
+    """One that keeps its parameters in attributes of other names: whether something is accumulated cannot be seen there."""
+    model = placed("fsdp")[0]
+    opt = MetaAdamW(model.named_parameters(), lr=1e-2, model=model)
+    meta = MetaLearner(opt, model, loss_fn)
+    loss_fn(model, joint(rank)).backward()
+    opt.step()
+    batches = [joint(10 + rank), joint(20 + rank), joint(30 + rank)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metaadamw_fast.sharding._unreduced", lambda parts: [part.other_name for part in parts])
+        meta.update(*batches)  # a reduced gradient stands
+        opt.zero_grad()
+        with pytest.raises(RuntimeError, match=r"other_name.*after the optimizer's step\(\)"):
+            meta.update(*batches)
+    assert meta.updates == 1
+
+
+def test_internals_of_fsdp_that_are_not_known(tmp_path):
+    ranks.run(another_fsdp, 2, tmp_path)
 
 
 def released_report(_, model=None):
