@@ -27,7 +27,8 @@ from .sharding import laid_out_as
 if TYPE_CHECKING:
     from .optimizer import MetaAdamW
 
-KEY, CONFIG, SKIPPED = "metaadamw", "config", "skipped_steps"
+KEY, CONFIG, SKIPPED, ROUNDING = "metaadamw", "config", "skipped_steps", "rounding_seed"
+LATER = {CONFIG, SKIPPED, ROUNDING}  # checkpoints of earlier versions do not have them
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 STATE = ("step", "exp_avg", "exp_avg_sq")  # of a parameter that has had a gradient
 ELEMENTWISE = (*MOMENTS, MASTER, "momentum_buffer", "square_avg")  # of the shape of the parameter in every optimizer that has one
@@ -48,6 +49,7 @@ def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
         "generator": optimizer.encoder.generator.get_state().to(optimizer._scales.device),
         "scales": optimizer._scales.contiguous(),
         "lagged": lagged,
+        ROUNDING: None if optimizer._rounding_seed is None else int(optimizer._rounding_seed),
     }
 
 
@@ -83,12 +85,15 @@ def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     if KEY not in state_dict:
         return
     extra, own = state_dict[KEY], extra_state(optimizer)
-    _check_keys(extra, own.keys() - {CONFIG, SKIPPED}, KEY)
+    _check_keys(extra, own.keys() - LATER, KEY)
     _check_count(extra["steps_done"], "steps_done")
     _check_count(extra.get(SKIPPED, 0), SKIPPED)
     if not isinstance(extra["group_ids"], (list, tuple)) or list(extra["group_ids"]) != own["group_ids"]:
         raise ValueError("loaded state dict groups the parameters differently: same model, grouping and order are needed")
-    if CONFIG in extra:  # checkpoints of earlier versions do not tell
+    seed = extra.get(ROUNDING)
+    if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
+        raise ValueError(f"{ROUNDING} in the loaded state dict is {seed!r}, not a 64-bit integer")
+    if CONFIG in extra:
         _check_keys(extra[CONFIG], own[CONFIG].keys(), CONFIG)
         for name, value in own[CONFIG].items():
             if extra[CONFIG][name] != value:
@@ -243,6 +248,8 @@ def load_extra(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     optimizer.steps_done = int(extra["steps_done"])
     if optimizer._skipped is not None:
         optimizer._skipped.fill_(int(extra.get(SKIPPED, 0)))
+    if optimizer._rounding_seed is not None and extra.get(ROUNDING) is not None:
+        optimizer._rounding_seed = int(extra[ROUNDING])
     optimizer.encoder.load_state_dict(extra["encoder"])
     optimizer.encoder.generator.set_state(extra["generator"].cpu())
     optimizer._scales = _like(extra["scales"], optimizer._scales)

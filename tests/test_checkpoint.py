@@ -106,6 +106,26 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(case, at):
     assert moved.ne(1).all()
 
 
+ROUNDED = {"dtype": torch.bfloat16, "stochastic_rounding": True}
+
+
+def test_the_seed_of_stochastic_rounding_is_part_of_a_checkpoint():
+    expected = Run(**ROUNDED, seed=2**40 + 3).to(6)
+    state = through_a_file(Run(**ROUNDED, seed=2**40 + 3).to(3).state())
+    Run(**ROUNDED, seed=7).load(state).to(6).assert_same(expected)
+    Run(dtype=torch.bfloat16).load(state).to(6)  # one that does not round by chance has no use for it
+    for seed in ("absent", None):  # an earlier version's checkpoint; one without stochastic rounding
+        state["optimizer"]["metaadamw"]["rounding_seed"] = None
+        if seed == "absent":
+            del state["optimizer"]["metaadamw"]["rounding_seed"]
+        run = Run(**ROUNDED, seed=7).load(state)
+        assert run.opt.state_dict()["metaadamw"]["rounding_seed"] == 7
+    for seed in (0.5, "7", 2**64):
+        state["optimizer"]["metaadamw"]["rounding_seed"] = seed
+        with pytest.raises(ValueError, match="rounding_seed"):
+            run.opt.load_state_dict(state["optimizer"])
+
+
 def test_the_generator_is_part_of_a_checkpoint():
     """A group that comes after a resume starts with the embedding that it would have had."""
     runs = [Run(), Run(seed=5)]

@@ -157,6 +157,20 @@ def from_a_full_state_dict(_, directory, broadcast):
     assert same(training.go(SAVED, LAST), other.go(SAVED, LAST))
 
 
+def rounded(_, directory):
+    """Bitwise, with another seed in the constructor."""
+    options = {"stochastic_rounding": True, "state_dtype": torch.bfloat16}
+    training, other = Training(0, options), Training(1, options)
+    training.go(0, 3)
+    training.save(directory)
+    other.load(directory)
+    assert same(training.go(3, 6), other.go(3, 6))
+
+
+def test_stochastic_rounding_goes_on_with_its_seed(tmp_path):
+    ranks.run(rounded, 2, tmp_path / "run", tmp_path / "checkpoint")
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_flattened_form(size, tmp_path):
     ranks.run(flattened, size, tmp_path / "run", tmp_path / "checkpoint")
