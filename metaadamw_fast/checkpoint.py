@@ -1,10 +1,16 @@
 """What a MetaAdamW checkpoint holds besides torch's ``state`` and ``param_groups``, and how any AdamW checkpoint is loaded.
 
-The extra content is one key, ``metaadamw``: encoder, its sizes and random generator, step count, scales, and the carried statistics
-of lagged mode. ``torch.optim.AdamW`` ignores it, so checkpoints load in both directions. It stands at the top level and, the same
-object, in the first param group, since ``torch.distributed.checkpoint`` keeps only ``state`` and ``param_groups``. What it holds
-has the same structure in every optimizer of the same options: DCP loads into what is there. The param group of the optimizer itself
-has the key too, with None: DCP's flattened form finds what it looks for by the keys that are there.
+The extra content is one key, ``metaadamw``: encoder, its sizes and random generator, step count, scales, the seed of stochastic
+rounding, and the carried statistics of lagged mode. ``torch.optim.AdamW`` ignores it, so checkpoints load in both directions. It
+stands at the top level and, the same object, in the first param group, since ``torch.distributed.checkpoint`` (DCP) keeps only
+``state`` and ``param_groups``. What it holds has the same structure in every optimizer of the same options: DCP loads into what is
+there. Its tensors are copies: a DCP load that fails midway has written into torch's own moments, as with any optimizer, but not
+into the encoder. The param group of the optimizer itself has the key too, with None: DCP's flattened form finds what it looks for
+by the keys that are there.
+
+DCP wants all that the optimizer has to be in the checkpoint. Between MetaAdamW and ``torch.optim.AdamW``, whose param groups have
+other keys, it needs ``planner=DefaultLoadPlanner(allow_partial_load=True)``, and so it does for checkpoints from before a key was
+added. It saves no state of parameters that do not require a gradient: the moments of one that was trained and then frozen are lost.
 """
 
 from __future__ import annotations
@@ -35,19 +41,22 @@ ELEMENTWISE = (*MOMENTS, MASTER, "momentum_buffer", "square_avg")  # of the shap
 
 
 def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
-    """The content of the ``metaadamw`` key: tensors, numbers, lists and dicts only, for ``torch.load(weights_only=True)``."""
+    """The content of the ``metaadamw`` key: tensors, numbers, lists and dicts only, for ``torch.load(weights_only=True)``.
+
+    All tensors are copies: who loads into them in place, as DCP does, changes nothing here before ``load_state_dict``.
+    """
     lagged = None
     if optimizer.statistics_mode == "lagged":
-        lagged = [optimizer.lagged_statistics(), training_progress(optimizer.steps_done, optimizer.total_steps)]
+        lagged = [optimizer.lagged_statistics().clone(), training_progress(optimizer.steps_done, optimizer.total_steps)]
     return {
         "steps_done": optimizer.steps_done,
         SKIPPED: optimizer.skipped_steps,
         "group_ids": list(optimizer._group_ids),
         CONFIG: optimizer.encoder.description(),
-        "encoder": dict(optimizer.encoder.state_dict()),
+        "encoder": {name: x.clone() for name, x in optimizer.encoder.state_dict().items()},
         # Contiguous, and on one device: torch.distributed.checkpoint broadcasts the memory of tensors, and from one device only.
         "generator": optimizer.encoder.generator.get_state().to(optimizer._scales.device),
-        "scales": optimizer._scales.contiguous(),
+        "scales": optimizer._scales.clone(memory_format=torch.contiguous_format),
         "lagged": lagged,
         ROUNDING: None if optimizer._rounding_seed is None else int(optimizer._rounding_seed),
     }

@@ -392,7 +392,7 @@ class MetaLearner:
         """
         self._adopt()
         return {
-            "log_vars": self.log_vars.detach(),
+            "log_vars": self.log_vars.detach().clone(),  # not the learner's own: a load that fails midway leaves it alone
             "meta_optimizer": with_adam_states(self.meta_optimizer),
             "updates": self.updates,
         }

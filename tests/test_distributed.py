@@ -1,15 +1,19 @@
 """Data parallel training: replicas stay equal, a meta-update is that of the joint batch. Checkpoints by DCP."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 
-from metaadamw_fast import MetaAdamW, MetaLearner, MicroBatches
+from metaadamw_fast import EncoderConfig, MetaAdamW, MetaLearner, MicroBatches
 
 from . import ranks
 from .models import noise, perceptron, same
@@ -177,3 +181,76 @@ def test_a_distributed_checkpoint_keeps_the_encoder(options, steps, tmp_path):
     assert other.param_groups[0]["metaadamw"] is None
     assert other.steps_done == steps
     assert same(go(model, opt, steps, 6), go(other_model, other, steps, 6))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_distributed_checkpoint_that_does_not_fit_leaves_the_encoder_alone(tmp_path):
+    """DCP has loaded into the tensors of the state dict by the time that MetaAdamW refuses it."""
+    model = perceptron()
+    opts = [MetaAdamW(model.named_parameters(), model=model, head_init="xavier", encoder=EncoderConfig(layers=n)) for n in (3, 2)]
+    metas = [MetaLearner(opt, model, loss_fn, lr=1e-2) for opt in opts]
+    for i, (opt, meta) in enumerate(zip(opts, metas, strict=True)):
+        for step in range(1 + i):
+            loss_fn(model, joint(step)).backward()
+            opt.step()
+            meta.update(joint(10 + i), joint(20 + i), joint(30 + i))
+    states = [
+        {"optimizer": get_optimizer_state_dict(model, opt), "log_vars": x.state_dict()["log_vars"]}
+        for opt, x in zip(opts, metas, strict=True)
+    ]
+    dcp.save(states[0], checkpoint_id=tmp_path)
+    opt, state = opts[1], states[1]
+
+    def everything():
+        extra = {name: x for name, x in opt.state_dict()["metaadamw"].items() if name != "config"}
+        return copy.deepcopy([extra, dict(opt.encoder.state_dict()), opt.lr_scale, opt.wd_scale, metas[1].log_vars.detach()])
+
+    before = everything()
+    dcp.load(state, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match="another encoder: layers is 3, here 2"):
+        set_optimizer_state_dict(model, opt, state["optimizer"])
+    assert not same(state["optimizer"]["param_groups"][0]["metaadamw"]["encoder"], before[1])
+    assert not same(state["log_vars"], before[-1])
+    assert same(everything(), before)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("into", ["MetaAdamW", "AdamW"])
+def test_a_distributed_checkpoint_of_the_other_optimizer(into, tmp_path):
+    """Their param groups have different keys, of which DCP by default wants every one."""
+    model = perceptron()
+
+    def build(name, seed):
+        if name == "AdamW":
+            return torch.optim.AdamW(model.parameters(), lr=3e-3)
+        return MetaAdamW(model.named_parameters(), lr=3e-3, model=model, head_init="xavier", seed=seed)
+
+    saved = build("AdamW" if into == "MetaAdamW" else "MetaAdamW", 0)
+    for step in range(3):
+        saved.zero_grad()
+        loss_fn(model, joint(step)).backward()
+        saved.step()
+    saved.zero_grad()  # torch gives an AdamW its first states only where no gradient stands
+    saved.param_groups[0]["lr"] = 2e-3
+    dcp.save(get_optimizer_state_dict(model, saved), checkpoint_id=tmp_path)
+    loaded = build(into, 1)
+    encoder = copy.deepcopy(dict(loaded.encoder.state_dict())) if into == "MetaAdamW" else None
+    state = get_optimizer_state_dict(model, loaded)
+    with pytest.raises(CheckpointException, match="Missing key"):
+        dcp.load(state, checkpoint_id=tmp_path)
+    dcp.load(state, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        set_optimizer_state_dict(model, loaded, state)
+    assert loaded.param_groups[0]["lr"] == 2e-3
+    for p in model.parameters():
+        assert all(torch.equal(saved.state[p][name], loaded.state[p][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    told = [str(w.message) for w in caught if "checkpoint of a plain AdamW" in str(w.message)]
+    if into == "MetaAdamW":
+        assert len(told) == 1
+        assert same(dict(loaded.encoder.state_dict()), encoder)
+        assert loaded.steps_done == 3
+    else:
+        assert not told
+    loss_fn(model, joint(9)).backward()
+    loaded.step()
