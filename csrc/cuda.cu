@@ -429,20 +429,22 @@ Tensor group_features(Tensor statistics, Tensor order, Tensor begin, Tensor nume
 // One block: there are as many rows as tensors.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) scaled_gradients_kernel(const ScaledGradients<T> x) {
-  __shared__ double factor;
+  __shared__ double total;
   double squared[1] = {0.0};
   for (int64_t t = threadIdx.x; t < x.tensors; t += kThreads) {
     squared[0] += x.statistics[t * x.width + kGradSquared];
   }
-  const double total = block_sums(squared);
+  const double of_block = block_sums(squared);
   if (threadIdx.x == 0) {
-    const GradientFactor found = x.factor(total);
-    factor = found.factor;
-    *x.norm = static_cast<T>(found.norm);
+    total = of_block;
   }
   __syncthreads();
+  const GradientFactor found = x.factor(total);
   for (int64_t t = threadIdx.x; t < x.tensors; t += kThreads) {
-    x.write(t, factor);
+    x.write(t, found.factor);
+  }
+  if (threadIdx.x == 0) {
+    *x.norm = static_cast<T>(found.norm);
   }
 }
 
