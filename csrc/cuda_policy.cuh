@@ -1,0 +1,106 @@
+// What stands on both sides of the encoder (policy.h), on a CUDA device: a few numbers per tensor and group, one small launch each.
+#pragma once
+
+#include "cuda_launch.cuh"
+#include "cuda_utils.cuh"
+#include "policy_checks.h"
+
+namespace metaadamw {
+namespace {
+
+constexpr int kWarp = 32;
+
+// A warp for each group.
+template <typename T>
+__global__ void group_features_kernel(const FeatureColumns columns, const T* statistics, const int64_t width,
+                                      const GroupedTensors grouped, const T* numel, const float* done, const int64_t ahead,
+                                      const double total_steps, const int64_t dim, T* features) {
+  const double progress = training_progress(*done + static_cast<double>(ahead), total_steps);
+  const auto total = [](double x) {
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      x += __shfl_xor_sync(0xffffffffu, x, distance);
+    }
+    return x;
+  };
+  feature_row(columns, statistics, width, grouped, numel, blockIdx.x, progress, threadIdx.x, kWarp, total,
+              features + blockIdx.x * dim);
+}
+
+Tensor group_features(Tensor statistics, Tensor order, Tensor begin, Tensor numel, Tensor constants, bool enhanced, bool v_norm,
+                      bool deviations, int64_t time, Tensor done, int64_t ahead, double total_steps) {
+  const FeatureColumns columns{enhanced, v_norm, deviations, static_cast<int>(time)};
+  check_features(columns, statistics, order, begin, numel, constants, done);
+  const torch::stable::accelerator::DeviceGuard guard(device_of(statistics));
+  const cudaStream_t stream = current_stream(device_of(statistics));
+  Tensor features = torch::stable::clone(constants);
+  const int64_t groups = constants.size(0), dim = constants.size(1);
+  const GroupedTensors grouped{static_cast<const int64_t*>(order.data_ptr()), static_cast<const int64_t*>(begin.data_ptr())};
+  const auto fill = [&](auto zero) {
+    using T = decltype(zero);
+    group_features_kernel<T><<<groups, kWarp, 0, stream>>>(
+        columns, static_cast<const T*>(statistics.data_ptr()), statistics.size(1), grouped, static_cast<const T*>(numel.data_ptr()),
+        static_cast<const float*>(done.data_ptr()), ahead, total_steps, dim, static_cast<T*>(features.data_ptr()));
+  };
+  if (groups != 0) {
+    statistics.scalar_type() == ScalarType::Double ? fill(0.0) : fill(0.0f);
+    check_cuda(cudaGetLastError(), "group_features");
+  }
+  return features;
+}
+
+// One block: there are as many rows as tensors.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) scaled_gradients_kernel(const ScaledGradients<T> x) {
+  __shared__ double total;
+  double squared[1] = {0.0};
+  for (int64_t t = threadIdx.x; t < x.tensors; t += kThreads) {
+    squared[0] += x.statistics[t * x.width + kGradSquared];
+  }
+  const double of_block = block_sums(squared);
+  if (threadIdx.x == 0) {
+    total = of_block;
+  }
+  __syncthreads();
+  const GradientFactor found = x.factor(total);
+  for (int64_t t = threadIdx.x; t < x.tensors; t += kThreads) {
+    x.write(t, found.factor);
+  }
+  if (threadIdx.x == 0) {
+    *x.norm = static_cast<T>(found.norm);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> scaled_gradients_on_cuda(Tensor statistics, std::optional<Tensor> sign,
+                                                            std::optional<Tensor> loss_scale, double max_norm) {
+  const torch::stable::accelerator::DeviceGuard guard(device_of(statistics));
+  const cudaStream_t stream = current_stream(device_of(statistics));
+  return scaled_gradients(statistics, sign, loss_scale, max_norm, [&](const auto& x) {
+    scaled_gradients_kernel<<<1, kThreads, 0, stream>>>(x);
+    check_cuda(cudaGetLastError(), "scaled_gradients");
+  });
+}
+
+__global__ void modulation_kernel(const ModulationInput in, double* out) {
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (t < in.tensors) {
+    in.write(t, out);
+  }
+}
+
+Tensor modulation(Tensor scales, Tensor group_of, Tensor lr, Tensor weight_decay, Tensor beta1, Tensor steps,
+                  std::optional<Tensor> go, bool released) {
+  const ModulationInput in = modulation_input(scales, group_of, lr, weight_decay, beta1, steps, go, released);
+  const int64_t device = device_of(scales);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor result = torch::stable::empty({3, in.tensors}, ScalarType::Double, std::nullopt,
+                                       torch::stable::Device(torch::headeronly::DeviceType::CUDA, device));
+  if (in.tensors != 0) {
+    const int64_t blocks = (in.tensors + kThreads - 1) / kThreads;
+    modulation_kernel<<<blocks, kThreads, 0, current_stream(device)>>>(in, static_cast<double*>(result.data_ptr()));
+    check_cuda(cudaGetLastError(), "modulation");
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace metaadamw
