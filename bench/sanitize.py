@@ -40,9 +40,9 @@ def main() -> None:
             ops.adamw_update_(
                 params, grads, *moments[:2], 0.1, 0.99, step=3, max_exp_avg_sqs=moments[2], rounding_seed=seed, backend=backend
             )
-        for statistics in ("exact", "lagged"):
+        for more in ({}, {"statistics": "lagged"}, {"max_grad_norm": 1.0, "maximize": True, "features": "enhanced"}):
             leaves = [torch.nn.Parameter(x.contiguous()) for x in params]
-            opt = MetaAdamW(leaves, backend=backend, state_dtype=state, statistics=statistics, head_init="xavier")
+            opt = MetaAdamW(leaves, backend=backend, state_dtype=state, head_init="xavier", **more)
             for _ in range(3):
                 for p in leaves:
                     p.grad = torch.rand_like(p)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from metaadamw_fast import MetaAdamW, MetaLearner, sync
+from metaadamw_fast import MetaAdamW, MetaLearner, ops, sync
 
 from .models import OFF, noise
 
@@ -218,3 +218,12 @@ def test_carried_sums_are_those_of_a_full_pass_whatever_happens_between_steps(de
         runs.append([torch.stack(history), *ps, *(x for p in ps for x in opt.state[p].values())])
     assert torch.isfinite(runs[0][0]).all()
     torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("same_objects", [ops.same_objects, ops._same_objects])
+def test_same_objects_are_told_by_identity_in_their_order(same_objects):
+    a, b, c = torch.ones(2), torch.ones(2), 1.0
+    assert same_objects([[a], {"x": b, "y": c}, [], {}], [a, b, c])
+    assert same_objects([], [])
+    for containers in ([[b], {"x": a}, [c]], [[a, b]], [[a], [b], [c], [c]], [[a.clone()], [b], [c]], [{"x": a, "y": b, "z": 2.0}]):
+        assert not same_objects(containers, [a, b, c])

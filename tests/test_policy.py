@@ -1,18 +1,37 @@
 """csrc/policy.h against the same in PyTorch: features of groups, and what the update takes of the scales of groups."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from torch import nn
 
 from metaadamw_fast import FeatureConfig, ops, reference
-from metaadamw_fast.features import VERSIONS, feature_table
+from metaadamw_fast.features import VERSIONS, FeatureTable, feature_table
 from metaadamw_fast.grouping import Member
 
 from .models import noise
 
 F32, F64 = torch.float32, torch.float64
 
-needs_cpp = pytest.mark.skipif(not hasattr(ops.CppBackend, "modulation"), reason="there is no C++ extension")
+pytestmark = pytest.mark.skipif(not hasattr(ops.CppBackend, "modulation"), reason="there is no C++ extension")
+no_gpu = ops._unavailable("cpp", torch.device("cuda"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(bool(no_gpu), reason=str(no_gpu))])])
+def run(request):
+    """Calls an op of the C++ backend on copies of its arguments on the device; the results are on the CPU."""
+
+    def there(x, device):
+        if isinstance(x, FeatureTable):
+            return replace(x, **{f.name: there(getattr(x, f.name), device) for f in fields(x)})
+        return x.to(device) if isinstance(x, torch.Tensor) else x
+
+    def call(op, *arguments):
+        found = getattr(ops.CppBackend, op)(*(there(x, request.param) for x in arguments))
+        return [there(x, "cpu") for x in found] if isinstance(found, (list, tuple)) else there(found, "cpu")
+
+    return call
 
 
 def table_of(config, group_ids, like, *, heads=1):
@@ -38,17 +57,16 @@ def statistics_of(tensors, config, dtype, seed=0):
 ROUNDINGS = 50
 
 
-@needs_cpp
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("v_norm", [False, True])
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("total_steps", [None, 80])
-def test_features_are_those_of_the_reference(version, v_norm, dtype, total_steps):
+def test_features_are_those_of_the_reference(run, version, v_norm, dtype, total_steps):
     config = FeatureConfig(version, v_norm=v_norm, time_step=version != "basic_plus")
     group_ids = [t % 7 % 5 for t in range(40)]
     statistics = statistics_of(40, config, dtype)
     table, done = table_of(config, group_ids, statistics, heads=4), torch.tensor(6.0)
-    found = ops.CppBackend.group_features(statistics, table, done, 1, total_steps)
+    found = run("group_features", statistics, table, done, 1, total_steps)
     wide = statistics.double()
     expected = reference.group_features(wide, table_of(config, group_ids, wide, heads=4), done, 1, total_steps)
     assert found.dtype == dtype
@@ -59,48 +77,45 @@ def test_features_are_those_of_the_reference(version, v_norm, dtype, total_steps
     assert not found[:, config.statistic_columns + config.time_step :].any()
 
 
-@needs_cpp
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
-def test_only_the_group_of_a_bad_sum_has_bad_features(version, bad):
+def test_only_the_group_of_a_bad_sum_has_bad_features(run, version, bad):
     """-1 stands where lagged mode has no statistics yet."""
     config = FeatureConfig(version)
     group_ids = [0, 1, 2, 1, 0, 2]
     statistics = statistics_of(6, config, F32)
     table, done = table_of(config, group_ids, statistics), torch.tensor(0.0)
-    good = ops.CppBackend.group_features(statistics, table, done, 1, None)
+    good = run("group_features", statistics, table, done, 1, None)
     for column in (0, 2):
         spoiled = statistics.clone()
         spoiled[3, column] = bad
-        found = ops.CppBackend.group_features(spoiled, table, done, 1, None)
+        found = run("group_features", spoiled, table, done, 1, None)
         assert torch.equal(found[[0, 2]], good[[0, 2]])
         assert not found[1].isfinite().all()
         assert good.isfinite().all()
 
 
-@needs_cpp
-def test_a_cosine_has_floors_under_its_norms():
+def test_a_cosine_has_floors_under_its_norms(run):
     statistics = torch.tensor([[0.0, 0.0, 4.0, 1.0, 1.0], [1e-20, 3e-17, 9.0, 1.0, 1.0]])
     config = FeatureConfig()
-    found = ops.CppBackend.group_features(statistics, table_of(config, [0, 1], statistics), torch.tensor(0.0), 1, 2)
+    found = run("group_features", statistics, table_of(config, [0, 1], statistics), torch.tensor(0.0), 1, 2)
     assert found[0, 3] == 0
     torch.testing.assert_close(found[1, 3], torch.tensor(3e-17 / (1e-8 * 3)))
     assert found[:, 5].tolist() == [0.5, 0.5]
 
 
-@needs_cpp
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("max_norm", [0.0, 0.1, 1e9, float("inf")])
 @pytest.mark.parametrize("loss_scale", [None, 1024.0])
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("spoil", [None, float("nan"), float("inf")])
-def test_gradients_are_scaled_as_in_the_reference(dtype, max_norm, loss_scale, maximize, spoil):
+def test_gradients_are_scaled_as_in_the_reference(run, dtype, max_norm, loss_scale, maximize, spoil):
     statistics = statistics_of(40, FeatureConfig("enhanced"), dtype)
     if spoil is not None:
         statistics[7, 0] = spoil
     sign = torch.where(torch.arange(40) % 2 == 0, -1.0, 1.0).double() if maximize else None
     arguments = (statistics, sign, None if loss_scale is None else torch.tensor(loss_scale), max_norm)
-    found, expected = ops.CppBackend.scaled_gradients(*arguments), reference.scaled_gradients(*arguments)
+    found, expected = run("scaled_gradients", *arguments), reference.scaled_gradients(*arguments)
     for x, y in zip(found, expected, strict=True):
         assert x.dtype == y.dtype
         # The reference adds up 40 squares in the dtype of the statistics, and rounds the norm once.
@@ -116,36 +131,33 @@ def modulation_arguments(tensors=30, groups=6, dtype=F32):
     return [scales, group_of, lr, weight_decay, beta1, (torch.arange(tensors) * 7.0) % 100]
 
 
-@needs_cpp
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("go", [None, torch.tensor(True), torch.tensor(False)])
-def test_modulation_has_the_bits_of_the_reference(dtype, transposed, go):
+def test_modulation_has_the_bits_of_the_reference(run, dtype, transposed, go):
     arguments = modulation_arguments(dtype=dtype)
     if transposed:
         arguments[0] = arguments[0].t().contiguous().t()
-    found = ops.CppBackend.modulation(*arguments, go, False)
+    found = run("modulation", *arguments, go, False)
     assert torch.equal(found, reference.modulation(*arguments, go, False))
     assert torch.equal(found[2], torch.zeros(30, dtype=F64) if go is not None and not go else arguments[5].double() + 1)
 
 
-@needs_cpp
-def test_modulation_of_the_released_code():
+def test_modulation_of_the_released_code(run):
     """β1^k by repeated squaring and by torch's power: a rounding for each squaring."""
     arguments = modulation_arguments()
-    found, expected = (run.modulation(*arguments, None, True) for run in (ops.CppBackend, ops.ReferenceBackend))
+    found, expected = run("modulation", *arguments, None, True), reference.modulation(*arguments, None, True)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
 
 
-@needs_cpp
-def test_arguments_that_do_not_fit_are_refused():
+def test_arguments_that_do_not_fit_are_refused(run):
     config = FeatureConfig()
     statistics = statistics_of(6, config, F32)
     table, done = table_of(config, [0, 1, 2, 1, 0, 2], statistics), torch.tensor(0.0)
     for wrong in (statistics[:, :4], statistics[:5], statistics.half(), statistics.double()):
         with pytest.raises(RuntimeError, match=r"statistics|elements"):
-            ops.CppBackend.group_features(wrong, table, done, 1, None)
+            run("group_features", wrong, table, done, 1, None)
     arguments = modulation_arguments()
     for position, wrong in ((0, arguments[0][:2]), (1, arguments[1].int()), (2, arguments[2][1:]), (5, arguments[5].double())):
         with pytest.raises(RuntimeError, match=r"scales|elements"):
-            ops.CppBackend.modulation(*arguments[:position], wrong, *arguments[position + 1 :], None, False)
+            run("modulation", *arguments[:position], wrong, *arguments[position + 1 :], None, False)
