@@ -124,6 +124,7 @@ METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* g, T* p, 
   using Vector = typename Lanes<T>::type;
   const Scalars<T> s = scalars;  // a local copy: nothing that the loop writes can change it
   Vector sums[kSums] = {};
+  const int ahead = kPrefetch;
   const auto element = [&](Vector grad, Vector& param, Vector& exp_avg, Vector& exp_avg_sq, Vector& maximum) {
     if constexpr (found) {
       accumulate_found(sums, grad, exp_avg);
@@ -133,7 +134,7 @@ METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* g, T* p, 
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (const T* stream : {g, static_cast<const T*>(p), static_cast<const T*>(m), static_cast<const T*>(v)}) {
-      __builtin_prefetch(stream + i + kPrefetch);
+      __builtin_prefetch(stream + i + ahead);
     }
     Vector x = lanes_at(p + i), y = lanes_at(v + i);
     element(lanes_at(const_cast<T*>(g) + i), x, lanes_at(m + i), y, lanes_at(v_max + i));

@@ -7,8 +7,19 @@
 namespace metaadamw {
 namespace {
 
-constexpr int kPrefetch = 512;  // elements ahead: four read streams are more than the hardware follows well; 13 % on a Xeon
-constexpr int kLanes = 16;      // of one accumulator, on every instruction set: sums do not depend on the machine
+// How many elements ahead of the loops memory is asked for. Four streams are more than the hardware follows well, but how far ahead
+// pays is its own affair: 512 on an Intel Xeon with AVX-512, 13 % faster than none; on an AMD EPYC (Zen 4) 64 is the best, 2 %
+// faster than torch's update, and with 512 it takes a third more time.
+inline int prefetch_distance() {
+#ifdef METAADAMW_HAS_CLONES
+  return __builtin_cpu_is("intel") ? 512 : 64;
+#else
+  return 64;
+#endif
+}
+const int kPrefetch = prefetch_distance();
+
+constexpr int kLanes = 16;  // of one accumulator, on every instruction set: sums do not depend on the machine
 
 template <typename T>
 struct Lanes {
@@ -33,10 +44,11 @@ template <bool counts, typename T>
 METAADAMW_INLINE void block_sums(const T* g, const T* m, const T* p, const T* v, int n, int begin, int end, LaneSums& totals) {
   using Vector = typename Lanes<T>::type;
   Vector sums[kSums] = {};
+  const int ahead = kPrefetch;
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (const T* stream : {g, m, p, v}) {
-      __builtin_prefetch(stream + i + kPrefetch);
+      __builtin_prefetch(stream + i + ahead);
     }
     accumulate<counts, Vector>(sums, *reinterpret_cast<const Vector*>(g + i), *reinterpret_cast<const Vector*>(m + i),
                                *reinterpret_cast<const Vector*>(p + i), *reinterpret_cast<const Vector*>(v + i));
@@ -75,11 +87,12 @@ template <typename T>
 METAADAMW_INLINE void pair_sums(const T* g, const T* m, int64_t half, LaneSums (&totals)[2]) {
   using Vector = typename Lanes<T>::type;
   Vector sums[2][kSums] = {};
+  const int ahead = kPrefetch;
   for (int i = 0; i < kBlock; i += kLanes) {
     for (const int k : {0, 1}) {
       const T *x = g + k * half + i, *y = m + k * half + i;
-      __builtin_prefetch(x + kPrefetch);
-      __builtin_prefetch(y + kPrefetch);
+      __builtin_prefetch(x + ahead);
+      __builtin_prefetch(y + ahead);
       accumulate<false, Vector>(sums[k], *reinterpret_cast<const Vector*>(x), *reinterpret_cast<const Vector*>(y), Vector{},
                                 Vector{});
     }
