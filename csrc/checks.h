@@ -217,6 +217,7 @@ inline std::optional<Layout> make_row(const Lists& lists, size_t t, int64_t devi
     }
     tensors[i] = &x;
     row.data[i] = static_cast<char*>(x.data_ptr());
+    METAADAMW_CHECK(row.data[i] != nullptr || row.numel == 0, Lists::name(i), "[", t, "] has no memory: its storage was freed");
   }
   if (row.lacks_gradient()) {  // one that comes later will most likely be as autograd makes it
     row.type[kGrad] = row.type[lists.leader()];

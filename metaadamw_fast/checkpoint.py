@@ -15,6 +15,7 @@ added. It saves no state of parameters that do not require a gradient: the momen
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -126,10 +127,14 @@ def without_old_extra(state_dict: dict[str, Any]) -> dict[str, Any]:
 
     ``torch.optim.AdamW`` loads the param group with the extra content in it, and saves it again after steps of its own.
     """
-    steps = [float(state["step"]) for state in state_dict["state"].values() if "step" in state]
-    if KEY not in state_dict or max(steps, default=0.0) <= state_dict[KEY]["steps_done"]:
+    if KEY not in state_dict or _most_steps(state_dict["state"]) <= state_dict[KEY]["steps_done"]:
         return state_dict
     return {key: value for key, value in state_dict.items() if key != KEY}
+
+
+def _most_steps(states: Mapping[Any, Any]) -> float:
+    """The largest step count; users' own entries among the states have none."""
+    return max((float(x["step"]) for x in states.values() if isinstance(x, Mapping) and "step" in x), default=0.0)
 
 
 def check_learner(optimizer: Optimizer, log_vars: Tensor, state_dict: Mapping[str, Any]) -> None:
@@ -244,6 +249,10 @@ def load_states(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
                     # In the parameter's memory layout: the update then runs without a copy.
                     moment = torch.empty_like(param, dtype=values[name].dtype, memory_format=torch.preserve_format)
                     state[name] = moment.copy_(laid_out_as(values[name], param))
+    ids = set(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+    for key, value in state_dict["state"].items():  # a user's own entries, which torch keeps, too
+        if key not in ids:
+            optimizer.state[key] = copy.deepcopy(value)
 
 
 def load_extra(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
@@ -251,7 +260,7 @@ def load_extra(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     optimizer._lagged = None
     if KEY not in state_dict:
         warnings.warn("checkpoint of a plain AdamW: moments and steps are loaded, the encoder stays as it is", stacklevel=4)
-        optimizer.steps_done = int(max((float(state["step"]) for state in optimizer.state.values()), default=0))
+        optimizer.steps_done = int(_most_steps(optimizer.state))
         return
     extra = state_dict[KEY]
     optimizer.steps_done = int(extra["steps_done"])

@@ -245,7 +245,7 @@ class GroupEncoder(nn.Module):
         attention_bias = None
         if valid is not None:
             # Not -inf: a sequence in which every group is masked would give NaN, and with it NaN gradients.
-            attention_bias = torch.where(valid, 0.0, torch.finfo(x.dtype).min)[None, None, :].to(x.dtype)
+            attention_bias = x.new_zeros(1, 1, len(valid)).masked_fill(~valid, torch.finfo(x.dtype).min)
         if self.features.gating:
             x = x * torch.sigmoid(self.feature_gates)
         if self.features.standardized_columns:

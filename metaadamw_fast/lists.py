@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import sync
 from .grouping import Member
-from .ops import mark_written, same_objects
+from .ops import listed_objects, mark_written, same_objects
 from .sharding import is_sharded, local, local_gradient
 
 MASTER = "master_param"
@@ -86,7 +86,7 @@ class StateLists:
         )
         self._present: tuple[list[int], Tensor] | None = None
         self._state, self._param_groups = state, param_groups
-        self._found = [y for x in self._containers() for y in (x.values() if isinstance(x, dict) else x)]
+        self._found = listed_objects(self._containers())
         self._outlined = self._outline()
         # DTensors with their shards: a write through the one or the other changes the version of that one only.
         self._outer = [x for x in self._found if isinstance(x, Tensor) and is_sharded(x)]
@@ -115,7 +115,8 @@ class StateLists:
 
     def _containers(self) -> list[Any]:
         """The parameters as the param groups list them, then all that ``optimizer.state`` holds."""
-        return [*(group["params"] for group in self._param_groups), *self._state.values()]
+        params = [x if type(x := group["params"]) is list else list(x) for group in self._param_groups]
+        return [*params, *self._state.values()]
 
     def _outline(self) -> list[tuple[bool, int]]:
         return [(group["amsgrad"], len(group["params"])) for group in self._param_groups]
@@ -145,16 +146,6 @@ class StateLists:
         """Says whether :meth:`new_sums` are those of the parameters and second moments as they are now."""
         self._sums_of = self._versions() if valid else None
 
-    def _carry_what_is_written(self) -> None:
-        """As ``carry(True)`` after an update, which raises each version by what the first one did: it need not be read again."""
-        if self._seen is None or self._raised_by is None:
-            self.carry(True)
-            if self._seen is not None and self._sums_of is not None:
-                self._raised_by = list(map(sub, self._sums_of, self._seen))
-        else:
-            self._sums_of = list(map(add, self._seen, self._raised_by))
-        self._seen = None
-
     def invalidate(self) -> None:
         """Says that somebody wrote what no version counter tells of."""
         self._sums_of = self._copies_of = None
@@ -181,6 +172,7 @@ class StateLists:
         Raises:
             RuntimeError: a sparse gradient, or one of another shape or device. Nothing has changed then.
         """
+        self._seen = None
         self.launch.set_gradients(grads)
         absent = [i for i, g in enumerate(grads) if g is None]
         if not absent:
@@ -193,11 +185,17 @@ class StateLists:
         """Counts the step of the tensors that have a gradient, and marks them written; counts nothing if ``go`` is False."""
         present: Tensor | int = 1 if self._present is None else self._present[1]
         self._counts += present if go is True else present * go
+        before = self._versions() if self._raised_by is None else None
         mark_written(self._written, self._outer)
         if self._copies:
             torch._foreach_copy_(self._copies, self._masters)
             self._copies_of = [p._version for p in self._copies_seen]
-        self._carry_what_is_written()
+        if self._raised_by is None or self._seen is None:
+            self.carry(True)
+        else:  # as read, unless somebody wrote since the step began: then they differ, and the next step reads everything
+            self._sums_of = list(map(add, self._seen, self._raised_by))
+        if before is not None:
+            self._raised_by = list(map(sub, self._versions(), before))
 
     def take_up_copies(self) -> None:
         """Brings the float32 masters up to date with parameters that others have written: they are the model, what they say counts.

@@ -58,9 +58,15 @@ def _load_extension() -> str | None:
 _NO_EXTENSION = _load_extension()
 
 
+def listed_objects(containers: list[Any]) -> list[Any]:
+    """The items of lists and the values of dicts, one after the other; what is neither, itself."""
+    lists = (list(x.values()) if isinstance(x, dict) else x if isinstance(x, list) else [x] for x in containers)
+    return list(chain.from_iterable(lists))
+
+
 def _same_objects(containers: list[Any], found: list[Any]) -> bool:
-    """Whether lists and the values of dicts are, one after the other, the very objects of ``found``."""
-    now = list(chain.from_iterable(x.values() if isinstance(x, dict) else x for x in containers))
+    """Whether :func:`listed_objects` are the very objects of ``found``."""
+    now = listed_objects(containers)
     return len(now) == len(found) and all(map(is_, now, found))
 
 

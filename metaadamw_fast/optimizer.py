@@ -155,6 +155,10 @@ class MetaAdamW(Optimizer):
         self._assign_groups()
         resolve_backend(backend, self._device())  # before a ready encoder is touched
         if isinstance(encoder, GroupEncoder):
+            if len(encoder.group_embeddings) > len(self.groups):
+                raise ValueError(
+                    f"Invalid encoder: it has {len(encoder.group_embeddings)} group embeddings for {len(self.groups)} groups"
+                )
             self.encoder = encoder
             self.encoder.set_ranges(lr_scale_range, wd_scale_range)
             self.encoder.add_groups(len(self.groups) - len(encoder.group_embeddings))
@@ -178,8 +182,11 @@ class MetaAdamW(Optimizer):
 
         Raises:
             ValueError: as the constructor.
+            RuntimeError: parameters were added or removed by other means before.
         """
         check_hyperparameters({**self.defaults, **param_group})
+        if self._built:
+            self._take_up_params()
         super().add_param_group(param_group)
         try:
             self._check_params()
@@ -283,24 +290,36 @@ class MetaAdamW(Optimizer):
         """
         if self._lists is not None and not self._lists.stale():
             return self._lists
-        params = [p for group in self.param_groups for p in group["params"]]
-        if len(params) != len(self._members):
-            raise RuntimeError(f"param_groups list {len(params)} parameters instead of {len(self._members)}: use add_param_group")
-        if any(p is not member.param for p, member in zip(params, self._members, strict=True)):
-            self._check_params()
-        self._members = [replace(member, param=p) for member, p in zip(self._members, params, strict=True)]
-        for group in self.groups:
-            group.params[:] = [params[i] for i in group.members]
+        self._take_up_params()
         if self._device().type == "meta":
             raise RuntimeError("the parameters are on the meta device: give the model its data before using the optimizer")
         if self._lists is None or self._device() != self._lists.device:
             self._build()
         else:
-            self._rank_sums = RankSums(params, self._rank_sums)
+            self._rank_sums = RankSums([m.param for m in self._members], self._rank_sums)
+            self._hyperparameters = HyperparameterTable([m.param_group for m in self._members], self._device())
             self._lists = self._list_states(self._device())
             self._table = None
         assert self._lists is not None
         return self._lists
+
+    def _take_up_params(self) -> None:
+        """Makes the members those that ``param_groups`` list now: moved to other entries, or others in the places of some."""
+        now = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
+        listed = sum(len(group["params"]) for group in self.param_groups)
+        if listed != len(self._members):
+            raise RuntimeError(
+                f"param_groups list {listed} parameters instead of {len(self._members)}: use add_param_group. (A parameter without"
+                " a gradient is left alone.)"
+            )
+        known = {member.param for member in self._members}
+        if now.keys() != known:
+            self._check_params()
+        fresh = iter([p for p in now if p not in known])
+        params = [member.param if member.param in now else next(fresh) for member in self._members]
+        self._members = [replace(m, param=p, param_group=now[p]) for m, p in zip(self._members, params, strict=True)]
+        for group in self.groups:
+            group.params[:] = [params[i] for i in group.members]
 
     # ------------------------------------------------------------------------------------------------------------ the step
 
@@ -336,7 +355,7 @@ class MetaAdamW(Optimizer):
         lists.take_up_copies()
         features, scales, grad_norm = self._features, self._scales, None
         if self.statistics_mode == "lagged" and self._lagged is not None:
-            features, scales = self._encode(self._lagged, 0)
+            features, scales = self._encode(self._lagged.to(self.encoder.head.weight.dtype), 0)
             features = torch.where(self._lagged[0, 0] == _NO_SUM, self._features, features)
         if go is True and self._one_pass(lists):
             grad_scale, _ = gradient_factor(len(self._members), hyper.sign, self._loss_scale(loss_scale))

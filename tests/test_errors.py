@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from metaadamw_fast import EncoderConfig, FeatureConfig, MetaAdamW, ops
+from metaadamw_fast import EncoderConfig, FeatureConfig, GroupEncoder, MetaAdamW, ops
 
 from .cases import same, set_gradients, two_layers, unchanged
 
@@ -309,3 +309,9 @@ def test_load_state_dict(name):
     with unchanged(opt, amsgrad=True), pytest.raises(ValueError, match=message):
         opt.load_state_dict(state)
     assert same(state, kept)
+
+
+def test_an_encoder_with_embeddings_of_more_groups_is_refused():
+    encoder = GroupEncoder(EncoderConfig(), FeatureConfig("enhanced"), 3)
+    with pytest.raises(ValueError, match="3 group embeddings for 1 groups"):
+        MetaAdamW([nn.Parameter(torch.ones(2))], encoder=encoder, features="enhanced")

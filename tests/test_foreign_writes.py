@@ -84,6 +84,94 @@ def test_state_and_parameters_exchanged_by_hand_as_in_torch(amsgrad):
         opt.step()
 
 
+def moved_to_the_end(groups):
+    groups[1]["params"].append(groups[0]["params"].pop())
+
+
+def moved_to_the_front(groups):
+    groups[1]["params"].insert(0, groups[0]["params"].pop(0))
+
+
+@pytest.mark.parametrize("move", [moved_to_the_end, moved_to_the_front, list.reverse])
+def test_parameters_in_another_entry_have_its_hyper_parameters_as_in_torch(move):
+    runs = []
+    for make in (torch.optim.AdamW, lambda ps, **kw: MetaAdamW(ps, **kw, **OFF)):
+        ps = [nn.Parameter(noise((5, 4), i)) for i in range(4)]
+        opt = make([{"params": ps[:3], "lr": 0.1}, {"params": ps[3:], "lr": 1e-3, "weight_decay": 0.5}])
+        for step in range(6):
+            if step == 2:
+                move(opt.param_groups)
+            for i, p in enumerate(ps):
+                p.grad = noise(p.shape, 10 * step + i)
+            opt.step()
+        runs.append(ps)
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-6, atol=1e-7)
+
+
+def test_a_removed_entry_is_an_error_also_if_another_one_comes():
+    a, b = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = MetaAdamW([{"params": [a]}, {"params": [b]}])
+    del opt.param_groups[0]
+    with pytest.raises(RuntimeError, match="use add_param_group"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert len(opt.param_groups) == 1
+    a.grad, b.grad = torch.ones(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="use add_param_group"):
+        opt.step()
+    assert torch.equal(a, torch.ones(3))
+
+
+def test_entries_of_users_in_state_and_param_groups_are_left_alone():
+    p, q = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3))
+    opt = MetaAdamW([p, q], lr=0.1)
+    opt.state["note"], opt.state["count"] = {"a": 1}, 3
+    opt.state[p]["ema"] = torch.zeros(5)
+    for params in ([p, q], (p, q), nn.ParameterList([p, q])):
+        opt.param_groups[0]["params"] = params
+        p.grad, q.grad = torch.ones(5), torch.ones(3)
+        opt.step()
+    assert (p < 0.8).all()
+    assert (q < 0.8).all()
+    opt.param_groups[0]["params"] = [p, q]
+    saved = opt.state_dict()
+    other = MetaAdamW([nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3))], lr=0.1)
+    other.load_state_dict(saved)
+    assert other.state["note"] == {"a": 1}
+    assert other.state["count"] == 3
+    assert other.state["note"] is not saved["state"]["note"]
+
+
+def test_a_write_after_a_step_that_was_left_out_is_seen_whatever_the_encoder_s_dtype():
+    """The versions that a step without an update has read are not those that the next one begins with."""
+    seen = []
+    for forget in (False, True):
+        p = nn.Parameter(noise((40,), 0))
+        opt = MetaAdamW([p], lr=1e-2, skip_nonfinite=True, head_init="xavier")
+        for step in range(6):
+            p.grad = torch.full((40,), float("nan")) if step == 0 else noise((40,), step)
+            if step == 1:
+                opt.encoder.double()
+            if step in (1, 3):
+                with torch.no_grad():
+                    p.mul_(3.0)
+            if forget:
+                opt.invalidate_statistics()
+            opt.step()
+            seen.append(opt.statistics[0, 3].item())
+    assert seen[:6] == seen[6:]
+
+
+def test_memory_that_was_freed_is_refused():
+    for freed in ("param", "exp_avg", "grad"):
+        p = nn.Parameter(torch.ones(3))
+        opt = MetaAdamW([p], backend="cpp")
+        p.grad = torch.ones(3)
+        opt.step()
+        {"param": p, "grad": p.grad}.get(freed, opt.state[p]["exp_avg"]).untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="its storage was freed"):
+            opt.step()
+
+
 def test_a_model_on_the_meta_device_gets_its_states_in_the_first_step():
     def train(build):
         torch.manual_seed(0)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from metaadamw_fast import MetaAdamW
@@ -135,3 +136,16 @@ def test_skipped_steps_leave_no_trace_and_are_counted(bad, options):
         assert same(state_of(model, opt, everything), state_of(other, calm, everything))
         assert same([opt.lr_scale, opt.features, opt.statistics], [calm.lr_scale, calm.features, calm.statistics])
     assert (opt.skipped_steps, calm.skipped_steps, opt.steps_done) == (skipped, 0, 8)
+
+
+@pytest.mark.parametrize("statistics", ["exact", "lagged"])
+def test_an_encoder_in_float64_where_no_group_is_finite(statistics):
+    p = nn.Parameter(torch.ones(3))
+    opt = MetaAdamW([p], lr=0.1, head_init="xavier", statistics=statistics)
+    for step, g in enumerate((1.0, float("nan"), 1.0)):
+        if step == 1:
+            opt.encoder.double()
+        p.grad = torch.full((3,), g)
+        opt.step()
+        assert opt.lr_scale.isfinite().all()
+    assert opt.lr_scale.dtype == torch.float64
