@@ -1,7 +1,7 @@
 # Every target first sets up what it needs in .venv; that is skipped while nothing it depends on has changed.
 #   make demo    train a small vision transformer with AdamW and with MetaAdamW (ARGS="--task etth1 --data DIR")
 #   make test    all tests (ARGS="tests/test_ops.py -k bf16")
-#   make bench   the measured tables
+#   make bench   the measured tables (RESULTS=bench/results/MACHINE: where they go)
 #   make gpu-check   build, tests, sanitizer and tables on a machine with a GPU, with the torch that is there: no $(VENV), no network
 #   make lint    style, format and types
 # Another torch, 2.11 or later: make TORCH="torch==2.12.0".
@@ -10,6 +10,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+RESULTS ?= bench/results/local
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*)
 
@@ -22,10 +23,10 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.ready
-	mkdir -p bench/results/cpu
-	$(BIN)/python -m bench.step --json bench/results/cpu/step.json --png bench/results/cpu/step.png $(ARGS)
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m bench.step --json $(RESULTS)/step.json --png $(RESULTS)/step.png $(ARGS)
 	$(BIN)/python -m bench.encoder
-	$(BIN)/python -m bench.sharded_step --json bench/results/cpu/sharded_step.json
+	$(BIN)/python -m bench.sharded_step --json $(RESULTS)/sharded_step.json
 	$(BIN)/python -m pytest bench --benchmark-only
 
 # Writes bench/results/<device>/. PYTHON is the one that has torch, triton, pytest.

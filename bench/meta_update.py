@@ -10,6 +10,7 @@ memory grows by during one call, in copies of the parameters, each side in a pro
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,7 +118,9 @@ def main() -> None:
     for name in calls:
         ratio = times.ratio(name, "training step")
         command = [sys.executable, "-m", "bench.meta_update", "--peak", name]
-        memory = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        # Without a fixed threshold glibc keeps what a call before has freed, more or less of it, and that growth is not seen.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+        memory = float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
         found[name] = {"seconds": asdict(times.spread(name)), "ratio": asdict(ratio), "peak_parameters": memory}
         print(
             f"{name:<20}{times.spread(name).median * 1e3:>9.1f} ms  {ratio.median:>6.2f} [{ratio.q1:.2f}, {ratio.q3:.2f}]"

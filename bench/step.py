@@ -4,7 +4,7 @@
 
 Ratios are medians of the ratios within a round, with their quartiles and the 95 % interval of the median; see
 bench/timing.py. Bytes per element are counted, not measured: words read + written times 4. `of copy` and `of in place`
-are the bandwidth from these bytes as a share of two measured ones (timing.Memory). A model whose four words per
+are the bandwidth from these bytes as a share of measured ones (timing.Memory). A model whose four words per
 parameter fit the last-level cache is marked: its bandwidth is not the memory's. With --evict every step starts with
 cold caches, as after a large forward and backward pass. What does more than a plain step is compared with what does the
 same in torch, too.
