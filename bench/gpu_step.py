@@ -146,7 +146,7 @@ def sides_of(workload: Workload, backends: list[str]) -> tuple[list[Side], dict[
 
 
 def parts_of(opt: MetaAdamW, backend: str, update: int, statistics: int) -> list[Side]:
-    """The two launches of a step and what is between them, alone."""
+    """The two launches over all elements, and what is between them, alone."""
     lists = opt._current_lists()
     count = len(lists.params)
     hyper = [

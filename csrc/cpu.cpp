@@ -275,8 +275,7 @@ void adamw_update_(const Table& table, const HyperparameterVectors& hyperparamet
   }
 }
 
-// ------------------------------------------------------------------------------------------------------ as ops of torch; see
-// ops.cpp
+// --------------------------------------------------------------------------------------- as ops of torch (see ops.cpp)
 
 // A table in memory of its own or in a tensor.
 struct HostTable {

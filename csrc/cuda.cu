@@ -307,8 +307,7 @@ __global__ void __launch_bounds__(kThreads, found || stochastic ? kBlocksWithFou
   }
 }
 
-// ------------------------------------------------------------------------------------------------------ as ops of torch; see
-// ops.cpp
+// --------------------------------------------------------------------------------------- as ops of torch (see ops.cpp)
 
 // The GPU's copy of a table.
 Table table_on_device(const Header& header, const std::optional<Tensor>& copy) {

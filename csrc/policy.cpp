@@ -11,7 +11,7 @@ Tensor group_features(Tensor statistics, Tensor order, Tensor begin, Tensor nume
                       bool deviations, int64_t time, Tensor done, int64_t ahead, double total_steps) {
   const FeatureColumns columns{enhanced, v_norm, deviations, static_cast<int>(time)};
   check_features(columns, statistics, order, begin, numel, constants, done);
-  const double progress = training_progress(*static_cast<const float*>(done.data_ptr()) + ahead, total_steps);
+  const double progress = training_progress(*static_cast<const float*>(done.data_ptr()) + static_cast<double>(ahead), total_steps);
   Tensor features = torch::stable::clone(constants);
   const GroupedTensors grouped{static_cast<const int64_t*>(order.data_ptr()), static_cast<const int64_t*>(begin.data_ptr())};
   const auto fill = [&](auto zero) {

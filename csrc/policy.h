@@ -111,11 +111,13 @@ struct GradientFactor {
   double norm;
 };
 
-// `squared` is |g|^2 of the gradients as they are; max_norm 0 does not clip. The norm is rounded to T, as torch has it.
+// `squared` is |g|^2 of the gradients as they are; max_norm 0 does not clip. It and the norm are rounded to T, as torch has them:
+// where the sum of squares overflows, the norm is infinite and clipping multiplies with 0.
 template <typename T>
 METAADAMW_INLINE GradientFactor gradient_factor(double squared, double loss_scale, double max_norm) {
   const double unscale = 1.0 / loss_scale;
-  const double norm = static_cast<T>(static_cast<T>(std::sqrt(squared)) * unscale);
+  const double root = std::sqrt(static_cast<double>(static_cast<T>(squared)));
+  const double norm = static_cast<T>(static_cast<T>(root) * unscale);
   const double clip = max_norm / (norm + 1e-6);
   return {max_norm > 0.0 && !(clip > 1.0) ? unscale * clip : unscale, norm};  // a clip of NaN is one
 }

@@ -4,8 +4,7 @@
 // CPU reads it where it lies and a GPU reads a copy of its first part.
 //
 //   Header | Row[tensors] | first_chunk[tensors + 1] | Layout[layouts] | tickets[tensors]      the part that a GPU gets a copy of
-//   | shape_begin[tensors + 1] | sizes and strides of the gradients                            host only; a GPU has the partial
-//   sums there
+//   | shape_begin[tensors + 1] | sizes and strides of the gradients     host only; in their place a GPU has the partial sums
 #pragma once
 
 #include "chunks.h"
@@ -35,7 +34,7 @@ struct Row {
   // The update leaves such a row alone. (A tensor without elements has no address either, and is not meant.)
   METAADAMW_INLINE bool lacks_gradient() const { return data[kGrad] == nullptr && numel != 0; }
 };
-static_assert(sizeof(Row) == 64, "a row is one cache line, and copied to a GPU as it is");
+static_assert(sizeof(Row) == 64, "rows are copied to a GPU as they are");
 
 // How a row with strided operands is walked. Rows that are dense throughout, the usual case, have none.
 struct Layout {

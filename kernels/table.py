@@ -59,7 +59,7 @@ class LaunchTable:
         self.device = self.exp_avgs[0].device if self.exp_avgs else torch.device("cpu")
         self._on_gpu = self.device.type != "cpu"
         self._captured: list[Tensor] = []  # what CUDA graphs copy from at every replay
-        # Memory to capture an upload from, allocated now: during a capture it may not be.
+        # Memory to capture an upload from, allocated now: not every torch can while it captures.
         self._spare = torch.empty(self.tensors, dtype=torch.int64, pin_memory=True) if self._on_gpu else None
         self._fill(list(grads))
 

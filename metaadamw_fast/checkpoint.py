@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from .features import training_progress
 from .hyperparameters import check_hyperparameters
 from .lists import MASTER
+from .rounding import signed
 from .sharding import laid_out_as
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
 
 
 def reserve(optimizer: MetaAdamW) -> None:
-    """Gives the first param group its place for the extra content."""
+    """Gives the first param group, and no other, its place for the extra content."""
+    for group in optimizer.param_groups:
+        group.pop(KEY, None)
     for group in optimizer.param_groups[:1]:
         group[KEY] = None
 
@@ -80,8 +83,8 @@ def with_extra_on_top(state_dict: Any) -> Any:
     groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
     if not isinstance(groups, Sequence) or not groups or not isinstance(groups[0], Mapping) or KEY not in groups[0]:
         return state_dict
-    first = {key: value for key, value in groups[0].items() if key != KEY}
-    return {KEY: groups[0][KEY], **state_dict, "param_groups": [first, *groups[1:]]}
+    others = [{k: x for k, x in group.items() if k != KEY} if isinstance(group, Mapping) else group for group in groups]
+    return {KEY: groups[0][KEY], **state_dict, "param_groups": others}
 
 
 def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
@@ -267,7 +270,7 @@ def load_extra(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     if optimizer._skipped is not None:
         optimizer._skipped.fill_(int(extra.get(SKIPPED, 0)))
     if optimizer._rounding_seed is not None and extra.get(ROUNDING) is not None:
-        optimizer._rounding_seed = int(extra[ROUNDING])
+        optimizer._rounding_seed = signed(int(extra[ROUNDING]))
     optimizer.encoder.load_state_dict(extra["encoder"])
     optimizer.encoder.generator.set_state(extra["generator"].cpu())
     optimizer._scales = _like(extra["scales"], optimizer._scales)

@@ -40,10 +40,6 @@ class Hyperparameters(NamedTuple):
     eps: Tensor
     sign: Tensor | None
 
-    def select(self, index: Tensor) -> Hyperparameters:
-        """The rows at these positions."""
-        return Hyperparameters(*(None if x is None else x[index] for x in self))  # type: ignore[arg-type]
-
 
 class HyperparameterTable:
     """Follows ``param_groups`` from step to step and rebuilds the vectors only when a value changed.

@@ -61,7 +61,8 @@ class DeviceCopy:
         self._size, self._device, self._in_graphs = device_bytes // 8, device, in_graphs
         self._capture = 0  # in which the copy was made; 0 outside of any
         self._copy = torch.empty(self._size, dtype=torch.int64, device=device)
-        # Pinned memory cannot be allocated while a graph is captured, so there is always one in stock.
+        # In stock, since not every torch can allocate pinned memory in the capture of a graph. Captures that follow without a step
+        # outside of them need one that can.
         self._spare: Tensor | None = torch.empty_like(self._table, pin_memory=True)
 
     def current(self) -> Tensor:

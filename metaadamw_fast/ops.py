@@ -24,6 +24,7 @@ from . import reference
 from .checks import HYPERPARAMETERS, check_stats, check_update
 from .features import FeatureTable
 from .launch import CppLaunch, ReferenceLaunch
+from .rounding import signed
 
 Tensors = Iterable[Tensor]
 BACKENDS = ("cpp", "triton", "reference")
@@ -292,7 +293,8 @@ def adamw_update_(
         numbers = (step_size, decay_factor, step, *betas, eps, grad_scale)
         hyper = [None if x is None else _per_tensor(x, len(params), device) for x in numbers]
         run = resolve_backend(backend, device)
-        run.adamw_update_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper, None, rounding_seed)
+        seed = None if rounding_seed is None else signed(rounding_seed)
+        run.adamw_update_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper, None, seed)
         mark_written(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or ())
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import checkpoint, sync
+from . import checkpoint, rounding, sync
 from . import grouping as grouping_
 from .encoder import EncoderConfig, GroupEncoder
 from .features import FeatureConfig, FeatureTable, feature_table, of_scaled_gradient
@@ -137,7 +137,7 @@ class MetaAdamW(Optimizer):
         self.groups: list[grouping_.Group] = []
         self.statistics_mode = statistics
         self._state_dtype, self._master_weights = state_dtype, master_weights
-        self._rounding_seed = seed if stochastic_rounding else None
+        self._rounding_seed = rounding.signed(seed) if stochastic_rounding else None
         self._skipped = torch.zeros(()) if skip_nonfinite else None
         self._model = None if model is None else weakref.ref(model)
         self._grouping: grouping_.Grouping = grouping
@@ -304,7 +304,7 @@ class MetaAdamW(Optimizer):
         return self._lists
 
     def _take_up_params(self) -> None:
-        """Makes the members those that ``param_groups`` list now: moved to other entries, or others in the places of some."""
+        """Makes the members those that ``param_groups`` list now, in their order: moved, or others in the places of some."""
         now = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
         listed = sum(len(group["params"]) for group in self.param_groups)
         if listed != len(self._members):
@@ -317,9 +317,22 @@ class MetaAdamW(Optimizer):
             self._check_params()
         fresh = iter([p for p in now if p not in known])
         params = [member.param if member.param in now else next(fresh) for member in self._members]
-        self._members = [replace(m, param=p, param_group=now[p]) for m, p in zip(self._members, params, strict=True)]
-        for group in self.groups:
-            group.params[:] = [params[i] for i in group.members]
+        position = {p: i for i, p in enumerate(now)}
+        order = sorted(range(len(params)), key=lambda t: position[params[t]])
+        members = [replace(self._members[t], param=params[t], param_group=now[params[t]]) for t in order]
+        both = zip(members, self._members, strict=True)
+        if all(new.param is old.param and new.param_group == old.param_group for new, old in both):
+            return
+        self._members, self._lists = members, None
+        self._group_ids = [self._group_ids[t] for t in order]
+        for number, group in enumerate(self.groups):
+            names = dict(zip(group.members, group.names, strict=True))
+            group.members[:] = [t for t, g in enumerate(self._group_ids) if g == number]
+            group.names[:] = [names[order[t]] for t in group.members]
+            group.params[:] = [members[t].param for t in group.members]
+        self._statistics = self._statistics[order]
+        self._lagged = None if self._lagged is None else self._lagged[order]
+        checkpoint.reserve(self)
 
     # ------------------------------------------------------------------------------------------------------------ the step
 
@@ -583,6 +596,7 @@ class MetaAdamW(Optimizer):
             checkpoint.add_extra(state, checkpoint.extra_state(self))
             return state
 
+        self._take_up_params()
         handle = self.register_state_dict_post_hook(extend, prepend=True)  # the user's post-hooks see the whole
         try:
             return super().state_dict()
@@ -603,6 +617,7 @@ class MetaAdamW(Optimizer):
         def check(_: Optimizer, hooked: dict[str, Any]) -> dict[str, Any]:
             if self._device().type == "meta":
                 raise RuntimeError("the parameters are on the meta device: give the model its data before loading a checkpoint")
+            self._take_up_params()
             hooked = checkpoint.with_extra_on_top(hooked)
             checkpoint.check(self, hooked)
             hooked = checkpoint.without_old_extra(hooked)

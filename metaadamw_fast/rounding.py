@@ -17,6 +17,11 @@ def scrambled(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+def signed(seed: int) -> int:
+    """The number of 64 bits, with a sign, that the ops take for a seed; torch's generators take it without one, too."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
 def random_bits(seed: int, step: Tensor, tensor: int, operand: int, element: Tensor) -> Tensor:
     """32 bits for each ``element`` (numbers of elements as the kernels walk a tensor, int64), whatever the device."""
     key = scrambled(torch.tensor(seed & _LOW, device=element.device))

@@ -249,12 +249,6 @@ class RankSums:
             whole = sums.clone()
         return self._all_reduce(whole).to(sums.dtype)
 
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean of ``x`` over the ranks; ``x`` itself without DTensors."""
-        if self.group is None:
-            return x
-        return self._all_reduce(x.clone()) / len(self._ranks)
-
     def _all_reduce(self, x: Tensor) -> Tensor:
         # With CPU offload the parameters are on the CPU and the ranks talk through their GPUs.
         there = x if x.device.type == self._device_type else x.to(self._device_type)

@@ -72,7 +72,9 @@ def test_features_are_those_of_the_reference(run, version, v_norm, dtype, total_
     assert found.dtype == dtype
     # Deviations are small differences of large numbers: their error is that of the values that they are of.
     scale = wide.sqrt().nan_to_num().amax() if version.endswith("plus") else expected.abs().amax(0)
-    scale = wide.amax() if config.enhanced else scale
+    if config.enhanced:  # means and variances of two norms, two sparsities, then constants, t and padding
+        squares = wide[:, [0, 0, 2, 2]].amax(0)
+        scale[:4] = torch.stack([squares[0].sqrt(), squares[1], squares[2].sqrt(), squares[3]])
     assert ((found.double() - expected).abs() <= ROUNDINGS * torch.finfo(dtype).eps * scale).all()
     assert not found[:, config.statistic_columns + config.time_step :].any()
 
@@ -121,6 +123,17 @@ def test_gradients_are_scaled_as_in_the_reference(run, dtype, max_norm, loss_sca
         # The reference adds up 40 squares in the dtype of the statistics, and rounds the norm once.
         torch.testing.assert_close(x, y, rtol=50 * torch.finfo(dtype).eps, atol=0, equal_nan=True)
     assert torch.equal(found[2][:, 2:], statistics[:, 2:])
+
+
+def test_a_sum_of_squares_that_overflows_clips_to_nothing_as_in_torch(run):
+    """Each of the four sums is finite."""
+    grads = [torch.full((4,), 7e18) for _ in range(4)]
+    statistics = torch.zeros(4, 5)
+    statistics[:, 0] = torch.stack([g.square().sum() for g in grads])
+    arguments = (statistics, None, None, 1.0)
+    for found in (run("scaled_gradients", *arguments), reference.scaled_gradients(*arguments)):
+        assert torch.equal(found[0], torch.zeros(4, dtype=F64))
+        assert found[1] == float("inf") == nn.utils.get_total_norm(grads)
 
 
 def modulation_arguments(tensors=30, groups=6, dtype=F32):
