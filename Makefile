@@ -25,8 +25,9 @@ test: $(VENV)/.ready
 bench: $(VENV)/.ready
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m bench.step --json $(RESULTS)/step.json --png $(RESULTS)/step.png $(ARGS)
-	$(BIN)/python -m bench.encoder
+	$(BIN)/python -m bench.encoder --json $(RESULTS)/encoder.json
 	$(BIN)/python -m bench.sharded_step --json $(RESULTS)/sharded_step.json
+	$(BIN)/python -m bench.meta_update --json $(RESULTS)/meta_update.json
 	$(BIN)/python -m pytest bench --benchmark-only
 
 # Writes bench/results/<device>/. PYTHON is the one that has torch, triton, pytest.

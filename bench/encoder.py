@@ -131,7 +131,7 @@ def main() -> None:
         show(tables[-1])
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"torch": torch.__version__, "shape": shape, "tables": tables}, file, indent=1)
+            json.dump({"machine": timing.machine(), "shape": shape, "tables": tables}, file, indent=1)
 
 
 if __name__ == "__main__":

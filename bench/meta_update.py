@@ -114,7 +114,7 @@ def main() -> None:
         call()
     times = timing.interleaved(calls, seconds=options.seconds)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {count:,} parameters, {times.note()}")
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"machine": timing.machine()}
     for name in calls:
         ratio = times.ratio(name, "training step")
         command = [sys.executable, "-m", "bench.meta_update", "--peak", name]

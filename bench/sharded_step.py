@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from bench.timing import Spread
+from bench.timing import Spread, machine
 
 ELEMENTS = 16
 BASE = "AdamW(fused=True)"
@@ -146,7 +146,7 @@ def main() -> None:
             note = "" if sent is None else f"   {len(sent)} collective of {', '.join(f'{x:,}' for x in sent)} bytes"
             print(f"  {name:28} {row['ms']:9.3f} ms  {ratio['median']:6.3f} [{ratio['q1']:.3f}, {ratio['q3']:.3f}]{note}")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        options.json.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

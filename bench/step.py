@@ -58,7 +58,7 @@ def measure(model: str, sides: list[str], seconds: float, memory: timing.Memory,
             rate = contender.words * WORD * workload.numel / spread.median
             row["bytes_per_element"] = contender.words * WORD
             row["bytes_per_second"] = rate
-            row["share"] = {name: rate / statistics.median(rates) for name, rates in bandwidth.items()}
+            row["share"] = {name: rate / statistics.median(bandwidth[name]) for name in ("copy", "in place")}
         rows.append(row)
     return {
         "model": model,
@@ -151,7 +151,7 @@ def main() -> None:
         tables.append(measure(model, sides, options.seconds, memory, options.evict))
         show(tables[-1])
     if options.json:
-        run = {"torch": torch.__version__, "threads": torch.get_num_threads(), "tables": tables}
+        run = {"machine": timing.machine(), "tables": tables}
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(run, file, indent=1)
     if options.png:

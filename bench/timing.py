@@ -8,12 +8,15 @@ quartiles of these ratios; quotients of times from different runs appear nowhere
 import contextlib
 import gc
 import os
+import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -138,6 +141,21 @@ def cache_bytes() -> int:
     """Size of the last-level cache; 64 MiB where the system does not tell."""
     size = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0
     return size if size > 0 else 64 * 2**20
+
+
+def machine() -> dict[str, Any]:
+    """What figures were measured on and with, to stand beside them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = {x.partition(":")[0].strip(): x.partition(":")[2].strip() for x in lines if ":" in x}
+    processor = names.get("model name", platform.processor())
+    details = " ".join(f"{name.replace(' ', '_')}={names[name]}" for name in ("cpu family", "model") if name in names)
+    return {
+        "processor": f"{processor} {details}".strip(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+    }
 
 
 class Memory:

@@ -20,7 +20,7 @@ Tensor launch_table(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Lis
   return table;
 }
 
-enum Outcome : int64_t { kSame, kOtherAddresses, kOtherTable };  // see metaadamw_fast/launch.py
+enum Outcome : int64_t { kSame, kOtherAddresses, kOtherTable, kNegatives };  // see metaadamw_fast/launch.py
 
 // Whether `grad` is the gradient that the table expects in this row, but for its address. As few calls of the ABI as possible.
 bool is_expected(const Tensor& grad, const Row& row, const int64_t* shape, int64_t dims, int64_t device) {
@@ -63,6 +63,10 @@ int64_t launch_set_gradients(Tensor memory, std::vector<Tensor> grads) {
   return same ? kSame : kOtherAddresses;
 }
 
+// Where a gradient has the negative bit: a view whose elements are minus what lies in memory. torch would hand the op a copy, whose
+// address the table would keep when it is gone.
+int64_t launch_set_negative_gradients(Tensor, std::vector<Tensor>) { return kNegatives; }
+
 }  // namespace
 }  // namespace metaadamw
 
@@ -101,6 +105,10 @@ STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
 STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CompositeExplicitAutograd, m) {
   m.impl("launch_table", TORCH_BOX(&metaadamw::launch_table));
   m.impl("launch_set_gradients", TORCH_BOX(&metaadamw::launch_set_gradients));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, Negative, m) {
+  m.impl("launch_set_gradients", TORCH_BOX(&metaadamw::launch_set_negative_gradients));
 }
 
 // Whether the items of lists and the values of dicts (and what is neither, itself) are, one after the other, the very objects of

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from metaadamw_fast.launch import resolved
+
 from .checks import OpList, check_distinct, check_lists
 from .elements import CHUNK, DTYPE_CODES, FIELDS, STRIDED_KIND
 
@@ -61,7 +63,8 @@ class LaunchTable:
         self._captured: list[Tensor] = []  # what CUDA graphs copy from at every replay
         # Memory to capture an upload from, allocated now: not every torch can while it captures.
         self._spare = torch.empty(self.tensors, dtype=torch.int64, pin_memory=True) if self._on_gpu else None
-        self._fill(list(grads))
+        grads, self._copies = resolved(list(grads))
+        self._fill(grads)
 
     # ------------------------------------------------------------------------------------------------------------ construction
 
@@ -80,6 +83,8 @@ class LaunchTable:
         check_distinct(*check)
         lists = (grads, self.exp_avgs, self.params, self.exp_avg_sqs, self.max_exp_avg_sqs)
         rows = [[None if tensors is None else tensors[t] for tensors in lists] for t in range(self.tensors)]
+        if any(x is not None and x.is_neg() for row in rows for x in row):
+            raise RuntimeError("a tensor is a negative view of its memory: resolve_neg() makes it one of its own")
         # Without elements: either absent, or all of the row is empty and no address matters.
         rows = [[None if x is None or not x.numel() else x for x in row] for row in rows]
         leading = self.exp_avgs if self.params is None else self.params
@@ -127,7 +132,7 @@ class LaunchTable:
         Raises:
             RuntimeError: as the constructor; nothing has changed then.
         """
-        grads = list(grads)
+        grads, self._copies = resolved(list(grads))
         if len(grads) != self.tensors:
             self._fill(grads)  # which says what is wrong
             return

@@ -74,14 +74,23 @@ class Evaluation:
             raise ValueError(f"loss_fn must return a scalar tensor, got {shape}")
         return value.reshape(())
 
-    @torch.no_grad()
     def loss(self, batch: Any) -> Tensor:
         """The loss, 0-dim."""
         parts, factor = self._parts(batch)
-        self._begin()
-        value = torch.stack([self._value(part) for part in parts]).sum() * factor
+
+        def values(with_graph: bool) -> list[Tensor]:
+            self._begin()
+            with torch.set_grad_enabled(with_graph):
+                return [self._value(part).detach() for part in parts]
+
+        try:
+            found = values(False)
+        except RuntimeError as error:  # a gradient penalty, forces: a loss that differentiates on its way
+            if "does not require grad" not in str(error):
+                raise
+            found = values(True)
         reshard(self._model)
-        return self._mean_over_ranks(value, [])[0]
+        return self._mean_over_ranks(torch.stack(found).sum() * factor, [])[0]
 
     def gradient(self, batch: Any) -> tuple[Tensor, Gradients]:
         """The loss and its gradient, None where it does not depend on a parameter. Micro-batches are gone through one by one."""

@@ -121,22 +121,22 @@ def feature_table(
 ) -> FeatureTable:
     """The constant part of the features, on the device and in the dtype of ``like``."""
     device = like.device
-    ids = torch.tensor(group_ids, dtype=torch.long)
+    ids = torch.tensor(group_ids, dtype=torch.long, device="cpu")
     order = torch.argsort(ids, stable=True)
     lengths = torch.bincount(ids, minlength=groups)
-    template = torch.zeros(groups, dim, dtype=torch.float64)
-    numel = torch.tensor([m.param.numel() for m in members], dtype=torch.float64)
+    template = torch.zeros(groups, dim, dtype=torch.float64, device="cpu")
+    numel = torch.tensor([m.param.numel() for m in members], dtype=torch.float64, device="cpu")
     if config.enhanced:
         deepest = max(max_layer(members), 1)
         constants = torch.stack(
             [
                 numel.add(1).log(),
-                torch.tensor([float(m.is_bias) for m in members], dtype=torch.float64),
-                torch.tensor([(m.layer or 0) / deepest for m in members], dtype=torch.float64),
+                torch.tensor([float(m.is_bias) for m in members], dtype=torch.float64, device="cpu"),
+                torch.tensor([(m.layer or 0) / deepest for m in members], dtype=torch.float64, device="cpu"),
             ],
             dim=1,
         )
-        template[:, 6:9] = torch.zeros(groups, 3, dtype=torch.float64).index_add(0, ids, constants) / lengths[:, None]
+        template[:, 6:9] = torch.zeros(groups, 3, dtype=torch.float64, device="cpu").index_add(0, ids, constants) / lengths[:, None]
     if config.enhanced:
         columns = [GRAD_SQUARED, MOMENTUM_SQUARED]
     else:

@@ -19,7 +19,7 @@ of the same names in :mod:`metaadamw_fast.ops`; nothing has changed then.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from .checks import OpList, check_distinct, check_lists
 Tensors = Iterable[Tensor]
 OptionalTensors = Iterable[Tensor | None]
 
-_SAME, _OTHER_ADDRESSES, _OTHER_TABLE = range(3)  # what launch_set_gradients returns; csrc/ops.cpp
+_SAME, _OTHER_ADDRESSES, _OTHER_TABLE, _NEGATIVES = range(4)  # what launch_set_gradients returns; csrc/ops.cpp
 
 
 def _listed(tensors: Tensors | None) -> list[Tensor] | None:
@@ -39,6 +39,16 @@ def _listed(tensors: Tensors | None) -> list[Tensor] | None:
 
 def _filled(tensors: OptionalTensors, absent: Tensor) -> list[Tensor]:
     return [absent if x is None else x for x in tensors]
+
+
+def resolved(grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Gradients without negative views of their memory, which autograd may return of complex functions.
+
+    Returns:
+        All of them, and the copies among them, which nobody else holds.
+    """
+    out = [x.resolve_neg() if x is not None and x.is_neg() else x for x in grads]
+    return out, [y for x, y in zip(grads, out, strict=True) if y is not None and y is not x]
 
 
 class DeviceCopy:
@@ -104,12 +114,15 @@ class CppLaunch:
         written: bool,
     ) -> None:
         exp_avgs = list(exp_avgs)
-        self._absent = exp_avgs[0].new_empty(0) if exp_avgs else torch.empty(0)
+        self._absent = exp_avgs[0].new_empty(0) if exp_avgs else torch.empty(0, device="cpu")
         maxima = None if max_exp_avg_sqs is None else _filled(max_exp_avg_sqs, self._absent)
         self._lists = (exp_avgs, _listed(params), _listed(exp_avg_sqs), maxima)
+        if any(x.is_neg() for xs in self._lists for x in xs or ()):
+            raise RuntimeError("a tensor is a negative view of its memory: resolve_neg() makes it one of its own")
         self._written = written
         self._in_graphs: list[tuple[Tensor, Tensor]] = []
-        self._make_table(_filled(grads, self._absent))
+        whole, self._copies = resolved(list(grads))
+        self._make_table(_filled(whole, self._absent))
 
     def _make_table(self, grads: list[Tensor]) -> None:
         self._table: Tensor = torch.ops.metaadamw_fast.launch_table.default(grads, *self._lists, self._written)
@@ -122,12 +135,18 @@ class CppLaunch:
         Raises:
             RuntimeError: as the constructor; the launch then keeps the gradients that it had.
         """
+        copies: list[Tensor] = []
         grads = _filled(grads, self._absent)
         outcome = torch.ops.metaadamw_fast.launch_set_gradients.default(self._table, grads)
+        if outcome == _NEGATIVES:
+            whole, copies = resolved(grads)
+            grads = _filled(whole, self._absent)
+            outcome = torch.ops.metaadamw_fast.launch_set_gradients.default(self._table, grads)
         if outcome == _OTHER_TABLE:
             self._make_table(grads)
         elif outcome == _OTHER_ADDRESSES and self._device_copy is not None:
             self._device_copy.is_stale = True
+        self._copies = copies
 
     def _copy(self) -> Tensor | None:
         return None if self._device_copy is None else self._device_copy.current()
@@ -179,7 +198,7 @@ class ReferenceLaunch:
         written: bool,
     ) -> None:
         self._exp_avgs, self._params, self._exp_avg_sqs = list(exp_avgs), _listed(params), _listed(exp_avg_sqs)
-        self._absent = self._exp_avgs[0].new_empty(0) if self._exp_avgs else torch.empty(0)
+        self._absent = self._exp_avgs[0].new_empty(0) if self._exp_avgs else torch.empty(0, device="cpu")
         self._maxima = None if max_exp_avg_sqs is None else _filled(max_exp_avg_sqs, self._absent)
         self._written = written
         if written and (self._params is None or self._exp_avg_sqs is None):

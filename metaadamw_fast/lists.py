@@ -104,10 +104,15 @@ class StateLists:
 
     # ------------------------------------------------------------------------------------------------ what others have written
 
-    def stale(self) -> bool:
-        """Whether a parameter or a state has been replaced, or the data of one (``p.data = x``, ``model.to``), or amsgrad."""
+    def stale(self, state: Mapping[Tensor, Any], param_groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether a parameter or a state has been replaced, or the data of one (``p.data = x``, ``model.to``), or amsgrad.
+
+        ``state`` and ``param_groups`` are the optimizer's of now, which may be others, too.
+        """
         return (
-            not same_objects(self._containers(), self._found)
+            state is not self._state
+            or param_groups is not self._param_groups
+            or not same_objects(self._containers(), self._found)
             or self._outline() != self._outlined
             or self._where() != self._places
             or not all(map(is_, map(_local_of, self._outer), self._shards))

@@ -101,6 +101,9 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None], standing: Sequence[T
         step = lists.steps.double() + (0 if released else 1)
         if released:
             directions = _stored_directions(lists, step, hyper)
+            if grad_scale is not None:  # that of g1 is another
+                lists.set_gradients(g1)
+                grad_scale, *_ = opt._scaled(opt._measure(lists)[1], None, None)
         else:
             directions = _next_directions(lists, g1, step, hyper, grad_scale)
     _, scales = opt._encode(statistics, 0 if released else 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -18,7 +19,7 @@ from .features import NORM_FLOOR
 from .lookahead import look_ahead
 from .model_state import preserved
 from .optimizer import MetaAdamW
-from .sharding import check_supported, is_sharded, replicas, reshard
+from .sharding import check_supported, has_static_graph, is_sharded, replicas, reshard
 from .weighting import TERM_KINDS, clamp_log_vars_, homoscedastic_sum
 
 TERMS = ("gradient", "loss_decrease", "gen_gap")  # the order of log_vars, priorities, kinds and fixed weights
@@ -93,6 +94,8 @@ class MetaLearner:
         gap_at: str = "theta",
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        if not isinstance(optimizer, MetaAdamW):
+            raise TypeError(f"a MetaLearner trains the encoder of a MetaAdamW, got {type(optimizer).__name__}")
         for name, value, choices in (
             ("objective", objective, (*TERMS, "combined")),
             ("balance", balance, ("huw", "fixed", "sum")),
@@ -106,6 +109,14 @@ class MetaLearner:
                 raise ValueError(f"{name} needs one entry per term ({', '.join(TERMS)}), got {len(values)}")
         if any(kind not in TERM_KINDS for kind in term_kinds):
             raise ValueError(f"Invalid term_kinds: {tuple(term_kinds)} (each one of {', '.join(TERM_KINDS)})")
+        for name, numbers in (
+            ("priorities", priorities),
+            ("fixed_weights", fixed_weights),
+            ("encoder_decay", [encoder_decay]),
+            ("gate_l1", [gate_l1]),
+        ):
+            if not all(math.isfinite(x) for x in numbers):
+                raise ValueError(f"Invalid {name}: {numbers} (must be finite)")
         if scaler is not None and not hasattr(scaler, "get_scale"):
             raise ValueError(f"Invalid scaler: {type(scaler).__name__} (a torch.amp.GradScaler or None)")
         reshard(model)
@@ -136,6 +147,7 @@ class MetaLearner:
         self._exact_works = False  # known from the first update on
         self.scaler = scaler
         self.updates = 0
+        self._idle_since = optimizer.steps_done if has_static_graph(model) else None
         device = optimizer.encoder.head.weight.device
         self.log_vars = nn.Parameter(torch.zeros(len(TERMS), dtype=optimizer.encoder.head.weight.dtype, device=device))
         self.meta_optimizer = make_optimizer(self._trained(), lr=lr)
@@ -160,10 +172,18 @@ class MetaLearner:
         Raises:
             ValueError: an objective that needs a validation batch got none; a loss that is not a scalar or has no gradient;
                 param groups of which only some maximize; bfloat16 or float16 parameters, in which a look-ahead is lost in rounding.
-            RuntimeError: a version of torch in which an unreduced gradient of FSDP2 is not found.
+            RuntimeError: a version of torch in which an unreduced gradient of FSDP2 is not found; no training step yet with
+                ``DistributedDataParallel(static_graph=True)``.
         """
         if val_batch is None and self.terms != ("gradient",):
             raise ValueError("this objective needs val_batch")
+        if self._idle_since is not None:
+            if self.optimizer.steps_done == self._idle_since:
+                raise RuntimeError(
+                    "DistributedDataParallel(static_graph=True) takes the first backward pass for the model of all others: take a"
+                    " training step before the first meta-update"
+                )
+            self._idle_since = None
         gap_batch = val_batch if gap_batch is None else gap_batch
         reshard(self.model)  # a forward pass without a backward may have left an FSDP2 module gathered
         lists = self.optimizer._current_lists()
@@ -239,8 +259,8 @@ class MetaLearner:
         """
         if steps < 1:
             raise ValueError(f"Invalid steps: {steps}")
-        batches = _endless(train, "train")
-        val_batches = repeat(None) if val is None else _endless(val, "val")
+        batches = _Endless(train, "train")
+        val_batches = repeat(None) if val is None else _Endless(val, "val")
         done = self.optimizer.steps_done
 
         def after_step() -> MetaReport | None:
@@ -411,11 +431,20 @@ class MetaLearner:
         self.updates = int(state_dict["updates"])
 
 
-def _endless(batches: Iterable[Any], name: str) -> Iterator[Any]:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError(f"{name} has no more batches")
+class _Endless:
+    """Batches, begun again at their end; an error, each time, if there is none. (A generator ends with its first error.)"""
+
+    _END = object()
+
+    def __init__(self, batches: Iterable[Any], name: str) -> None:
+        self._batches, self._name = batches, name
+        self._rest = iter(())  # a loader's workers start with the first batch that is asked for
+
+    def __next__(self) -> Any:
+        batch = next(self._rest, self._END)
+        if batch is self._END:
+            self._rest = iter(self._batches)
+            batch = next(self._rest, self._END)
+        if batch is self._END:
+            raise ValueError(f"{self._name} has no more batches")
+        return batch

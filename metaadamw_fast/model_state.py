@@ -51,7 +51,8 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
                 module._buffers.clear()
                 module._buffers.update(own)
             for buffer, value in values:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):  # a write that changes nothing would break a backward pass that needs it
+                    buffer.copy_(value)
         for param, grad in grads:
             if param.grad is not grad:
                 param.grad = grad

@@ -133,18 +133,20 @@ class MetaAdamW(Optimizer):
         self._features: Tensor
         self._statistics: Tensor
         self._grad_norm: Tensor | None = None
-        self._done = torch.zeros(())  # steps taken; on the device, which may decide that one is none
+        self._done = torch.zeros(
+            (), dtype=torch.float32, device="cpu"
+        )  # steps taken; on the device, which may decide that one is none
         self.groups: list[grouping_.Group] = []
         self.statistics_mode = statistics
         self._state_dtype, self._master_weights = state_dtype, master_weights
         self._rounding_seed = rounding.signed(seed) if stochastic_rounding else None
-        self._skipped = torch.zeros(()) if skip_nonfinite else None
+        self._skipped = torch.zeros((), dtype=torch.float32, device="cpu") if skip_nonfinite else None
         self._model = None if model is None else weakref.ref(model)
         self._grouping: grouping_.Grouping = grouping
         self._backend_name = backend
         self._members: list[grouping_.Member] = []
         self._group_ids: list[int] = []
-        self._scales = torch.ones(4, 0)
+        self._scales = torch.ones(4, 0, dtype=torch.float32, device="cpu")
         self._lagged: Tensor | None = None
         self._rank_sums = RankSums([])
         self._built = False
@@ -184,6 +186,8 @@ class MetaAdamW(Optimizer):
             ValueError: as the constructor.
             RuntimeError: parameters were added or removed by other means before.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         check_hyperparameters({**self.defaults, **param_group})
         if self._built:
             self._take_up_params()
@@ -288,7 +292,7 @@ class MetaAdamW(Optimizer):
             RuntimeError: parameters were added or removed behind add_param_group's back, or have no data.
             ValueError: a parameter put in the place of another that no backend can update.
         """
-        if self._lists is not None and not self._lists.stale():
+        if self._lists is not None and not self._lists.stale(self.state, self.param_groups):
             return self._lists
         self._take_up_params()
         if self._device().type == "meta":
@@ -336,7 +340,6 @@ class MetaAdamW(Optimizer):
 
     # ------------------------------------------------------------------------------------------------------------ the step
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step.
 
@@ -350,6 +353,11 @@ class MetaAdamW(Optimizer):
             RuntimeError: a sparse gradient, or tensors that changed shape or device; in the capture of a CUDA graph also one that
                 no replay would do right. Nothing has changed then.
         """
+        # torch.compile breaks its graph here: the launch table's addresses mean nothing to what it traces.
+        return self._step_untraced(closure) if torch.compiler.is_compiling() else self._step(closure)
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -395,6 +403,8 @@ class MetaAdamW(Optimizer):
             self._publish(go, _lagged=statistics)
         return loss
 
+    _step_untraced = torch._disable_dynamo(_step)  # type: ignore[attr-defined]
+
     def _go(self) -> Tensor | bool:
         """Whether this step counts: True, False, or a 0-dim bool on the device, where the host must not wait to know.
 
@@ -418,7 +428,7 @@ class MetaAdamW(Optimizer):
         """Raises RuntimeError on a step that a CUDA graph would not repeat as it is meant."""
         if not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("capturing step() in a CUDA graph needs capturable=True in all param groups")
-        if self._lists is None or not self._lists.warm or self._lists.stale():
+        if self._lists is None or not self._lists.warm or self._lists.stale(self.state, self.param_groups):
             raise RuntimeError(
                 "take a step before one is captured in a CUDA graph, also after parameters or states have changed: the first"
                 " compiles kernels and fills tables"
@@ -638,7 +648,9 @@ class MetaAdamW(Optimizer):
                 handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": None, "_lists": None, "_rank_sums": RankSums([])}
+        # As torch's optimizers leave it to who copies or loads: hooks, and the `step` that an LR scheduler wraps.
+        kept = {name: x for name, x in self.__dict__.items() if name != "step" and not name.startswith("_optimizer_")}
+        return {**kept, "_model": None, "_lists": None, "_rank_sums": RankSums([])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -107,6 +107,11 @@ def replicas(model: nn.Module) -> dist.ProcessGroup | None:
     return groups[0] if groups else None
 
 
+def has_static_graph(model: nn.Module) -> bool:
+    """Whether a ``DistributedDataParallel`` module in the model was told that its graph is always the same."""
+    return any(isinstance(part, DistributedDataParallel) and part.static_graph for part in model.modules())
+
+
 def _fsdp_modules(model: nn.Module) -> list[Any]:
     module = sys.modules.get("torch.distributed.fsdp")
     return [] if module is None else [part for part in model.modules() if isinstance(part, module.FSDPModule)]

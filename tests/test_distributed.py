@@ -254,3 +254,35 @@ def test_a_distributed_checkpoint_of_the_other_optimizer(into, tmp_path):
         assert not told
     loss_fn(model, joint(9)).backward()
     loaded.step()
+
+
+def with_a_static_graph(rank, steps_first):
+    model = DistributedDataParallel(perceptron(), static_graph=True)
+    opt = MetaAdamW(model.named_parameters(), lr=1e-2, model=model, head_init="xavier")
+    meta = MetaLearner(opt, model, loss_fn)
+
+    def batch(seed):
+        return tuple(x[8 * rank : 8 * rank + 8] for x in joint(seed))
+
+    def step(seed):
+        opt.zero_grad()
+        loss_fn(model, batch(seed)).backward()
+        opt.step()
+
+    if not steps_first:
+        with pytest.raises(RuntimeError, match="a training step before the first meta-update"):
+            meta.update(batch(1), batch(2), batch(3))
+    for seed in range(steps_first):
+        step(seed)
+    if steps_first:
+        meta.update(batch(1), batch(2), batch(3))
+    for seed in range(3):
+        step(20 + seed)
+    return [p.detach().clone() for p in model.parameters()], meta.updates
+
+
+@pytest.mark.parametrize("steps_first", [0, 1, 2])
+def test_replicas_with_a_static_graph_stay_equal(steps_first, tmp_path):
+    (params, updates), (others, _) = ranks.run(with_a_static_graph, 2, tmp_path / "ranks", steps_first)
+    assert updates == (steps_first > 0)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))

@@ -1,0 +1,224 @@
+"""What surrounds an optimizer: torch's defaults, copies, compilers, gradients of complex functions. As torch's AdamW there."""
+
+import copy
+import pickle
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import nn
+
+from metaadamw_fast import MetaAdamW, MetaLearner, ops
+
+from .models import OFF, noise
+
+HAS_CPP = ops._unavailable("cpp", torch.device("cpu")) is None
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def loss_fn(model, batch):
+    return (model(batch) - 1).square().mean()
+
+
+def train(model, opt, steps=2):
+    for seed in range(steps):
+        opt.zero_grad()
+        loss_fn(model, noise((5, 6), seed)).backward()
+        opt.step()
+
+
+def assert_same(a, b):
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def negative_view(shape, seed):
+    x = torch.complex(noise(shape, seed), noise(shape, seed + 1)).conj().imag
+    assert x.is_neg()
+    return x
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("cpp", marks=pytest.mark.skipif(not HAS_CPP, reason="no extension")), "reference"]
+)
+def test_gradients_that_are_negative_views(backend):
+    """The C++ ops work on addresses that a launch keeps: not those of torch's copy of such a view, which is gone after the call."""
+    runs = []
+    for make in (torch.optim.AdamW, lambda ps, **kw: MetaAdamW(ps, backend=backend, **OFF, **kw)):
+        params = [nn.Parameter(noise((300, 400), i)) for i in range(2)]
+        opt = make(params, lr=0.1)
+        for step in range(4):
+            params[0].grad = negative_view((300, 400), 2 * step) if step != 2 else noise((300, 400), step)
+            params[1].grad = noise((300, 400), 50 + step)
+            opt.step()
+            junk = [torch.full((300, 400), 1e3) for _ in range(4)]
+        del junk
+        runs.append([*params, opt.state[params[0]]["exp_avg"]])
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="no extension")
+def test_a_parameter_that_is_a_negative_view_is_refused_by_the_kernels():
+    p = nn.Parameter(negative_view((4,), 0))
+    p.grad = torch.ones(4)
+    before = p.detach().clone()
+    with pytest.raises(RuntimeError, match="negative view"):
+        MetaAdamW([p], backend="cpp").step()
+    assert torch.equal(p, before)
+
+
+def test_a_copy_does_not_step_the_original_that_a_scheduler_follows():
+    model = mlp()
+    opt = MetaAdamW(model.parameters())
+    torch.optim.lr_scheduler.StepLR(opt, 3)
+    opt.register_step_post_hook(lambda *_: None)
+    train(model, opt)
+    other, copied = copy.deepcopy((model, opt))
+    train(other, copied, 3)
+    assert (opt.steps_done, copied.steps_done) == (2, 5)
+    assert not copied._optimizer_step_post_hooks
+    loaded = pickle.loads(pickle.dumps(opt))
+    assert loaded.steps_done == 2
+
+
+def test_another_state_and_other_param_groups():
+    """Replaced, not changed: how people reset the moments."""
+    runs = []
+    for make in (torch.optim.AdamW, lambda ps, **kw: MetaAdamW(ps, **OFF, **kw)):
+        model, other = mlp(), mlp()
+        opt = make(list(model.parameters()), lr=0.1)
+        train(model, opt)
+        opt.state = defaultdict(dict)
+        train(model, opt, 1)
+        assert [float(x["step"]) for x in opt.state.values()] == [1.0] * 4
+        opt.param_groups = [{**group, "params": list(other.parameters()), "amsgrad": True} for group in opt.param_groups]
+        train(other, opt, 1)
+        assert all("max_exp_avg_sq" in opt.state[p] for p in other.parameters())
+        runs.append((model, other))
+    for a, b in zip(*runs, strict=True):
+        assert_same(a, b)
+
+
+def test_a_compiled_step_is_the_step():
+    model, other = mlp(), mlp()
+    opt, compiled = (MetaAdamW(m.parameters(), lr=0.1, head_init="xavier") for m in (model, other))
+    step = torch.compile(lambda: compiled.step(), backend="eager")
+    for seed in range(3):
+        for m in (model, other):
+            m.zero_grad()
+            loss_fn(m, noise((5, 6), seed)).backward()
+        opt.step()
+        step()
+    assert compiled.steps_done == 3
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_encoder_is_float32_whatever_the_default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = nn.Linear(6, 3)
+        opt = MetaAdamW(model.parameters(), features="enhanced", grouping="param_groups", skip_nonfinite=True)
+        model(noise((2, 6), 0).to(dtype)).sum().backward()
+        opt.step()
+    finally:
+        torch.set_default_dtype(before)
+    assert model.weight.dtype == dtype
+    assert {x.dtype for x in opt.encoder.state_dict().values()} == {torch.float32}
+    assert opt.lr_scale.dtype == torch.float32
+
+
+def test_a_default_device_is_not_where_the_optimizer_goes():
+    model = mlp()
+    with torch.device("meta"):
+        opt = MetaAdamW(model.parameters(), features="enhanced", skip_nonfinite=True)
+    train(model, opt)
+    assert opt.steps_done == 2
+    with torch.device("meta"):
+        opt = MetaAdamW(mlp().parameters())
+    assert opt.encoder.head.weight.device.type == "cpu"
+
+
+class Masked(nn.Module):
+    """With a buffer that is saved for the backward pass, and one whose elements share memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.register_buffer("factor", torch.full((3,), 2.0))
+        self.register_buffer("mask", torch.ones(1).expand(3))
+
+    def forward(self, x):
+        return self.linear(x) * self.factor * self.mask
+
+
+def test_a_meta_update_between_a_forward_and_its_backward():
+    torch.manual_seed(0)
+    model = Masked()
+    opt = MetaAdamW(model.parameters(), head_init="xavier")
+    meta = MetaLearner(opt, model, loss_fn)
+    train(model, opt, 1)
+    grads = [p.grad.clone() for p in model.parameters()]
+    loss = loss_fn(model, noise((5, 6), 3))
+    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    meta.update(*(noise((5, 6), 4 + i) for i in range(3)))
+    assert meta.updates == 1
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+    model.zero_grad()
+    loss.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+def test_a_loss_that_differentiates_on_its_way():
+    def penalized(model, x):
+        x = x.clone().requires_grad_()
+        y = model(x)
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return (y - 1).square().mean() + slope.square().mean()
+
+    model = mlp()
+    opt = MetaAdamW(model.parameters(), head_init="xavier")
+    report = MetaLearner(opt, model, penalized).update(*(noise((5, 6), i) for i in range(3)))
+    a, b, v = (noise((5, 6), i) for i in range(3))
+    expected = (penalized(model, a) - penalized(model, v)).abs()
+    torch.testing.assert_close(report.generalization_gap, expected.detach())
+    assert b.grad is None
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}])
+def test_released_alignment_of_a_maximized_loss_is_that_of_the_minimized_negative(options):
+    found = []
+    for sign in (1.0, -1.0):
+        model = mlp()
+        opt = MetaAdamW(model.named_parameters(), model=model, variant="released", maximize=sign < 0, head_init="xavier", **options)
+
+        def signed(model, batch, sign=sign):
+            return sign * loss_fn(model, batch)
+
+        meta = MetaLearner(opt, model, signed, objective="gradient")
+        signed(model, noise((5, 6), 0)).backward()
+        opt.step()
+        found.append(meta.update(noise((5, 6), 1), noise((5, 6), 2)).gradient_alignment)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+
+
+def test_errors_of_the_meta_learner_and_of_param_groups():
+    model = mlp()
+    opt = MetaAdamW(model.parameters())
+    with pytest.raises(TypeError, match="MetaAdamW, got AdamW"):
+        MetaLearner(torch.optim.AdamW(model.parameters()), model, loss_fn)
+    for options in ({"priorities": (float("nan"), 1, 1)}, {"fixed_weights": (1, 1, float("inf"))}, {"gate_l1": float("nan")}):
+        with pytest.raises(ValueError, match=f"Invalid {next(iter(options))}"):
+            MetaLearner(opt, model, loss_fn, **options)
+    after_step = MetaLearner(opt, model, loss_fn).every(1, [], [])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no more batches"):
+            after_step()
+    with pytest.raises(TypeError, match="must be a dict"):
+        opt.add_param_group(list(nn.Linear(1, 1).parameters()))
