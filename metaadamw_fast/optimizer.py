@@ -133,9 +133,8 @@ class MetaAdamW(Optimizer):
         self._features: Tensor
         self._statistics: Tensor
         self._grad_norm: Tensor | None = None
-        self._done = torch.zeros(
-            (), dtype=torch.float32, device="cpu"
-        )  # steps taken; on the device, which may decide that one is none
+        # Steps taken; from the first lists on, on the parameters' device, which may decide that one is none.
+        self._done = torch.zeros((), dtype=torch.float32, device="cpu")
         self.groups: list[grouping_.Group] = []
         self.statistics_mode = statistics
         self._state_dtype, self._master_weights = state_dtype, master_weights
