@@ -164,8 +164,8 @@ class Memory:
     `copy` reads one buffer and writes another: bytes count as read + written, but a store to a line that is not in the
     cache reads the line first, and that hidden read is not counted. An optimizer works in place and has none, so its
     share of the copy can exceed 1. `in place` negates a buffer where it lies: also one word read and one written,
-    without the hidden read. `read` sums a buffer up: where it is hardly more than half of `in place`, writes cost nothing beside
-    reads, and a step takes as long as its reads.
+    without the hidden read. `read` sums a buffer up: where it is hardly more than half of `in place`, writes cost little beside
+    reads, and a step takes about as long as its reads.
     """
 
     def __init__(self) -> None:

@@ -37,7 +37,7 @@ class EncoderConfig:
 
 
 # Whatever torch's defaults are when an optimizer is built.
-_FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+_HOST_FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 class _Affine(nn.Module):
@@ -45,8 +45,8 @@ class _Affine(nn.Module):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(shape, **_FLOAT32))
-        self.bias = nn.Parameter(torch.zeros(shape[0], **_FLOAT32))
+        self.weight = nn.Parameter(torch.ones(shape, **_HOST_FLOAT32))
+        self.bias = nn.Parameter(torch.zeros(shape[0], **_HOST_FLOAT32))
 
 
 class _Attention(nn.Module):
@@ -54,8 +54,8 @@ class _Attention(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim, **_FLOAT32))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim, **_FLOAT32))
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim, **_HOST_FLOAT32))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim, **_HOST_FLOAT32))
         self.out_proj = _Affine(dim, dim)
 
 
@@ -165,11 +165,11 @@ class GroupEncoder(nn.Module):
         if head_init == "identity":
             nn.init.zeros_(self.head.weight)
         if features.gating:
-            self.feature_gates = nn.Parameter(torch.ones(dim, **_FLOAT32))
+            self.feature_gates = nn.Parameter(torch.ones(dim, **_HOST_FLOAT32))
         self.group_embeddings = nn.ParameterList()
         self.add_groups(groups)
         for name, column in (("_centre", [0.5, 0.5, 0.0, 0.0]), ("_base", [1.0, 1.0, 0.0, 0.0]), ("_range", [1.0] * 4)):
-            self.register_buffer(name, torch.tensor(column, **_FLOAT32)[:, None], persistent=False)
+            self.register_buffer(name, torch.tensor(column, **_HOST_FLOAT32)[:, None], persistent=False)
         self.set_ranges(lr_scale_range, wd_scale_range)
 
     def description(self) -> dict[str, int | bool | str]:
@@ -207,7 +207,7 @@ class GroupEncoder(nn.Module):
         """Embeddings N(0, 0.1²) for ``count`` more groups; nothing without group embeddings."""
         if self.features.embed_dim:
             for _ in range(count):
-                start = torch.randn(self.features.embed_dim, generator=self.generator, **_FLOAT32) * 0.1
+                start = torch.randn(self.features.embed_dim, generator=self.generator, **_HOST_FLOAT32) * 0.1
                 self.group_embeddings.append(nn.Parameter(start.to(self.head.weight)))
 
     def embed(self, features: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""The meta-update: training the encoder while the model trains. MetaAdamW sections 3.4 and 3.5, algorithm 2."""
+"""The meta-update: training the encoder while the model trains. MetaAdamW sections 3.4 and 3.5, algorithm 2.
+
+One class in one file, read top to bottom as the algorithm is: what is asked for, the update, its objective, the meta-optimizer.
+Evaluating losses (evaluation.py), the hypothetical step (lookahead.py) and leaving the model as it was (model_state.py) are elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +75,8 @@ class MetaLearner:
         scaler: the ``torch.amp.GradScaler`` of the training loop, if any: its scale keeps float16 gradients from vanishing.
 
     Raises:
-        ValueError: an unknown choice, a parameter of the optimizer that is not in the model, ``hvp="exact"`` with DTensors,
+        TypeError: an optimizer that is no MetaAdamW.
+        ValueError: an unknown choice, a weight that is not finite, a parameter of the optimizer that is not in the model, ``hvp="exact"`` with DTensors,
             ``DistributedDataParallel`` modules on different ranks.
     """
 

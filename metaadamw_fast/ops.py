@@ -2,7 +2,8 @@
 
 Each op takes lists over T tensors and is one call (one parallel region, one launch) whatever T is. The tensors of one position
 must have the same shape; strides, dtypes (float32, float64, bfloat16, float16) and sizes may differ from tensor to tensor and from
-list to list. float64 tensors are computed in float64, all others in float32.
+list to list. float64 tensors are computed in float64, all others in float32. What runs an op stands beside the ops, so that a
+backend is added in one place.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class MetaAdamW(Optimizer):
         master_weights: update a float32 copy of each bfloat16 or float16 parameter, ``state[p]["master_param"]``, and round it into
             the parameter. Statistics are the copy's.
         stochastic_rounding: round bfloat16 and float16 parameters and moments up or down by chance, right in the mean, so that
-            small updates are not lost. The same for the same ``seed``, step and parameters.
+            small updates are not lost. The same for the same ``seed``, step and parameters; a checkpoint brings its own seed.
         skip_nonfinite: take no step whose gradients are not finite (their sum of squares is not); decided on the device, counted in
             ``skipped_steps``. Without it the affected group alone is masked out of the encoder.
         variant: ``paper``, or ``released`` for the arithmetic of the authors' code.
@@ -599,7 +599,11 @@ class MetaAdamW(Optimizer):
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's state dict with one key more, ``metaadamw``: encoder, step count and what else a bitwise resume needs."""
+        """Torch's state dict with one key more, ``metaadamw``: encoder, step count and what else a bitwise resume needs.
+
+        Raises:
+            RuntimeError: parameters were added or removed by other means than add_param_group.
+        """
 
         def extend(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
             checkpoint.add_extra(state, checkpoint.extra_state(self))
@@ -619,7 +623,7 @@ class MetaAdamW(Optimizer):
 
         Raises:
             ValueError: a checkpoint of another model, grouping or encoder; the optimizer is unchanged then.
-            RuntimeError: parameters on the meta device.
+            RuntimeError: parameters on the meta device, or added or removed by other means than add_param_group.
         """
         loaded: dict[str, Any] = {}
 
