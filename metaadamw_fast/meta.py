@@ -1,7 +1,7 @@
 """The meta-update: training the encoder while the model trains. MetaAdamW sections 3.4 and 3.5, algorithm 2.
 
 One class in one file, read top to bottom as the algorithm is: what is asked for, the update, its objective, the meta-optimizer.
-Evaluating losses (evaluation.py), the hypothetical step (lookahead.py) and leaving the model as it was (model_state.py) are elsewhere.
+Elsewhere: evaluating losses (evaluation.py), the hypothetical step (lookahead.py), leaving the model as it was (model_state.py).
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class MetaLearner:
 
     Raises:
         TypeError: an optimizer that is no MetaAdamW.
-        ValueError: an unknown choice, a weight that is not finite, a parameter of the optimizer that is not in the model, ``hvp="exact"`` with DTensors,
-            ``DistributedDataParallel`` modules on different ranks.
+        ValueError: an unknown choice, a weight that is not finite, a parameter of the optimizer that is not in the model,
+            ``hvp="exact"`` with DTensors, ``DistributedDataParallel`` modules on different ranks.
     """
 
     def __init__(
