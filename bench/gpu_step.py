@@ -152,6 +152,7 @@ def parts_of(opt: MetaAdamW, backend: str, update: int, statistics: int) -> list
     hyper = [
         torch.full((count,), x, dtype=torch.float64, device=lists.device) for x in (LR, 1 - LR * WEIGHT_DECAY, 9, 0.9, 0.999, 1e-8)
     ]
+    vectors = opt._backend.update_vectors(*hyper, None)
     sums = torch.zeros(count, 2, dtype=torch.float64, device=lists.device)
     found = opt.statistics
 
@@ -161,7 +162,7 @@ def parts_of(opt: MetaAdamW, backend: str, update: int, statistics: int) -> list
 
     @torch.no_grad()
     def write() -> None:
-        lists.launch.adamw_update_(*hyper, None, sums)
+        lists.launch.adamw_update_(vectors, sums)
 
     return [
         Side(f"{backend}: update alone", write, update),

@@ -18,39 +18,34 @@
 
 namespace metaadamw {
 
-// The hyper-parameters of one tensor, as the caller gives them: float64, before any rounding.
-struct Hyperparameters {
-  double step_size;     // lr * lr_scale
-  double decay_factor;  // d: what the parameter is multiplied with
-  double step;          // k >= 1, this step included; 0: the tensor is left alone
-  double beta1;
-  double beta2;
-  double eps;
-  double grad_scale;  // the gradient is multiplied with it: clipping, unscaling, or -1 to maximize
+// The numbers of an update: float64 [kVectors, T], a row each. Bias corrections take powers, a root and quotients in float64, which
+// cost more than the arithmetic of a hundred elements; so they are made once per tensor, not by each block or thread.
+enum Vector {
+  kStepSize,     // lr * lr_scale / (1 - beta1^k)
+  kDecayFactor,  // d: what the parameter is multiplied with
+  kStep,         // k >= 1, this step included; 0: the tensor is left alone
+  kBeta1,
+  kBeta2,
+  kInverseSqrtCorrection2,  // 1 / sqrt(1 - beta2^k)
+  kEps,
+  kGradScale,  // the gradient is multiplied with it: clipping, unscaling, or -1 to maximize
+  kVectors
 };
 
-// The same of T tensors, a vector [T] each. Without grad_scale every gradient is taken as it is. `stochastic` and its seed are of
-// the rounding of what is stored (rounding.h).
-struct HyperparameterVectors {
-  const double* step_size;
-  const double* decay_factor;
-  const double* step;
-  const double* beta1;
-  const double* beta2;
-  const double* eps;
-  const double* grad_scale;
+// The vectors of one update, and how it rounds what it stores (rounding.h).
+struct Update {
+  const double* vectors;
+  int64_t tensors;
   bool stochastic;
   int64_t rounding_seed;
 
-  // Whether tensor t is to be left alone. Told by its step count, so that a device can decide what the host does not wait to know.
-  METAADAMW_INLINE bool skips(int64_t t) const { return step[t] == 0.0; }
-
-  METAADAMW_INLINE Hyperparameters operator[](int64_t t) const {
-    return {step_size[t], decay_factor[t], step[t], beta1[t], beta2[t], eps[t], grad_scale != nullptr ? grad_scale[t] : 1.0};
-  }
+  METAADAMW_INLINE double at(Vector vector, int64_t t) const { return vectors[vector * tensors + t]; }
+  // Whether tensor t is to be left alone. Its step count says so, because a device then decides what the host does not wait to
+  // know.
+  METAADAMW_INLINE bool skips(int64_t t) const { return at(kStep, t) == 0.0; }
 };
 
-// Hyperparameters, folded and rounded once to the type of the arithmetic. Everything that does not change inside a tensor is here,
+// The vectors of one tensor, rounded once to the type of the arithmetic. Everything that does not change inside a tensor is here,
 // so that the loop over elements has one division and one square root.
 template <typename T>
 struct Scalars {
@@ -87,20 +82,59 @@ METAADAMW_INLINE BiasCorrections bias_corrections(double beta1, double beta2, do
   return {1.0 - integer_power(beta1, step), 1.0 / std::sqrt(1.0 - integer_power(beta2, step))};
 }
 
+// bias_corrections of one tensor after another. Most tensors share betas and step count with the one before, and two powers and a
+// root are much for a tensor of a few elements.
+struct CorrectionsInTurn {
+  double beta1 = -1.0, beta2 = -1.0, step = -1.0;
+  BiasCorrections corrections{};
+
+  const BiasCorrections& of(double next_beta1, double next_beta2, double next_step) {
+    if (next_beta1 != beta1 || next_beta2 != beta2 || next_step != step) {
+      corrections = bias_corrections(beta1 = next_beta1, beta2 = next_beta2, step = next_step);
+    }
+    return corrections;
+  }
+};
+
+// The hyper-parameters of one tensor as the caller gives them: float64, before any rounding.
+struct Hyperparameters {
+  double step_size;  // lr * lr_scale
+  double decay_factor;
+  double step;
+  double beta1;
+  double beta2;
+  double eps;
+  double grad_scale;
+};
+
+METAADAMW_INLINE void write_vectors(double* vectors, int64_t tensors, int64_t t, const Hyperparameters& h,
+                                    const BiasCorrections& corrections) {
+  double* const of_tensor = vectors + t;
+  of_tensor[kStepSize * tensors] = h.step_size / corrections.first;
+  of_tensor[kDecayFactor * tensors] = h.decay_factor;
+  of_tensor[kStep * tensors] = h.step;
+  of_tensor[kBeta1 * tensors] = h.beta1;
+  of_tensor[kBeta2 * tensors] = h.beta2;
+  of_tensor[kInverseSqrtCorrection2 * tensors] = corrections.inverse_sqrt_second;
+  of_tensor[kEps * tensors] = h.eps;
+  of_tensor[kGradScale * tensors] = h.grad_scale;
+}
+
 template <typename T>
-METAADAMW_INLINE Scalars<T> fold(const Hyperparameters& h, const BiasCorrections& corrections) {
+METAADAMW_INLINE Scalars<T> scalars_of(const Update& update, int64_t t) {
   Scalars<T> s;
-  s.grad_scale = static_cast<T>(h.grad_scale);
+  s.grad_scale = static_cast<T>(update.at(kGradScale, t));
   // beta1*m + (1-beta1)*g as an interpolation from the heavier end: rounding beta1 itself to float32 would bias the momentum
   // by 2.4e-7, and from the heavier end beta1 = 0 gives exactly g.
-  s.lerp_from_grad = h.beta1 < 0.5;
-  s.momentum_weight = static_cast<T>(s.lerp_from_grad ? h.beta1 : 1.0 - h.beta1);
-  s.beta2 = static_cast<T>(h.beta2);
-  s.beta2_complement = static_cast<T>(1.0 - h.beta2);  // in float64: 1 - float32(0.999) is off by 1e-5
-  s.step_size = static_cast<T>(h.step_size / corrections.first);
-  s.decay_factor = static_cast<T>(h.decay_factor);
-  s.inverse_sqrt_bias_correction2 = static_cast<T>(corrections.inverse_sqrt_second);
-  s.eps = static_cast<T>(h.eps);
+  const double beta1 = update.at(kBeta1, t), beta2 = update.at(kBeta2, t);
+  s.lerp_from_grad = beta1 < 0.5;
+  s.momentum_weight = static_cast<T>(s.lerp_from_grad ? beta1 : 1.0 - beta1);
+  s.beta2 = static_cast<T>(beta2);
+  s.beta2_complement = static_cast<T>(1.0 - beta2);  // in float64: 1 - float32(0.999) is off by 1e-5
+  s.step_size = static_cast<T>(update.at(kStepSize, t));
+  s.decay_factor = static_cast<T>(update.at(kDecayFactor, t));
+  s.inverse_sqrt_bias_correction2 = static_cast<T>(update.at(kInverseSqrtCorrection2, t));
+  s.eps = static_cast<T>(update.at(kEps, t));
   return s;
 }
 

@@ -232,8 +232,8 @@ inline std::optional<Layout> make_row(const Lists& lists, size_t t, int64_t devi
   return walk(row, tensors, leader);
 }
 
-// The launch table of these lists, as int64 so that it is aligned.
-inline std::vector<int64_t> make_table(const Lists& lists) {
+// The launch table of these lists, as int64 so that it is aligned. A chunk_size of 0 takes that of their device.
+inline std::vector<int64_t> make_table(const Lists& lists, int64_t chunk_size) {
   const int leader = lists.leader();
   const std::vector<Tensor>& leaders = *lists.tensors[leader];
   for (int i = 0; i < kOperands; ++i) {
@@ -251,6 +251,9 @@ inline std::vector<int64_t> make_table(const Lists& lists) {
   header.device = leaders.empty() ? -1 : device_of(leaders[0]);
   METAADAMW_CHECK(header.device == -1 || (kHasCuda && header.device >= 0), Lists::name(leader), "[0] is on ",
                   device_name(header.device), kHasCuda ? "" : ", and the extension was built for the CPU only");
+  METAADAMW_CHECK(chunk_size >= 0 && chunk_size % kChunkOnGpu == 0 && chunk_size <= kChunkOnCpu, "a chunk has a multiple of ",
+                  kChunkOnGpu, " elements, at most ", kChunkOnCpu, ", not ", chunk_size);
+  header.chunk_size = chunk_size != 0 ? chunk_size : header.device == -1 ? kChunkOnCpu : kChunkOnGpu;
   std::vector<Row> rows(leaders.size());
   std::vector<int64_t> first_chunk{0}, shape_begin{0}, shapes;
   std::vector<Layout> layouts;
@@ -261,7 +264,7 @@ inline std::vector<int64_t> make_table(const Lists& lists) {
     if (layout) {
       layouts.push_back(*layout);
     }
-    first_chunk.push_back(first_chunk.back() + chunks_of(rows[t].numel));
+    first_chunk.push_back(first_chunk.back() + chunks_of(rows[t].numel, header.chunk_size));
     const Tensor& grad = rows[t].lacks_gradient() ? leaders[t] : (*lists.tensors[kGrad])[t];
     shapes.insert(shapes.end(), grad.sizes().begin(), grad.sizes().end());
     shapes.insert(shapes.end(), grad.strides().begin(), grad.strides().end());
@@ -270,6 +273,7 @@ inline std::vector<int64_t> make_table(const Lists& lists) {
   check_distinct(extents);
   header.chunks = first_chunk.back();
   header.layouts = layouts.size();
+  header.row_bytes = Table::row_bytes(header);
   header.copied_bytes = Table::copied_bytes(header);
   header.device_bytes = header.copied_bytes + header.chunks * kPartialBytes;
   std::vector<int64_t> memory(header.copied_bytes / 8 + shape_begin.size() + shapes.size(), 0);
@@ -278,6 +282,9 @@ inline std::vector<int64_t> make_table(const Lists& lists) {
   std::copy(rows.begin(), rows.end(), table.rows);
   std::copy(first_chunk.begin(), first_chunk.end(), table.first_chunk);
   std::copy(layouts.begin(), layouts.end(), table.layouts);
+  for (int64_t t = 0; t < header.tensors; ++t) {
+    std::fill(table.tensor_of_chunk + first_chunk[t], table.tensor_of_chunk + first_chunk[t + 1], static_cast<int32_t>(t));
+  }
   std::copy(shape_begin.begin(), shape_begin.end(), table.shape_begin);
   std::copy(shapes.begin(), shapes.end(), table.shape_begin + header.tensors + 1);
   return memory;
@@ -298,29 +305,14 @@ inline const double* check_columns(const Header& header, bool params, bool exp_a
   return carried ? static_cast<const double*>(carried->data_ptr()) : nullptr;
 }
 
-// A [T] float64 tensor of hyper-parameters.
-inline const double* hyperparameter(const Tensor& x, const char* name, const Header& header) {
-  METAADAMW_CHECK(x.scalar_type() == ScalarType::Double && x.dim() == 1 && x.size(0) == header.tensors && x.is_contiguous() &&
-                      device_of(x) == header.device,
-                  name, " must be a contiguous float64 tensor of shape [", header.tensors, "] on the device of the tensors");
-  return static_cast<const double*>(x.data_ptr());
-}
-
-// Also checks that the table may be used for an update.
-inline HyperparameterVectors hyperparameters(const Tensor& step_size, const Tensor& decay_factor, const Tensor& step,
-                                             const Tensor& beta1, const Tensor& beta2, const Tensor& eps,
-                                             const std::optional<Tensor>& grad_scale, const std::optional<int64_t>& rounding_seed,
-                                             const Header& header) {
+// The vectors of an update, float64 [kVectors, T]. Also checks that the table may be used for one.
+inline Update checked_update(const Tensor& vectors, const std::optional<int64_t>& rounding_seed, const Header& header) {
   METAADAMW_CHECK(header.written, "the launch was not made for updates: written=False");
-  return {hyperparameter(step_size, "step_size", header),
-          hyperparameter(decay_factor, "decay_factor", header),
-          hyperparameter(step, "step", header),
-          hyperparameter(beta1, "beta1", header),
-          hyperparameter(beta2, "beta2", header),
-          hyperparameter(eps, "eps", header),
-          grad_scale ? hyperparameter(*grad_scale, "grad_scale", header) : nullptr,
-          rounding_seed.has_value(),
-          rounding_seed.value_or(0)};
+  METAADAMW_CHECK(vectors.scalar_type() == ScalarType::Double && vectors.dim() == 2 && vectors.size(0) == kVectors &&
+                      vectors.size(1) == header.tensors && vectors.is_contiguous() && device_of(vectors) == header.device,
+                  "vectors must be a contiguous float64 tensor of shape [", static_cast<int>(kVectors), ", ", header.tensors,
+                  "] on the device of the tensors");
+  return {static_cast<const double*>(vectors.data_ptr()), header.tensors, rounding_seed.has_value(), rounding_seed.value_or(0)};
 }
 
 // Where the update writes the sums of what it leaves, null if it need not.

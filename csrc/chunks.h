@@ -8,22 +8,18 @@
 namespace metaadamw {
 
 // Elements per chunk. Partial sums are kept per chunk and added in chunk order, so their result depends on this number but
-// never on how many threads there were.
-constexpr int64_t kChunk = 32768;
+// never on how many threads there were. Each launch table says which it was made with.
+//
+// A GPU block takes one chunk. A GPU of 132 multiprocessors holds 264 to 528 blocks at once: with chunks of 32,768 elements it
+// would stand half idle below 10 million elements. With 8,192 it is full from 2 to 4 million on, and what a block does but once
+// still hides behind the loads of the other blocks on its multiprocessor.
+constexpr int64_t kChunkOnCpu = 32768;
+constexpr int64_t kChunkOnGpu = 8192;
 constexpr int kMaxDims = 16;
 
-// A tensor without elements has one empty chunk, so that whoever takes it writes the zeros of its row.
-METAADAMW_INLINE int64_t chunks_of(int64_t numel) { return numel == 0 ? 1 : (numel + kChunk - 1) / kChunk; }
-
-// The tensor that owns `chunk`, by binary search: first_chunk[t] is the number of chunks before tensor t, and
-// first_chunk[tensors] their total.
-METAADAMW_INLINE int64_t tensor_of_chunk(const int64_t* first_chunk, int64_t tensors, int64_t chunk) {
-  int64_t low = 0, high = tensors;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (first_chunk[middle] <= chunk ? low : high) = middle;
-  }
-  return low;
+// A tensor without elements has one empty chunk: the thread or block that takes it writes the zeros of its row.
+METAADAMW_INLINE int64_t chunks_of(int64_t numel, int64_t chunk_size) {
+  return numel == 0 ? 1 : (numel + chunk_size - 1) / chunk_size;
 }
 
 // A shape after dropping and merging dimensions, outermost first. All operands of one tensor are walked in this order.

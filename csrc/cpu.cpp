@@ -9,6 +9,7 @@
 #include "checks.h"
 #include "cpu_blocks.h"
 #include "cpu_sums.h"
+#include "policy_checks.h"
 #include "rounding.h"
 
 namespace metaadamw {
@@ -27,22 +28,20 @@ void for_each_chunk(const Table& table, const F& f) {
   }
   const int64_t elements = first_element.back();
   // Waking a thread costs more than it saves below about a chunk of elements for each.
-  const int64_t shares = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(elements / kChunk, 1));
+  const int64_t shares = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(elements / table.chunk_size, 1));
   const auto first_of_share = [&](int64_t share) {
     const int64_t element = elements / shares * share;
     const int64_t t = std::upper_bound(first_element.begin(), first_element.end() - 1, element) - first_element.begin() - 1;
-    return table.first_chunk[t] + (element - first_element[t]) / kChunk;
+    return table.first_chunk[t] + (element - first_element[t]) / table.chunk_size;
   };
   torch::stable::parallel_for(0, elements == 0 ? 0 : shares, 1, [&](int64_t first_share, int64_t last_share) {
     const int64_t begin = first_of_share(first_share);
     const int64_t end = last_share == shares ? table.chunks : first_of_share(last_share);
-    int64_t t = begin == end ? 0 : tensor_of_chunk(table.first_chunk, table.tensors, order == Order::kForward ? begin : end - 1);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t chunk = order == Order::kForward ? i : begin + end - 1 - i;
-      while (chunk >= table.first_chunk[t + 1]) ++t;  // every tensor has a chunk: at most one of the two goes on by one
-      while (chunk < table.first_chunk[t]) --t;
-      const int64_t first = (chunk - table.first_chunk[t]) * kChunk;
-      f(table.rows[t], t, chunk, first, std::min(kChunk, table.rows[t].numel - first));
+      const int64_t t = table.tensor_of_chunk[chunk];
+      const int64_t first = (chunk - table.first_chunk[t]) * table.chunk_size;
+      f(table.rows[t], t, chunk, first, std::min(table.chunk_size, table.rows[t].numel - first));
     }
   });
 }
@@ -193,19 +192,17 @@ struct RoundingKeys {
   bool used;
   uint32_t of[kOperands];
 
-  RoundingKeys(const HyperparameterVectors& hyperparameters, int64_t t, int64_t first) : used(hyperparameters.stochastic) {
+  RoundingKeys(const Update& update, int64_t t, int64_t first) : used(update.stochastic) {
     for (int i = 0; i < kOperands && used; ++i) {
-      of[i] = rounding_key(hyperparameters.rounding_seed, hyperparameters.step[t], t, i, first);
+      of[i] = rounding_key(update.rounding_seed, update.at(kStep, t), t, i, first);
     }
   }
 };
 
 // Adds the sums of g and m as they were and of p and v as they were stored to `totals`, from sum `first_sum` on.
 template <typename T>
-void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperparameters& hyperparameters,
-                  const BiasCorrections& corrections, const RoundingKeys& keys, int64_t first, int64_t count, int first_sum,
-                  double* totals) {
-  const Scalars<T> scalars = fold<T>(hyperparameters, corrections);
+void update_chunk(const std::array<Operand, kOperands>& operands, const Scalars<T>& scalars, const RoundingKeys& keys,
+                  int64_t first, int64_t count, int first_sum, double* totals) {
   T buffers[kOperands][kBlock];
   T* x[kOperands];
   const bool amsgrad = operands[kMaximum].data != nullptr;
@@ -237,33 +234,25 @@ void update_chunk(const std::array<Operand, kOperands>& operands, const Hyperpar
   }
 }
 
-// Of every tensor. Most are those of the tensor before: a power and a root are much for a tensor of a few elements.
-std::vector<BiasCorrections> all_bias_corrections(const HyperparameterVectors& x, int64_t tensors) {
-  std::vector<BiasCorrections> all(tensors);
-  for (int64_t t = 0; t < tensors; ++t) {
-    const bool same = t > 0 && x.beta1[t] == x.beta1[t - 1] && x.beta2[t] == x.beta2[t - 1] && x.step[t] == x.step[t - 1];
-    all[t] = same ? all[t - 1] : bias_corrections(x.beta1[t], x.beta2[t], x.step[t]);
-  }
-  return all;
-}
-
-void adamw_update_(const Table& table, const HyperparameterVectors& hyperparameters, const NewSums& new_sums) {
-  const std::vector<BiasCorrections> corrections = all_bias_corrections(hyperparameters, table.tensors);
+void adamw_update_(const Table& table, const Update& update, const NewSums& new_sums) {
   std::vector<std::array<double, kSums>> partials(new_sums.data != nullptr ? table.chunks : 0, std::array<double, kSums>{});
   for_each_chunk<Order::kBackward>(table, [&](const Row& row, int64_t t, int64_t chunk, int64_t first, int64_t count) {
-    if (row.lacks_gradient() || hyperparameters.skips(t)) {
+    if (row.lacks_gradient() || update.skips(t)) {
       return;
     }
     static_assert(kOperands == 5);
     const std::array<Operand, kOperands> operands{Operand(table, row, 0), Operand(table, row, 1), Operand(table, row, 2),
                                                   Operand(table, row, 3), Operand(table, row, 4)};
     double* totals = new_sums.data != nullptr ? partials[chunk].data() : nullptr;
-    (row.is_double ? update_chunk<double> : update_chunk<float>)(operands, hyperparameters[t], corrections[t],
-                                                                 RoundingKeys(hyperparameters, t, first), first, count,
-                                                                 new_sums.first(), totals);
+    const RoundingKeys keys(update, t, first);
+    if (row.is_double) {
+      update_chunk(operands, scalars_of<double>(update, t), keys, first, count, new_sums.first(), totals);
+    } else {
+      update_chunk(operands, scalars_of<float>(update, t), keys, first, count, new_sums.first(), totals);
+    }
   });
   for (int64_t t = 0; t < table.tensors && new_sums.data != nullptr; ++t) {
-    if (table.rows[t].lacks_gradient() || hyperparameters.skips(t)) {
+    if (table.rows[t].lacks_gradient() || update.skips(t)) {
       continue;
     }
     for (int s = new_sums.first(); s < kUpdateSums; ++s) {
@@ -290,20 +279,18 @@ Tensor launch_tensor_stats(Tensor table, std::optional<Tensor>, bool params, boo
   return tensor_stats(host.header, host.table, params, exp_avg_sqs, count_nonzero, dtype, carried);
 }
 
-void launch_adamw_update_(Tensor table, std::optional<Tensor>, Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1,
-                          Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale, std::optional<Tensor> new_sums,
+void launch_adamw_update_(Tensor table, std::optional<Tensor>, Tensor vectors, std::optional<Tensor> new_sums,
                           std::optional<int64_t> rounding_seed) {
   const HostTable host(table.data_ptr());
-  adamw_update_(host.table,
-                hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, rounding_seed, host.header),
-                sums_output(new_sums, host.header));
+  adamw_update_(host.table, checked_update(vectors, rounding_seed, host.header), sums_output(new_sums, host.header));
 }
 
 Tensor list_tensor_stats(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, List params, List exp_avg_sqs, bool count_nonzero,
                          ScalarType dtype) {
   const bool with_params = params.has_value(), with_squares = exp_avg_sqs.has_value();
   auto memory = make_table(
-      Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::nullopt}, /*written=*/false});
+      Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::nullopt}, /*written=*/false},
+      kChunkOnCpu);
   const HostTable host(memory.data());
   return tensor_stats(host.header, host.table, with_params, with_squares, count_nonzero, dtype);
 }
@@ -314,11 +301,12 @@ void list_adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, s
                         std::optional<int64_t> rounding_seed) {
   auto memory = make_table(
       Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs)},
-            /*written=*/true});
+            /*written=*/true},
+      kChunkOnCpu);
   const HostTable host(memory.data());
-  adamw_update_(host.table,
-                hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, rounding_seed, host.header),
-                sums_output(new_sums, host.header));
+  const Tensor vectors = vectors_on_cpu(
+      hyperparameter_input(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, host.header.tensors, host.header.device));
+  adamw_update_(host.table, checked_update(vectors, rounding_seed, host.header), sums_output(new_sums, host.header));
 }
 
 }  // namespace

@@ -20,18 +20,37 @@ struct Work {
   Chunk chunk;
   Row row;
   char* base[kOperands];  // of the chunk, where the operand is dense
+  Layout layout;          // of rows that have one, and the coordinates of the chunk's first element
   int64_t coordinates[kMaxDims];
 
-  // By one thread.
+  // By all threads of the block; ends with a barrier.
   __device__ void begin(const Table& table, int64_t number) {
-    chunk = chunk_of_block(table, number);
-    row = table.rows[chunk.tensor];
-    for (int i = 0; i < kOperands; ++i) {
-      base[i] = row.data[i] + chunk.first * itemsize(row.type[i]);
+    if (threadIdx.x == 0) {
+      chunk = chunk_of_block(table, number);
+      row = table.rows[chunk.tensor];
+      for (int i = 0; i < kOperands; ++i) {
+        base[i] = row.data[i] + chunk.first * itemsize(row.type[i]);
+      }
     }
+    __syncthreads();
     if (row.layout >= 0) {
-      coordinates_of(table.layouts[row.layout].shape, chunk.first, coordinates);
+      // Every element asks for sizes and strides: from global memory that would be two loads per element, operand and dimension.
+      constexpr int kWords = sizeof(Layout) / sizeof(int64_t);
+      static_assert(kWords <= kThreads && sizeof(Layout) % sizeof(int64_t) == 0);
+      if (threadIdx.x < kWords) {
+        reinterpret_cast<int64_t*>(&layout)[threadIdx.x] =
+            reinterpret_cast<const int64_t*>(&table.layouts[row.layout])[threadIdx.x];
+      }
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        coordinates_of(layout.shape, chunk.first, coordinates);
+      }
+      __syncthreads();
     }
+  }
+
+  __device__ char* address(const Table& table, int operand, int index) const {
+    return address_in_chunk(row, layout, operand, chunk.first, coordinates, table.chunk_size, index);
   }
 };
 
@@ -79,25 +98,30 @@ __device__ __forceinline__ void sum_chunk(const Table& table, const Work& work, 
   constexpr int kStreams[4] = {kGrad, kMomentum, kParam, kSecondMoment};
   const Row& row = work.row;
   T sums[kSums] = {};
-  for_each_group<V>(
+  for_each_group<V, false>(
       threadIdx.x, work.chunk.count, has_whole_groups(row, operands),
       [&](int first) {
+        forget_registers();
+        Groups<4> groups{};
         if constexpr (V > 1) {
-          forget_registers();
-          Bits bits[4]{};
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             if (operands >> kStreams[i] & 1) {
               const int size = itemsize(row.type[kStreams[i]]);
-              bits[i] = load_group<V>(work.base[kStreams[i]] + first * size, size);
+              groups.bits[i] = load_group<V>(work.base[kStreams[i]] + first * size, size);
             }
           }
+        }
+        return groups;
+      },
+      [&](int, const Groups<4>& groups) {
+        if constexpr (V > 1) {
 #pragma unroll
           for (int part = 0; part < V; part += kPart) {
             float x[4][kPart];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              unpack<V>(bits[i], row.type[kStreams[i]], part, x[i]);
+              unpack<V>(groups.bits[i], row.type[kStreams[i]], part, x[i]);
             }
             T of_part[kSums] = {};
 #pragma unroll
@@ -117,8 +141,7 @@ __device__ __forceinline__ void sum_chunk(const Table& table, const Work& work, 
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             if (operands >> kStreams[i] & 1) {
-              char* address = address_in_chunk(table, row, kStreams[i], work.chunk.first, work.coordinates, index);
-              x[i] = load_element<T>(address, row.type[kStreams[i]]);
+              x[i] = load_element<T>(work.address(table, kStreams[i], index), row.type[kStreams[i]]);
             }
           }
           accumulate<counts, T>(of_part, x[0], x[1], x[2], x[3]);
@@ -132,13 +155,10 @@ __device__ __forceinline__ void sum_chunk(const Table& table, const Work& work, 
 }
 
 template <bool counts>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, counts ? kMeasureBlocksWithCounts : kMeasureBlocks)
     tensor_stats_kernel(const Table table, const int wanted, const StatsOutput output) {
   __shared__ Work work;
-  if (threadIdx.x == 0) {
-    work.begin(table, blockIdx.x);
-  }
-  __syncthreads();
+  work.begin(table, blockIdx.x);
   const Row& row = work.row;
   int operands = wanted;
 #pragma unroll
@@ -167,17 +187,23 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
   static_assert(kMaximum == kOperands - 1);
   const Row& row = work.row;
   T sums[kSums] = {};
-  for_each_group<V>(
+  for_each_group<V, found>(
       threadIdx.x, work.chunk.count, has_whole_groups(row, (1 << kUsed) - 1),
       [&](int first) {
+        forget_registers();
+        Groups<kUsed> groups;
         if constexpr (V > 1) {
-          forget_registers();
-          Bits bits[kUsed];
 #pragma unroll
           for (int i = 0; i < kUsed; ++i) {
             const int size = itemsize(row.type[i]);
-            bits[i] = load_group<V>(work.base[i] + first * size, size);
+            groups.bits[i] = load_group<V>(work.base[i] + first * size, size);
           }
+        }
+        return groups;
+      },
+      [&](int first, Groups<kUsed> groups) {
+        if constexpr (V > 1) {
+          Bits(&bits)[kUsed] = groups.bits;
           const Scalars<T> s = scalars;
 #pragma unroll
           for (int part = 0; part < V; part += kPart) {
@@ -233,7 +259,7 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
           T x[kOperands] = {};
 #pragma unroll
           for (int i = 0; i < kUsed; ++i) {
-            address[i] = address_in_chunk(table, row, i, work.chunk.first, work.coordinates, index);
+            address[i] = work.address(table, i, index);
             x[i] = load_element<T>(address[i], row.type[i]);
           }
           if constexpr (found) {
@@ -261,19 +287,8 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
 }
 
 template <int V, bool found, bool stochastic, typename T>
-__device__ __forceinline__ void update_chunk(const Table& table, const Work& work, const HyperparameterVectors& hyperparameters,
-                                             double (&totals)[found ? kUpdateSums : 2]) {
-  __shared__ Scalars<T> scalars;
-  __shared__ uint32_t keys[kOperands];
-  if (threadIdx.x == 0) {
-    const Hyperparameters h = hyperparameters[work.chunk.tensor];
-    scalars = fold<T>(h, bias_corrections(h.beta1, h.beta2, h.step));
-  }
-  if (stochastic && threadIdx.x < kOperands) {
-    const int64_t t = work.chunk.tensor;
-    keys[threadIdx.x] = rounding_key(hyperparameters.rounding_seed, hyperparameters.step[t], t, threadIdx.x, work.chunk.first);
-  }
-  __syncthreads();
+__device__ __forceinline__ void update_chunk(const Table& table, const Work& work, const Scalars<T>& scalars,
+                                             const uint32_t (&keys)[kOperands], double (&totals)[found ? kUpdateSums : 2]) {
   if (work.row.data[kMaximum] != nullptr) {
     update_chunk<V, found, stochastic, true, T>(table, work, scalars, keys, totals);
   } else {
@@ -281,25 +296,51 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
   }
 }
 
-template <bool found, bool stochastic>
-__global__ void __launch_bounds__(kThreads, found || stochastic ? kBlocksWithFoundSums : kBlocksPerMultiprocessor)
-    adamw_update_kernel(const Table table, const HyperparameterVectors hyperparameters, const NewSums new_sums) {
-  __shared__ Work work;
-  if (threadIdx.x == 0) {
-    // Backward through what the statistics went through forward: the last chunks may still be in the second-level cache.
-    work.begin(table, gridDim.x - 1 - blockIdx.x);
+// What a block knows of its tensor's vectors, in shared memory. Warps of their own read them while another one reads the row, so
+// that all these loads are under way at once; so they are made for both arithmetics, of which the row then says one.
+struct Numbers {
+  Scalars<float> single;
+  Scalars<double> twofold;
+  uint32_t keys[kOperands];
+  bool skipped;
+
+  // By all threads of the block; a barrier must follow.
+  template <bool stochastic>
+  __device__ void begin(const Table& table, const Update& update, int64_t number) {
+    const int64_t tensor = table.tensor_of_chunk[number];
+    if (threadIdx.x == kWarp) {
+      single = scalars_of<float>(update, tensor);
+    } else if (threadIdx.x == 2 * kWarp) {
+      twofold = scalars_of<double>(update, tensor);
+    } else if (threadIdx.x == 3 * kWarp) {
+      skipped = update.skips(tensor);
+    } else if (stochastic && threadIdx.x > 3 * kWarp && threadIdx.x <= 3 * kWarp + kOperands) {
+      const int operand = threadIdx.x - 3 * kWarp - 1;
+      const int64_t first = (number - table.first_chunk[tensor]) * table.chunk_size;
+      keys[operand] = rounding_key(update.rounding_seed, update.at(kStep, tensor), tensor, operand, first);
+    }
   }
-  __syncthreads();
-  if (work.row.lacks_gradient() || hyperparameters.skips(work.chunk.tensor)) {
+};
+
+template <bool found, bool stochastic>
+__global__ void __launch_bounds__(kThreads, found ? kUpdateBlocksWithFoundSums : kUpdateBlocks)
+    adamw_update_kernel(const Table table, const Update update, const NewSums new_sums) {
+  __shared__ Work work;
+  __shared__ Numbers numbers;
+  // Backward through what the statistics went through forward: the last chunks may still be in the second-level cache.
+  const int64_t number = gridDim.x - 1 - blockIdx.x;
+  numbers.begin<stochastic>(table, update, number);
+  work.begin(table, number);
+  if (work.row.lacks_gradient() || numbers.skipped) {
     return;
   }
   double totals[found ? kUpdateSums : 2];
   if (work.row.is_double) {
-    update_chunk<1, found, stochastic, double>(table, work, hyperparameters, totals);
+    update_chunk<1, found, stochastic>(table, work, numbers.twofold, numbers.keys, totals);
   } else if (work.row.vector == 4) {
-    update_chunk<4, found, stochastic, float>(table, work, hyperparameters, totals);
+    update_chunk<4, found, stochastic>(table, work, numbers.single, numbers.keys, totals);
   } else {
-    update_chunk<8, found, stochastic, float>(table, work, hyperparameters, totals);
+    update_chunk<8, found, stochastic>(table, work, numbers.single, numbers.keys, totals);
   }
   if (new_sums.data != nullptr) {
     tensor_sums(table, work.chunk, totals,
@@ -334,14 +375,13 @@ Tensor tensor_stats(const Header& header, const Table& table, bool params, bool 
   return result;
 }
 
-void adamw_update_(const Header& header, const Table& table, const HyperparameterVectors& hyperparameters,
-                   const NewSums& new_sums) {
+void adamw_update_(const Header& header, const Table& table, const Update& update, const NewSums& new_sums) {
   const torch::stable::accelerator::DeviceGuard guard(header.device);
   if (header.chunks != 0) {
     const bool found = new_sums.found();
-    const auto kernel = hyperparameters.stochastic ? (found ? adamw_update_kernel<true, true> : adamw_update_kernel<false, true>)
-                                                   : (found ? adamw_update_kernel<true, false> : adamw_update_kernel<false, false>);
-    kernel<<<header.chunks, kThreads, 0, current_stream(header.device)>>>(table, hyperparameters, new_sums);
+    const auto kernel = update.stochastic ? (found ? adamw_update_kernel<true, true> : adamw_update_kernel<false, true>)
+                                          : (found ? adamw_update_kernel<true, false> : adamw_update_kernel<false, false>);
+    kernel<<<header.chunks, kThreads, 0, current_stream(header.device)>>>(table, update, new_sums);
     check_cuda(cudaGetLastError(), "adamw_update_");
   }
 }
@@ -352,12 +392,10 @@ Tensor launch_tensor_stats(Tensor table, std::optional<Tensor> copy, bool params
   return tensor_stats(header, table_on_device(header, copy), params, exp_avg_sqs, count_nonzero, dtype, carried);
 }
 
-void launch_adamw_update_(Tensor table, std::optional<Tensor> copy, Tensor step_size, Tensor decay_factor, Tensor step,
-                          Tensor beta1, Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale, std::optional<Tensor> new_sums,
+void launch_adamw_update_(Tensor table, std::optional<Tensor> copy, Tensor vectors, std::optional<Tensor> new_sums,
                           std::optional<int64_t> rounding_seed) {
   const Header& header = *static_cast<Header*>(table.data_ptr());
-  adamw_update_(header, table_on_device(header, copy),
-                hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, rounding_seed, header),
+  adamw_update_(header, table_on_device(header, copy), checked_update(vectors, rounding_seed, header),
                 sums_output(new_sums, header));
 }
 
@@ -373,28 +411,32 @@ int64_t launch_capture(Tensor x) {
 // A table for one call, on the device.
 class CopiedTable {
  public:
-  explicit CopiedTable(const Lists& lists) : memory_(make_table(lists)), copy_(allocate(header())) {
-    const torch::stable::accelerator::DeviceGuard guard(header().device);
-    const cudaStream_t stream = current_stream(header().device);
+  explicit CopiedTable(const Lists& lists) {
+    const std::vector<int64_t> memory = make_table(lists, kChunkOnGpu);
+    std::memcpy(&header_, memory.data(), sizeof header_);
+    const bool on_gpu = header_.device >= 0;
+    const torch::stable::accelerator::DeviceGuard guard(header_.device);
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+    check_cuda(cudaStreamIsCapturing(current_stream(header_.device), &status), "cudaStreamIsCapturing");
     METAADAMW_CHECK(
         status == cudaStreamCaptureStatusNone,
         "the ops on lists copy a table that is gone at replay, so they cannot be captured in a CUDA graph: use a launch");
-    // From pageable memory: what cudaMemcpyAsync returns from has been read.
-    check_cuda(cudaMemcpyAsync(copy_.data_ptr(), memory_.data(), header().copied_bytes, cudaMemcpyHostToDevice, stream),
-               "cudaMemcpyAsync");
+    copy_ = torch::stable::empty({header_.device_bytes / 8}, ScalarType::Long, std::nullopt,
+                                 torch::stable::Device(torch::headeronly::DeviceType::CUDA, header_.device));
+    // The GPU may read the source of a copy at any later time. torch's pinned memory outlives this function until then: torch
+    // gives it away again when an event behind the copy has come.
+    const int64_t words = header_.copied_bytes / 8;
+    const Tensor pinned = torch::stable::empty({words}, ScalarType::Long, std::nullopt,
+                                               torch::stable::Device(torch::headeronly::DeviceType::CPU), /*pin_memory=*/on_gpu);
+    std::memcpy(pinned.data_ptr(), memory.data(), header_.copied_bytes);
+    Tensor copied = torch::stable::narrow(copy_, 0, 0, words);
+    torch::stable::copy_(copied, pinned, /*non_blocking=*/true);
   }
-  const Header& header() const { return *reinterpret_cast<const Header*>(memory_.data()); }
-  Table table() const { return table_on_device(header(), copy_); }
+  const Header& header() const { return header_; }
+  Table table() const { return table_on_device(header_, copy_); }
 
  private:
-  static Tensor allocate(const Header& header) {
-    return torch::stable::empty({header.device_bytes / 8}, ScalarType::Long, std::nullopt,
-                                torch::stable::Device(torch::headeronly::DeviceType::CUDA, header.device));
-  }
-
-  std::vector<int64_t> memory_;
+  Header header_;
   Tensor copy_;
 };
 
@@ -413,9 +455,11 @@ void list_adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, s
   const CopiedTable copied(
       Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs)},
             /*written=*/true});
-  adamw_update_(copied.header(), copied.table(),
-                hyperparameters(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, rounding_seed, copied.header()),
-                sums_output(new_sums, copied.header()));
+  const Header& header = copied.header();
+  const Tensor vectors = vectors_on_cuda(
+      hyperparameter_input(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, header.tensors, header.device),
+      header.device);
+  adamw_update_(header, copied.table(), checked_update(vectors, rounding_seed, header), sums_output(new_sums, header));
 }
 
 }  // namespace
@@ -429,5 +473,6 @@ STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CUDA, m) {
   m.impl("group_features", TORCH_BOX(&metaadamw::group_features));
   m.impl("scaled_gradients", TORCH_BOX(&metaadamw::scaled_gradients_on_cuda));
   m.impl("modulation", TORCH_BOX(&metaadamw::modulation));
+  m.impl("update_vectors", TORCH_BOX(&metaadamw::update_vectors));
   m.impl("launch_capture", TORCH_BOX(&metaadamw::launch_capture));
 }

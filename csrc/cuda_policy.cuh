@@ -8,21 +8,25 @@
 namespace metaadamw {
 namespace {
 
-constexpr int kWarp = 32;
-
-// A warp for each group.
+// A block for each group: one warp would walk a group of 10,000 tensors in 300 rounds of loads that wait for one another.
 template <typename T>
-__global__ void group_features_kernel(const FeatureColumns columns, const T* statistics, const int64_t width,
-                                      const GroupedTensors grouped, const T* numel, const float* done, const int64_t ahead,
-                                      const double total_steps, const int64_t dim, T* features) {
-  const double progress = training_progress(*done + static_cast<double>(ahead), total_steps);
-  const auto total = [](double x) {
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-      x += __shfl_xor_sync(0xffffffffu, x, distance);
+__global__ void __launch_bounds__(kThreads)
+    group_features_kernel(const FeatureColumns columns, const T* statistics, const int64_t width, const GroupedTensors grouped,
+                          const T* numel, const float* done, const int64_t ahead, const double total_steps, const int64_t dim,
+                          T* features) {
+  __shared__ double totals[kMaxValues];
+  const auto total = [&](double (&x)[kMaxValues]) {
+    const double mine = block_sums(x);
+    if (threadIdx.x < kMaxValues) {
+      totals[threadIdx.x] = mine;
     }
-    return x;
+    __syncthreads();
+    for (int k = 0; k < kMaxValues; ++k) {
+      x[k] = totals[k];
+    }
   };
-  feature_row(columns, statistics, width, grouped, numel, blockIdx.x, progress, threadIdx.x, kWarp, total,
+  const double progress = training_progress(*done + static_cast<double>(ahead), total_steps);
+  feature_row(columns, statistics, width, grouped, numel, blockIdx.x, progress, threadIdx.x, kThreads, total,
               features + blockIdx.x * dim);
 }
 
@@ -37,7 +41,7 @@ Tensor group_features(Tensor statistics, Tensor order, Tensor begin, Tensor nume
   const GroupedTensors grouped{static_cast<const int64_t*>(order.data_ptr()), static_cast<const int64_t*>(begin.data_ptr())};
   const auto fill = [&](auto zero) {
     using T = decltype(zero);
-    group_features_kernel<T><<<groups, kWarp, 0, stream>>>(
+    group_features_kernel<T><<<groups, kThreads, 0, stream>>>(
         columns, static_cast<const T*>(statistics.data_ptr()), statistics.size(1), grouped, static_cast<const T*>(numel.data_ptr()),
         static_cast<const float*>(done.data_ptr()), ahead, total_steps, dim, static_cast<T*>(features.data_ptr()));
   };
@@ -80,26 +84,40 @@ std::tuple<Tensor, Tensor, Tensor> scaled_gradients_on_cuda(Tensor statistics, s
   });
 }
 
-__global__ void modulation_kernel(const ModulationInput in, double* out) {
+// The vectors of an update, [kVectors, T], from in[t], the hyper-parameters of tensor t; a thread for each tensor.
+template <typename Input>
+__global__ void vectors_kernel(const Input in, double* vectors) {
   const int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (t < in.tensors) {
-    in.write(t, out);
+    const Hyperparameters h = in[t];
+    write_vectors(vectors, in.tensors, t, h, bias_corrections(h.beta1, h.beta2, h.step));
   }
 }
 
-Tensor modulation(Tensor scales, Tensor group_of, Tensor lr, Tensor weight_decay, Tensor beta1, Tensor steps,
-                  std::optional<Tensor> go, bool released) {
-  const ModulationInput in = modulation_input(scales, group_of, lr, weight_decay, beta1, steps, go, released);
-  const int64_t device = device_of(scales);
+template <typename Input>
+Tensor vectors_on_cuda(const Input& in, int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor result = torch::stable::empty({3, in.tensors}, ScalarType::Double, std::nullopt,
-                                       torch::stable::Device(torch::headeronly::DeviceType::CUDA, device));
+  Tensor vectors = torch::stable::empty({kVectors, in.tensors}, ScalarType::Double, std::nullopt,
+                                        torch::stable::Device(torch::headeronly::DeviceType::CUDA, device));
   if (in.tensors != 0) {
     const int64_t blocks = (in.tensors + kThreads - 1) / kThreads;
-    modulation_kernel<<<blocks, kThreads, 0, current_stream(device)>>>(in, static_cast<double*>(result.data_ptr()));
-    check_cuda(cudaGetLastError(), "modulation");
+    vectors_kernel<Input><<<blocks, kThreads, 0, current_stream(device)>>>(in, static_cast<double*>(vectors.data_ptr()));
+    check_cuda(cudaGetLastError(), "the vectors of an update");
   }
-  return result;
+  return vectors;
+}
+
+Tensor modulation(Tensor scales, Tensor group_of, Tensor lr, Tensor weight_decay, Tensor beta1, Tensor beta2, Tensor eps,
+                  std::optional<Tensor> grad_scale, Tensor steps, std::optional<Tensor> go, bool released) {
+  return vectors_on_cuda(modulation_input(scales, group_of, lr, weight_decay, beta1, beta2, eps, grad_scale, steps, go, released),
+                         device_of(scales));
+}
+
+Tensor update_vectors(Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1, Tensor beta2, Tensor eps,
+                      std::optional<Tensor> grad_scale) {
+  const int64_t device = device_of(step_size);
+  return vectors_on_cuda(
+      hyperparameter_input(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, step_size.numel(), device), device);
 }
 
 }  // namespace

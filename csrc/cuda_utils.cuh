@@ -14,6 +14,12 @@ struct Bits {
   uint32_t word[4];
 };
 
+// The same of N operands.
+template <int N>
+struct Groups {
+  Bits bits[N];
+};
+
 // Lets the compiler use global instead of generic accesses; the addresses come from the table, where it cannot know.
 template <typename T>
 __device__ __forceinline__ T& global(char* address) {
@@ -113,6 +119,9 @@ __device__ __forceinline__ T store_element(char* address, ElementType type, T va
 }
 
 // The sums of N values over the block, value i to thread i: shuffles within each warp, then over the warps, always in one order.
+//
+// Between two calls the caller has a barrier. Without one a fast warp would write of_warp for the second call while warp 0 still
+// reads it for the first. (Both callers that call it twice need such a barrier anyway, to hand the result on.)
 template <int N>
 __device__ __forceinline__ double block_sums(double (&values)[N]) {
   constexpr int kWarps = kThreads / 32;
@@ -133,12 +142,15 @@ __device__ __forceinline__ double block_sums(double (&values)[N]) {
       total += of_warp[threadIdx.x][warp];
     }
   }
-  __syncthreads();  // of_warp may be used again
   return total;
 }
 
 // Every block of a tensor calls this with the sums of its chunk's threads; the block that comes last calls finish(i, sum i of the
 // tensor) in thread i. Which one is last does not matter: it adds the partial sums in the order of the chunks' numbers.
+//
+// Threads of one block write the partial sums and thread 0 takes the ticket for all of them; this is no release by one thread. It
+// holds because __threadfence is a sequentially consistent fence: every such fence of the device stands in one order, and that of
+// the writers comes before the ticket, hence before that of the readers.
 template <int N, typename F>
 __device__ __forceinline__ void tensor_sums(const Table& table, const Chunk& chunk, double (&values)[N], const F& finish) {
   __shared__ bool last;
@@ -151,7 +163,10 @@ __device__ __forceinline__ void tensor_sums(const Table& table, const Chunk& chu
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-      last = atomicAdd(&table.tickets[chunk.tensor], 1u) == end - begin - 1;
+      // The last one sets it back to 0 for the next launch or replay, in the same instruction: a store of its own would be
+      // ordered with no other block's ticket.
+      const auto others = static_cast<unsigned>(end - begin - 1);
+      last = atomicInc(&table.tickets[chunk.tensor], others) == others;
     }
     __syncthreads();
     if (!last) {
@@ -169,9 +184,6 @@ __device__ __forceinline__ void tensor_sums(const Table& table, const Chunk& chu
       }
     }
     total = block_sums(values);
-    if (threadIdx.x == 0) {
-      table.tickets[chunk.tensor] = 0;  // for the next launch or replay
-    }
   }
   if (threadIdx.x < N) {
     finish(threadIdx.x, total);

@@ -12,14 +12,20 @@
 
 namespace metaadamw {
 
-// A block's size and how many of them a multiprocessor of 65,536 registers must hold at once: up to 80 registers a thread. That the
-// update needs most of them is the price of one kernel for all dtypes; 768 threads with 64 bytes under way each are more than
-// enough.
+// A block's size, and how many of them a multiprocessor of 65,536 registers must hold at once. What counts is bytes under way:
+// blocks x threads x 16 bytes x operands, of which an H100 wants 32 KiB and an H200 48 KiB in each multiprocessor.
+//   measure  4 blocks, 64 registers: it reads two operands, so 32 KiB
+//   update   3 blocks, 80 registers: four operands, 48 KiB. One kernel for all dtypes needs most of these registers
+//   lagged   2 blocks, 128 registers: it holds the next group's operands, too, so 64 KiB
 constexpr int kThreads = 256;
-constexpr int kBlocksPerMultiprocessor = 3;
-constexpr int kBlocksWithFoundSums = 2;  // of the update that also adds up what it finds, or rounds by chance: up to 128 registers
+constexpr int kWarp = 32;
+constexpr int kMeasureBlocks = 4;
+constexpr int kMeasureBlocksWithCounts = 3;
+constexpr int kUpdateBlocks = 3;
+constexpr int kUpdateBlocksWithFoundSums = 2;
 
-// Elements that are added up by themselves before their sum goes to the thread's: at most 4 + kChunk / kThreads / 4 = 36 roundings.
+// Elements that are added up by themselves before their sum goes to the thread's: at most 4 + kChunkOnGpu / kThreads / 4 = 12
+// roundings.
 constexpr int kPart = 4;
 
 // The part of a tensor that one block takes.
@@ -33,15 +39,15 @@ struct Chunk {
 METAADAMW_INLINE Chunk chunk_of_block(const Table& table, int64_t number) {
   Chunk chunk;
   chunk.number = number;
-  chunk.tensor = tensor_of_chunk(table.first_chunk, table.tensors, number);
-  chunk.first = (number - table.first_chunk[chunk.tensor]) * kChunk;
+  chunk.tensor = table.tensor_of_chunk[number];
+  chunk.first = (number - table.first_chunk[chunk.tensor]) * table.chunk_size;
   const int64_t left = table.rows[chunk.tensor].numel - chunk.first;
-  chunk.count = static_cast<int>(left < kChunk ? left : kChunk);
+  chunk.count = static_cast<int>(left < table.chunk_size ? left : table.chunk_size);
   return chunk;
 }
 
 // Whether every operand of the row that `operands` has a bit for can be read and written a group at a time. Chunks begin at
-// multiples of kChunk, so it is the same for all of them.
+// multiples of the chunk size, so it is the same for all of them.
 METAADAMW_INLINE bool has_whole_groups(const Row& row, int operands) {
   bool whole = true;
   for (int i = 0; i < kOperands; ++i) {
@@ -51,18 +57,45 @@ METAADAMW_INLINE bool has_whole_groups(const Row& row, int operands) {
   return whole;
 }
 
-// Calls group(first element) for each group of V elements that this thread takes as a whole, and elements(begin, end) for each part
-// that it takes element by element. Elements are counted from the beginning of the chunk, and come in the same order either way.
-template <int V, typename Group, typename Elements>
-METAADAMW_INLINE void for_each_group(int thread, int count, bool whole, const Group& group, const Elements& elements) {
+// Calls group(first element, load(first element)) for each group of V elements that this thread takes as a whole, and
+// elements(begin, end) for each part that it takes element by element. Elements are counted from the beginning of the chunk, and
+// come in the same order either way. With `ahead` the next group is loaded before this one is worked on: then two groups are under
+// way at once.
+template <int V, bool ahead, typename Load, typename Group, typename Elements>
+METAADAMW_INLINE void for_each_group(int thread, int count, bool whole, const Load& load, const Group& group,
+                                     const Elements& elements) {
+  int first = thread * V;
+  if constexpr (V > 1) {
+    if (whole) {
+      constexpr int kStride = kThreads * V;
+      if constexpr (ahead) {
+        if (first + V <= count) {
+          auto next = load(first);
 #ifdef __CUDA_ARCH__
 #pragma unroll 1
 #endif
-  for (int first = thread * V; first < count; first += kThreads * V) {
-    if (V > 1 && whole && count - first >= V) {
-      group(first);
-      continue;
+          for (; first + kStride + V <= count; first += kStride) {
+            const auto bits = next;
+            next = load(first + kStride);
+            group(first, bits);
+          }
+          group(first, next);
+          first += kStride;
+        }
+      } else {
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+        for (; first + V <= count; first += kStride) {
+          group(first, load(first));
+        }
+      }
     }
+  }
+#ifdef __CUDA_ARCH__
+#pragma unroll 1
+#endif
+  for (; first < count; first += kThreads * V) {
     const int end = count - first < V ? count : first + V;
 #ifdef __CUDA_ARCH__
 #pragma unroll 1
@@ -81,13 +114,14 @@ METAADAMW_INLINE void coordinates_of(const Shape& shape, int64_t first, int64_t*
   }
 }
 
-// As strided_offset of the element `index` further on, without a 64-bit division.
-METAADAMW_INLINE int64_t offset_in_chunk(const Shape& shape, const int64_t* coordinates, const int64_t* stride, int index) {
+// As strided_offset of the element `index` further on, which is in the same chunk, without a 64-bit division.
+METAADAMW_INLINE int64_t offset_in_chunk(const Shape& shape, const int64_t* coordinates, const int64_t* stride, int64_t chunk_size,
+                                         int index) {
   int64_t offset = 0;
   auto carry = static_cast<uint32_t>(index);
   for (int d = shape.dims - 1; d >= 0; --d) {
     int64_t at = coordinates[d] + carry;
-    if (shape.size[d] > kChunk) {  // then at most one wrap
+    if (shape.size[d] > chunk_size) {  // then at most one wrap
       carry = at >= shape.size[d];
       at -= carry ? shape.size[d] : 0;
     } else {
@@ -100,15 +134,15 @@ METAADAMW_INLINE int64_t offset_in_chunk(const Shape& shape, const int64_t* coor
   return offset;
 }
 
-// Where element `index` of a chunk lies. `coordinates` are those of the chunk's first element; only rows with a layout have any.
-METAADAMW_INLINE char* address_in_chunk(const Table& table, const Row& row, int operand, int64_t first, const int64_t* coordinates,
-                                        int index) {
+// Where element `index` of a chunk lies. Rows that are dense throughout have neither a layout nor the `coordinates` of the chunk's
+// first element.
+METAADAMW_INLINE char* address_in_chunk(const Row& row, const Layout& layout, int operand, int64_t first,
+                                        const int64_t* coordinates, int64_t chunk_size, int index) {
   const int size = itemsize(row.type[operand]);
   if (row.is_dense(operand)) {
     return row.data[operand] + first * size + index * size;
   }
-  const Layout& layout = table.layouts[row.layout];
-  return row.data[operand] + offset_in_chunk(layout.shape, coordinates, layout.stride[operand], index) * size;
+  return row.data[operand] + offset_in_chunk(layout.shape, coordinates, layout.stride[operand], chunk_size, index) * size;
 }
 
 }  // namespace metaadamw

@@ -12,9 +12,11 @@ namespace metaadamw {
 namespace {
 
 Tensor launch_table(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, List params, List exp_avg_sqs, List max_exp_avg_sqs,
-                    bool written) {
-  const auto memory = make_table(Lists{
-      {std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs)}, written});
+                    bool written, int64_t chunk_size) {
+  const auto memory = make_table(
+      Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs)},
+            written},
+      chunk_size);
   Tensor table = torch::stable::empty({static_cast<int64_t>(memory.size())}, ScalarType::Long);
   std::memcpy(table.data_ptr(), memory.data(), memory.size() * sizeof(int64_t));
   return table;
@@ -83,23 +85,26 @@ STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
   // torch.compile. `copy` is the GPU's part of the table, None on the CPU.
   m.def(
       "launch_table(Tensor[] grads, Tensor[] exp_avgs, Tensor[]? params, Tensor[]? exp_avg_sqs, Tensor[]? max_exp_avg_sqs, bool "
-      "written) -> Tensor");
+      "written, int chunk_size=0) -> Tensor");
   m.def("launch_capture(Tensor like) -> int");  // CUDA only
   m.def("launch_set_gradients(Tensor(a!) table, Tensor[] grads) -> int");
   m.def(
       "launch_tensor_stats(Tensor table, Tensor? copy, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype,"
       " Tensor? carried=None) -> Tensor");
+  m.def("launch_adamw_update_(Tensor table, Tensor? copy, Tensor vectors, Tensor(a!)? new_sums, int? rounding_seed) -> ()");
+  // The vectors that it takes, [8, T], from hyper-parameters [T] each.
   m.def(
-      "launch_adamw_update_(Tensor table, Tensor? copy, Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1, Tensor"
-      " beta2, Tensor eps, Tensor? grad_scale, Tensor(a!)? new_sums, int? rounding_seed) -> ()");
+      "update_vectors(Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1, Tensor beta2, Tensor eps, Tensor? "
+      "grad_scale)"
+      " -> Tensor");
   // What stands on both sides of the encoder (policy.h).
   m.def(
       "group_features(Tensor statistics, Tensor order, Tensor begin, Tensor numel, Tensor constants, bool enhanced, bool v_norm,"
       " bool deviations, int time, Tensor done, int ahead, float total_steps) -> Tensor");
   m.def("scaled_gradients(Tensor statistics, Tensor? sign, Tensor? loss_scale, float max_norm) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "modulation(Tensor scales, Tensor group_of, Tensor lr, Tensor weight_decay, Tensor beta1, Tensor steps, Tensor? go, bool"
-      " released) -> Tensor");
+      "modulation(Tensor scales, Tensor group_of, Tensor lr, Tensor weight_decay, Tensor beta1, Tensor beta2, Tensor eps, Tensor?"
+      " grad_scale, Tensor steps, Tensor? go, bool released) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CompositeExplicitAutograd, m) {

@@ -16,7 +16,7 @@ Tensor group_features(Tensor statistics, Tensor order, Tensor begin, Tensor nume
   const GroupedTensors grouped{static_cast<const int64_t*>(order.data_ptr()), static_cast<const int64_t*>(begin.data_ptr())};
   const auto fill = [&](auto zero) {
     using T = decltype(zero);
-    const auto alone = [](double x) { return x; };
+    const auto alone = [](double (&)[kMaxValues]) {};
     for (int64_t g = 0; g < constants.size(0); ++g) {
       feature_row(columns, static_cast<const T*>(statistics.data_ptr()), statistics.size(1), grouped,
                   static_cast<const T*>(numel.data_ptr()), g, progress, 0, 1, alone,
@@ -27,14 +27,14 @@ Tensor group_features(Tensor statistics, Tensor order, Tensor begin, Tensor nume
   return features;
 }
 
-Tensor modulation(Tensor scales, Tensor group_of, Tensor lr, Tensor weight_decay, Tensor beta1, Tensor steps,
-                  std::optional<Tensor> go, bool released) {
-  const ModulationInput in = modulation_input(scales, group_of, lr, weight_decay, beta1, steps, go, released);
-  Tensor result = torch::stable::empty({3, in.tensors}, ScalarType::Double);
-  for (int64_t t = 0; t < in.tensors; ++t) {
-    in.write(t, static_cast<double*>(result.data_ptr()));
-  }
-  return result;
+Tensor modulation(Tensor scales, Tensor group_of, Tensor lr, Tensor weight_decay, Tensor beta1, Tensor beta2, Tensor eps,
+                  std::optional<Tensor> grad_scale, Tensor steps, std::optional<Tensor> go, bool released) {
+  return vectors_on_cpu(modulation_input(scales, group_of, lr, weight_decay, beta1, beta2, eps, grad_scale, steps, go, released));
+}
+
+Tensor update_vectors(Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1, Tensor beta2, Tensor eps,
+                      std::optional<Tensor> grad_scale) {
+  return vectors_on_cpu(hyperparameter_input(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, step_size.numel(), -1));
 }
 
 std::tuple<Tensor, Tensor, Tensor> scaled_gradients_on_cpu(Tensor statistics, std::optional<Tensor> sign,
@@ -59,4 +59,5 @@ STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CPU, m) {
   m.impl("group_features", TORCH_BOX(&metaadamw::group_features));
   m.impl("scaled_gradients", TORCH_BOX(&metaadamw::scaled_gradients_on_cpu));
   m.impl("modulation", TORCH_BOX(&metaadamw::modulation));
+  m.impl("update_vectors", TORCH_BOX(&metaadamw::update_vectors));
 }

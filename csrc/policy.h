@@ -54,8 +54,8 @@ METAADAMW_INLINE double training_progress(double step, double total_steps) {
   return total_steps > 0.0 ? step / total_steps : 2.0 / (1.0 + std::exp(-step / 1000.0)) - 1.0;
 }
 
-// Fills in a row of features that holds its constants. `lanes` threads share the work; total(x) is the sum of their x, in all of
-// them, and the first one writes.
+// Fills in a row of features that holds its constants. `lanes` threads share the work; total(x) puts the sums of their x into all
+// of them, and the first one writes.
 template <typename T, typename Total>
 METAADAMW_INLINE void feature_row(const FeatureColumns& columns, const T* statistics, int64_t width, const GroupedTensors& grouped,
                                   const T* numel, int64_t group, double progress, int lane, int lanes, const Total& total, T* row) {
@@ -69,8 +69,9 @@ METAADAMW_INLINE void feature_row(const FeatureColumns& columns, const T* statis
       mean[k] += x[k];
     }
   }
+  total(mean);
   for (int k = 0; k < kMaxValues; ++k) {
-    mean[k] = total(mean[k]) / count;
+    mean[k] /= count;
   }
   if (columns.enhanced || columns.deviations) {
     for (int64_t i = begin + lane; i < end; i += lanes) {
@@ -80,8 +81,9 @@ METAADAMW_INLINE void feature_row(const FeatureColumns& columns, const T* statis
         variance[k] += (x[k] - mean[k]) * (x[k] - mean[k]);
       }
     }
+    total(variance);
     for (int k = 0; k < kMaxValues; ++k) {
-      variance[k] = total(variance[k]) / count;
+      variance[k] /= count;
     }
   }
   if (lane != 0) {
@@ -137,7 +139,6 @@ METAADAMW_INLINE void scale_statistics(double factor, const T* from, int64_t wid
 struct Modulation {
   double step_size;
   double decay_factor;
-  double step;
 };
 
 // `released`: the authors' code divides the decay, too, by the bias correction.
@@ -148,7 +149,7 @@ METAADAMW_INLINE Modulation modulate(double lr, double weight_decay, double beta
   if (released) {
     decay = decay / (1.0 - integer_power(beta1, step));
   }
-  return {step_size, 1.0 - decay, step};
+  return {step_size, 1.0 - decay};
 }
 
 }  // namespace metaadamw

@@ -1,6 +1,8 @@
-// The arguments of the ops around the encoder (policy.h), checked. They come from the optimizer, so the messages are for its
-// authors.
+// The arguments of the ops around the encoder (policy.h) and of those that make an update's vectors, checked. Most come from the
+// optimizer, so the messages are for its authors.
 #pragma once
+
+#include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 
@@ -81,6 +83,42 @@ std::tuple<Tensor, Tensor, Tensor> scaled_gradients(const Tensor& statistics, co
   return {factors, norm, scaled};
 }
 
+// [T] float64 vectors of hyper-parameters on one device, from which the vectors of an update are made.
+struct HyperparameterInput {
+  int64_t tensors;
+  const double* step_size;
+  const double* decay_factor;
+  const double* step;
+  const double* beta1;
+  const double* beta2;
+  const double* eps;
+  const double* grad_scale;  // null for 1
+
+  METAADAMW_INLINE Hyperparameters operator[](int64_t t) const {
+    return {step_size[t], decay_factor[t], step[t], beta1[t], beta2[t], eps[t], grad_scale != nullptr ? grad_scale[t] : 1.0};
+  }
+};
+
+inline const double* hyperparameter(const Tensor& x, const char* name, int64_t tensors, int64_t device) {
+  METAADAMW_CHECK(
+      x.scalar_type() == ScalarType::Double && x.dim() == 1 && x.size(0) == tensors && x.is_contiguous() && device_of(x) == device,
+      name, " must be a contiguous float64 tensor of shape [", tensors, "] on the device of the tensors");
+  return static_cast<const double*>(x.data_ptr());
+}
+
+inline HyperparameterInput hyperparameter_input(const Tensor& step_size, const Tensor& decay_factor, const Tensor& step,
+                                                const Tensor& beta1, const Tensor& beta2, const Tensor& eps,
+                                                const std::optional<Tensor>& grad_scale, int64_t tensors, int64_t device) {
+  return {tensors,
+          hyperparameter(step_size, "step_size", tensors, device),
+          hyperparameter(decay_factor, "decay_factor", tensors, device),
+          hyperparameter(step, "step", tensors, device),
+          hyperparameter(beta1, "beta1", tensors, device),
+          hyperparameter(beta2, "beta2", tensors, device),
+          hyperparameter(eps, "eps", tensors, device),
+          grad_scale ? hyperparameter(*grad_scale, "grad_scale", tensors, device) : nullptr};
+}
+
 // The arguments of `modulation`, on the host or on a device.
 struct ModulationInput {
   int64_t tensors;
@@ -92,8 +130,11 @@ struct ModulationInput {
   const double* lr;
   const double* weight_decay;
   const double* beta1;
-  const float* steps;  // done so far
-  const bool* go;      // null: this step counts
+  const double* beta2;
+  const double* eps;
+  const double* grad_scale;  // null for 1
+  const float* steps;        // done so far
+  const bool* go;            // null: this step counts
   bool released;
 
   METAADAMW_INLINE double scale(int row, int64_t t) const {
@@ -101,26 +142,22 @@ struct ModulationInput {
     return is_double ? static_cast<const double*>(scales)[at] : static_cast<const float*>(scales)[at];
   }
 
-  // Column t of [3, T]: step size, decay factor, step count.
-  METAADAMW_INLINE void write(int64_t t, double* out) const {
+  METAADAMW_INLINE Hyperparameters operator[](int64_t t) const {
     const double step = go == nullptr || *go ? static_cast<double>(steps[t]) + 1.0 : 0.0;
     const Modulation x = modulate(lr[t], weight_decay[t], beta1[t], scale(0, t), scale(1, t), step, released);
-    out[t] = x.step_size;
-    out[tensors + t] = x.decay_factor;
-    out[2 * tensors + t] = x.step;
+    return {x.step_size, x.decay_factor, step, beta1[t], beta2[t], eps[t], grad_scale != nullptr ? grad_scale[t] : 1.0};
   }
 };
 
 inline ModulationInput modulation_input(const Tensor& scales, const Tensor& group_of, const Tensor& lr, const Tensor& weight_decay,
-                                        const Tensor& beta1, const Tensor& steps, const std::optional<Tensor>& go, bool released) {
+                                        const Tensor& beta1, const Tensor& beta2, const Tensor& eps,
+                                        const std::optional<Tensor>& grad_scale, const Tensor& steps,
+                                        const std::optional<Tensor>& go, bool released) {
   const ScalarType dtype = scales.scalar_type();
   METAADAMW_CHECK((dtype == ScalarType::Double || dtype == ScalarType::Float) && scales.dim() == 2 && scales.size(0) == 4,
                   "scales must be [4, G], float32 or float64");
-  const int64_t tensors = group_of.numel();
+  const int64_t tensors = group_of.numel(), device = device_of(scales);
   check_vector(group_of, "group_of", ScalarType::Long, tensors, scales);
-  check_vector(lr, "lr", ScalarType::Double, tensors, scales);
-  check_vector(weight_decay, "weight_decay", ScalarType::Double, tensors, scales);
-  check_vector(beta1, "beta1", ScalarType::Double, tensors, scales);
   check_vector(steps, "steps", ScalarType::Float, tensors, scales);
   if (go) {
     check_vector(*go, "go", ScalarType::Bool, 1, scales);
@@ -131,12 +168,27 @@ inline ModulationInput modulation_input(const Tensor& scales, const Tensor& grou
           scales.stride(0),
           scales.stride(1),
           static_cast<const int64_t*>(group_of.data_ptr()),
-          static_cast<const double*>(lr.data_ptr()),
-          static_cast<const double*>(weight_decay.data_ptr()),
-          static_cast<const double*>(beta1.data_ptr()),
+          hyperparameter(lr, "lr", tensors, device),
+          hyperparameter(weight_decay, "weight_decay", tensors, device),
+          hyperparameter(beta1, "beta1", tensors, device),
+          hyperparameter(beta2, "beta2", tensors, device),
+          hyperparameter(eps, "eps", tensors, device),
+          grad_scale ? hyperparameter(*grad_scale, "grad_scale", tensors, device) : nullptr,
           static_cast<const float*>(steps.data_ptr()),
           go ? static_cast<const bool*>(go->data_ptr()) : nullptr,
           released};
+}
+
+// The vectors of an update, [kVectors, T], from in[t], the hyper-parameters of tensor t.
+template <typename Input>
+Tensor vectors_on_cpu(const Input& in) {
+  Tensor vectors = torch::stable::empty({kVectors, in.tensors}, ScalarType::Double);
+  CorrectionsInTurn corrections;
+  for (int64_t t = 0; t < in.tensors; ++t) {
+    const Hyperparameters h = in[t];
+    write_vectors(static_cast<double*>(vectors.data_ptr()), in.tensors, t, h, corrections.of(h.beta1, h.beta2, h.step));
+  }
+  return vectors;
 }
 
 }  // namespace metaadamw

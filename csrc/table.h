@@ -3,8 +3,10 @@
 // It is made once and read by every launch; from step to step only the gradients' addresses change. It knows no torch types, so the
 // CPU reads it where it lies and a GPU reads a copy of its first part.
 //
-//   Header | Row[tensors] | first_chunk[tensors + 1] | Layout[layouts] | tickets[tensors]      the part that a GPU gets a copy of
-//   | shape_begin[tensors + 1] | sizes and strides of the gradients     host only; in their place a GPU has the partial sums
+//   Header | Row[tensors]                                           what changes when gradients come to lie elsewhere
+//   | first_chunk[tensors + 1] | Layout[layouts] | tickets[tensors] | tensor_of_chunk[chunks]
+//                                                                   up to here a GPU gets a copy
+//   | shape_begin[tensors + 1] | sizes and strides of the gradients    host only; in their place a GPU has the partial sums
 #pragma once
 
 #include "chunks.h"
@@ -45,8 +47,10 @@ struct Layout {
 constexpr int64_t kPartialBytes = kSums * sizeof(double);  // per chunk
 
 struct Header {
-  int64_t copied_bytes;  // the part of the table that a GPU gets a copy of; these two are read by metaadamw_fast/launch.py
+  int64_t copied_bytes;  // the part of the table that a GPU gets a copy of; these three are read by metaadamw_fast/launch.py
   int64_t device_bytes;  // that part, and the partial sums behind it
+  int64_t row_bytes;     // the beginning of that part, which alone changes with the addresses of the gradients
+  int64_t chunk_size;    // elements
   int64_t tensors;
   int64_t chunks;
   int64_t layouts;
@@ -61,10 +65,12 @@ struct Header {
 struct Table {
   int64_t tensors;
   int64_t chunks;
+  int64_t chunk_size;
   Row* rows;
-  int64_t* first_chunk;  // the number of chunks before each tensor, then their total: see tensor_of_chunk
+  int64_t* first_chunk;  // the number of chunks before each tensor, then their total
   Layout* layouts;
-  uint32_t* tickets;  // per tensor, chunks that are done: 0 between launches
+  uint32_t* tickets;         // per tensor, chunks that are done: 0 between launches
+  int32_t* tensor_of_chunk;  // per chunk: a search would be a chain of loads, each waiting for the one before
   union {
     double* partials;      // on a GPU, kSums per chunk
     int64_t* shape_begin;  // on the host, where the gradient's sizes and strides begin among those that follow
@@ -73,15 +79,18 @@ struct Table {
   Table(const Header& header, char* base)
       : tensors(header.tensors),
         chunks(header.chunks),
+        chunk_size(header.chunk_size),
         rows(reinterpret_cast<Row*>(base + sizeof(Header))),
         first_chunk(reinterpret_cast<int64_t*>(rows + tensors)),
         layouts(reinterpret_cast<Layout*>(first_chunk + tensors + 1)),
         tickets(reinterpret_cast<uint32_t*>(layouts + header.layouts)),
+        tensor_of_chunk(reinterpret_cast<int32_t*>(tickets + tensors)),
         partials(reinterpret_cast<double*>(base + header.copied_bytes)) {}
 
+  static int64_t row_bytes(const Header& header) { return sizeof(Header) + header.tensors * sizeof(Row); }
   static int64_t copied_bytes(const Header& header) {
-    const int64_t bytes = sizeof(Header) + header.tensors * sizeof(Row) + (header.tensors + 1) * sizeof(int64_t) +
-                          header.layouts * sizeof(Layout) + header.tensors * sizeof(uint32_t);
+    const int64_t bytes = row_bytes(header) + (header.tensors + 1) * sizeof(int64_t) + header.layouts * sizeof(Layout) +
+                          header.tensors * sizeof(uint32_t) + header.chunks * sizeof(int32_t);
     return (bytes + 15) / 16 * 16;
   }
 };

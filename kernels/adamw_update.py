@@ -211,13 +211,7 @@ def adamw_update_kernel(
 
 def adamw_update_(
     launch: LaunchTable,
-    step_size: Tensor,
-    decay_factor: Tensor,
-    step: Tensor,
-    beta1: Tensor,
-    beta2: Tensor,
-    eps: Tensor,
-    grad_scale: Tensor | None = None,
+    vectors: Tensor,
     new_sums: Tensor | None = None,
     rounding_seed: int | None = None,
 ) -> None:
@@ -225,29 +219,23 @@ def adamw_update_(
 
     Args:
         launch: the T tensors, built with ``written=True``.
-        step_size, decay_factor, step, beta1, beta2, eps: contiguous float64 [T] on the tensors' device.
-        grad_scale: likewise, or None for 1.
+        vectors: step_size, decay_factor, step, beta1, beta2, eps and grad_scale, contiguous float64 [7, T] on the tensors' device.
         new_sums: contiguous float64 [T, 2] or None; receives Σp², Σv² as stored, in the bits of a later pass of `tensor_stats`;
             with [T, 5], before them Σg², Σg·m, Σm² as found, in the bits of an earlier pass. Rows that stay as they are keep
             what it holds.
         rounding_seed: of stochastic rounding; None rounds to the nearest.
 
     Raises:
-        RuntimeError: a hyper-parameter or new_sums of another dtype, shape, layout or device; a launch that is not to be written.
+        RuntimeError: vectors or new_sums of another dtype, shape, layout or device; a launch that is not to be written.
     """
     if not launch.written:
         raise RuntimeError("the launch was not made for updates: written=False")
-    hyper = {
-        "step_size": step_size, "decay_factor": decay_factor, "step": step, "beta1": beta1, "beta2": beta2, "eps": eps,
-        "grad_scale": grad_scale,
-    }  # fmt: skip
-    for name, x in hyper.items():
-        launch.check_vector(name, x, (launch.tensors,))
+    launch.check_vector("vectors", vectors, (7, launch.tensors))
     found = new_sums is not None and new_sums.dim() == 2 and new_sums.shape[1] == 5
     launch.check_vector("new_sums", new_sums, (launch.tensors, 5 if found else 2))
     if launch.tensors:
         with launch.device_guard():
             adamw_update_kernel[(launch.chunks,)](
-                launch.table, launch.tensors, launch.chunks, launch.partials, launch.tickets, new_sums, *hyper.values(),
+                launch.table, launch.tensors, launch.chunks, launch.partials, launch.tickets, new_sums, *vectors.unbind(),
                 rounding_seed, found, launch.kinds, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip

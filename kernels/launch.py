@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,11 +49,26 @@ class TritonBackend:
         exp_avgs: Tensors,
         exp_avg_sqs: Tensors,
         max_exp_avg_sqs: Tensors | None,
-        *hyperparameters: Any,
+        step_size: Tensor,
+        decay_factor: Tensor,
+        step: Tensor,
+        beta1: Tensor,
+        beta2: Tensor,
+        eps: Tensor,
+        grad_scale: Tensor | None,
+        new_sums: Tensor | None = None,
+        rounding_seed: int | None = None,
     ) -> None:
-        """The update, in place; ``hyperparameters`` are the arguments of `kernels.adamw_update`."""
+        """The update, in place, with hyper-parameters [T] each; see `kernels.adamw_update`."""
         _refuse_capture()
-        TritonLaunch(grads, exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs, written=True).adamw_update_(*hyperparameters)
+        launch = TritonLaunch(grads, exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs, written=True)
+        hyper = {
+            "step_size": step_size, "decay_factor": decay_factor, "step": step, "beta1": beta1, "beta2": beta2, "eps": eps,
+            "grad_scale": torch.ones_like(step_size) if grad_scale is None else grad_scale,
+        }  # fmt: skip
+        for name, x in hyper.items():
+            launch.check_vector(name, x, (launch.tensors,))
+        launch.adamw_update_(torch.stack(list(hyper.values())), new_sums, rounding_seed)
 
     @staticmethod
     def unavailable(device: torch.device) -> str | None:

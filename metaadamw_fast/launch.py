@@ -164,24 +164,18 @@ class CppLaunch:
 
     def adamw_update_(
         self,
-        step_size: Tensor,
-        decay_factor: Tensor,
-        step: Tensor,
-        beta1: Tensor,
-        beta2: Tensor,
-        eps: Tensor,
-        grad_scale: Tensor | None = None,
+        vectors: Tensor,
         new_sums: Tensor | None = None,
         rounding_seed: int | None = None,
     ) -> None:
-        """Updates in place; float64 [T] each, absent rows counted. See :func:`metaadamw_fast.ops.adamw_update_`.
+        """Updates in place; see :func:`metaadamw_fast.ops.adamw_update_`.
 
+        ``vectors``, float64 [V, T], absent rows counted, are what the backend's ``update_vectors`` or ``modulation`` returned.
         ``new_sums``, float64 [T, 2], gets Σp² and Σv² of what the update leaves, in the bits that ``tensor_stats(True, True, ...)``
         would find now; [T, 5] before them Σg², Σg·m, Σm² of what the update found, in the bits of a pass before it. Rows without a
         gradient, or whose step is 0, keep what it holds.
         """
-        hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
-        torch.ops.metaadamw_fast.launch_adamw_update_.default(self._table, self._copy(), *hyperparameters, new_sums, rounding_seed)
+        torch.ops.metaadamw_fast.launch_adamw_update_.default(self._table, self._copy(), vectors, new_sums, rounding_seed)
 
 
 class ReferenceLaunch:
@@ -237,13 +231,7 @@ class ReferenceLaunch:
 
     def adamw_update_(
         self,
-        step_size: Tensor,
-        decay_factor: Tensor,
-        step: Tensor,
-        beta1: Tensor,
-        beta2: Tensor,
-        eps: Tensor,
-        grad_scale: Tensor | None = None,
+        vectors: Tensor,
         new_sums: Tensor | None = None,
         rounding_seed: int | None = None,
     ) -> None:
@@ -251,4 +239,4 @@ class ReferenceLaunch:
         if not self._written or self._params is None or self._exp_avg_sqs is None:
             raise RuntimeError("the launch was not made for updates: written=False")
         lists = (self._params, self._grads, self._exp_avgs, self._exp_avg_sqs, self._maxima)
-        reference.adamw_update_(*lists, step_size, decay_factor, step, beta1, beta2, eps, grad_scale, new_sums, rounding_seed)
+        reference.adamw_update_(*lists, *vectors.unbind(), new_sums, rounding_seed)

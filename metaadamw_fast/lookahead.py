@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,7 +105,7 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None], standing: Sequence[T
                 lists.set_gradients(g1)
                 grad_scale, *_ = opt._scaled(opt._measure(lists)[1], None, None)
         else:
-            directions = _next_directions(lists, g1, step, hyper, grad_scale)
+            directions = _next_directions(lists, g1, step, hyper, grad_scale, opt._backend.update_vectors)
     _, scales = opt._encode(statistics, 0 if released else 1)
     return LookAhead(
         scales=scales,
@@ -121,7 +121,12 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None], standing: Sequence[T
 
 
 def _next_directions(
-    lists: StateLists, g1: Sequence[Tensor | None], step: Tensor, hyper: Hyperparameters, grad_scale: Tensor | None
+    lists: StateLists,
+    g1: Sequence[Tensor | None],
+    step: Tensor,
+    hyper: Hyperparameters,
+    grad_scale: Tensor | None,
+    update_vectors: Callable[..., Tensor],
 ) -> list[Tensor | None]:
     """Returns u of a step with g1, by the update op itself on copies: from p = 0, with step size -1 and no decay."""
     directions = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in lists.params]
@@ -131,7 +136,7 @@ def _next_directions(
     ]
     launch = type(lists.launch)(g1, moments[0], directions, *moments[1:], written=True)
     ones = torch.ones_like(step)
-    launch.adamw_update_(-ones, ones, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale)
+    launch.adamw_update_(update_vectors(-ones, ones, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale))
     return [None if g is None else u for g, u in zip(g1, directions, strict=True)]
 
 

@@ -86,6 +86,7 @@ class CppBackend:
         adamw_update_ = staticmethod(torch.ops.metaadamw_fast.adamw_update_.default)
         scaled_gradients = staticmethod(torch.ops.metaadamw_fast.scaled_gradients.default)
         modulation = staticmethod(torch.ops.metaadamw_fast.modulation.default)
+        update_vectors = staticmethod(torch.ops.metaadamw_fast.update_vectors.default)
         launch = CppLaunch
 
     @staticmethod
@@ -109,6 +110,7 @@ class ReferenceBackend:
     group_features = staticmethod(reference.group_features)
     scaled_gradients = staticmethod(reference.scaled_gradients)
     modulation = staticmethod(reference.modulation)
+    update_vectors = staticmethod(reference.update_vectors)
     launch = ReferenceLaunch
 
 

@@ -516,12 +516,11 @@ class MetaAdamW(Optimizer):
         go: Tensor | bool,
     ) -> None:
         """The update with these scales [4, G]: step size lr·lr_scale, decay 1 - lr·lr_scale·wd_scale·λ."""
-        per_tensor = self._backend.modulation(
-            scales, self._group_of, hyper.lr, hyper.weight_decay, hyper.beta1, lists.steps,
+        vectors = self._backend.modulation(
+            scales, self._group_of, hyper.lr, hyper.weight_decay, hyper.beta1, hyper.beta2, hyper.eps, grad_scale, lists.steps,
             go if isinstance(go, Tensor) else None, self.variant == "released",
         )  # fmt: skip
-        betas = hyper.beta1, hyper.beta2
-        lists.launch.adamw_update_(*per_tensor.unbind(), *betas, hyper.eps, grad_scale, new_sums, self._rounding_seed)
+        lists.launch.adamw_update_(vectors, new_sums, self._rounding_seed)
         lists.after_update(go)
         if any(group["capturable"] for group in self.param_groups):
             lists.carry(False)  # a replay would not notice writes of others, nor the host a replay

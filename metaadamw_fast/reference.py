@@ -121,6 +121,9 @@ def modulation(
     lr: Tensor,
     weight_decay: Tensor,
     beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    grad_scale: Tensor | None,
     steps: Tensor,
     go: Tensor | None,
     released: bool,
@@ -130,14 +133,14 @@ def modulation(
     Args:
         scales: [4, G], of which lr_scale and wd_scale are used.
         group_of: int64 [T].
-        lr, weight_decay, beta1: float64 [T].
+        lr, weight_decay, beta1, beta2, eps, grad_scale: float64 [T]; grad_scale None for 1.
         steps: float32 [T], the step counts so far.
         go: 0-dim bool, whether this step counts; None if it does.
         released: divide the decay, too, by the bias correction 1 - beta1^k, as the authors' code.
 
     Returns:
-        float64 [3, T]: step size lr·lr_scale, decay factor 1 - lr·lr_scale·wd_scale·λ, and step count, 0 for a step that does not
-        count.
+        :func:`update_vectors` of the step size lr·lr_scale, the decay factor 1 - lr·lr_scale·wd_scale·λ, and the step count, 0 for a
+        step that does not count.
     """
     lr_scale, wd_scale, *_ = scales.index_select(1, group_of).double().unbind()
     step = steps.double() + 1
@@ -147,7 +150,15 @@ def modulation(
     decay = step_size * wd_scale * weight_decay
     if released:
         decay = decay / (1 - beta1**step)
-    return torch.stack([step_size, 1 - decay, step])
+    return update_vectors(step_size, 1 - decay, step, beta1, beta2, eps, grad_scale)
+
+
+def update_vectors(
+    step_size: Tensor, decay_factor: Tensor, step: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, grad_scale: Tensor | None
+) -> Tensor:
+    """The arguments of :func:`adamw_update_`, [T] each, as one float64 tensor [7, T]: what a launch takes."""
+    scale = torch.ones_like(step_size) if grad_scale is None else grad_scale
+    return torch.stack([step_size, decay_factor, step, beta1, beta2, eps, scale])
 
 
 def adamw_update_(

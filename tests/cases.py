@@ -152,9 +152,13 @@ class Hyper(NamedTuple):
         vectors = [torch.as_tensor(1.0 if x is None else x, dtype=F64).expand(count) for x in self]
         return Hyper(*(x[t].item() for x in vectors))
 
-    def of_tensors(self, count):
-        """Vectors [count], as a launch takes them."""
-        return [None if x is None else torch.as_tensor(x, dtype=F64).expand(count).contiguous() for x in self]
+    def of_tensors(self, count, device="cpu"):
+        """Vectors [count], as the op on lists takes them."""
+        return [None if x is None else torch.as_tensor(x, dtype=F64, device=device).expand(count).contiguous() for x in self]
+
+    def vectors(self, count, backend="cpp", device="cpu"):
+        """One tensor [V, count], as a launch of this backend takes it."""
+        return ops.resolve_backend(backend, torch.device(device)).update_vectors(*self.of_tensors(count, device))
 
 
 def random_lists(shapes, dtypes, seed=0, amsgrad=False, integers=False):

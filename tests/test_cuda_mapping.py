@@ -1,4 +1,4 @@
-"""Which elements the CUDA kernels touch, and what a warp makes of features: their functions, run on the CPU by cuda_mapping.cpp."""
+"""Which elements the CUDA kernels touch: their index functions, run on the CPU by cuda_mapping.cpp."""
 
 import os
 import shutil

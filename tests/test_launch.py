@@ -35,7 +35,7 @@ def test_a_launch_does_what_the_ops_do(dtypes, backend):
         launch.set_gradients(x for x in grads)
         theirs = theirs._replace(grads=grads)
         assert same_bits(sums_of(launch), theirs.stats(backend))
-        launch.adamw_update_(*H.of_tensors(len(SHAPES)))
+        launch.adamw_update_(H.vectors(len(SHAPES), backend))
         theirs.update(H, backend)
         assert ours._replace(grads=grads).same_bits(theirs)
 
@@ -65,7 +65,7 @@ def test_new_sums_have_the_bits_of_a_later_pass(dtypes):
     lists = placed(dtypes)
     launch = lists.launch()
     sums = torch.full((len(SHAPES), 2), -1.0, dtype=F64)
-    launch.adamw_update_(*H.of_tensors(len(SHAPES)), sums)
+    launch.adamw_update_(H.vectors(len(SHAPES)), sums)
     assert same_bits(sums, launch.tensor_stats(True, True, False, F64)[:, 3:])
 
 
@@ -80,8 +80,8 @@ def test_the_update_also_sums_what_it_finds(dtypes, amsgrad, backend):
     launch, other = ours.launch(backend), plain.launch(backend)
     before = launch.tensor_stats(False, False, False, F64)
     sums = torch.full((len(SHAPES), 5), -1.0, dtype=F64)
-    launch.adamw_update_(*H.of_tensors(len(SHAPES)), sums)
-    other.adamw_update_(*H.of_tensors(len(SHAPES)))
+    launch.adamw_update_(H.vectors(len(SHAPES), backend), sums)
+    other.adamw_update_(H.vectors(len(SHAPES), backend))
     assert ours.same_bits(plain)
     after = launch.tensor_stats(True, True, False, F64)[:, 3:]
     empty = torch.tensor([0 in shape for shape in SHAPES])
@@ -110,7 +110,7 @@ def test_an_absent_gradient_counts_as_zeros_and_leaves_its_row_alone(kind, backe
             each.set_gradients(grads)
             assert same_bits(sums_of(each), zeros.stats(backend))
         sums = torch.full((len(SHAPES), 2), -1.0, dtype=F64)
-        launch.adamw_update_(*H.of_tensors(len(SHAPES)), sums)
+        launch.adamw_update_(H.vectors(len(SHAPES), backend), sums)
         present = [t for t in range(len(SHAPES)) if t not in missing]
         of_present = Hyper(*(x[present] if isinstance(x, torch.Tensor) else x for x in H))
         twin._replace(grads=before.grads).rows(present).update(of_present, backend)
@@ -128,7 +128,7 @@ def test_an_absent_maximum_leaves_its_tensor_plain(kind, backend):
     lists = random_lists([(5,), (BLOCK + 1,), (0,), (7,)], "fp32", amsgrad=True)
     some = lists._replace(maxima=[lists.maxima[0], absent(kind), lists.maxima[2], absent(kind)])
     twin = some._replace(maxima=[x if x is not None else torch.empty(0) for x in some.maxima]).map(clone)
-    some.launch(backend).adamw_update_(*Hyper().of_tensors(4))
+    some.launch(backend).adamw_update_(Hyper().vectors(4, backend))
     twin.update(Hyper(), backend)
     assert all(map(same_bits, some.params + some.exp_avg_sqs, twin.params + twin.exp_avg_sqs))
     assert same_bits(some.maxima[0], twin.maxima[0])
@@ -147,7 +147,7 @@ def test_a_row_whose_step_is_zero_is_left_alone(dtypes, backend):
     hyper = H._replace(step=torch.where(skipped, 0.0, 3.0), step_size=torch.where(skipped, float("nan"), H.step_size))
     sums = torch.full((len(SHAPES), 2), -1.0, dtype=F64)
     launch = ours.launch(backend)
-    launch.adamw_update_(*hyper.of_tensors(len(SHAPES)), sums)
+    launch.adamw_update_(hyper.vectors(len(SHAPES), backend), sums)
     assert ours.rows(skipped.nonzero().flatten().tolist()).same_bits(before.rows(skipped.nonzero().flatten().tolist()))
     assert (sums[skipped] == -1).all()
     assert same_bits(sums[~skipped], launch.tensor_stats(True, True, False, F64)[~skipped, 3:])
@@ -210,9 +210,9 @@ def test_gradients_that_do_not_fit_change_nothing(spoil, message, backend):
 @BACKENDS
 def test_what_a_launch_was_not_made_for(backend):
     lists = random_lists([(3,), (4, 5)], "fp32")
-    h = Hyper().of_tensors(2)
+    vectors = Hyper().vectors(2, backend)
     with pytest.raises(RuntimeError, match="written=False"):
-        lists.launch(backend, written=False).adamw_update_(*h)
+        lists.launch(backend, written=False).adamw_update_(vectors)
     without = lists._replace(params=None, exp_avg_sqs=None)
     with pytest.raises(RuntimeError, match="needs params and exp_avg_sqs"):
         without.launch(backend)
@@ -228,7 +228,7 @@ def test_a_launch_of_nothing(backend):
     launch = random_lists([], "fp32").launch(backend)
     launch.set_gradients([])
     assert sums_of(launch).shape == (0, 7)
-    launch.adamw_update_(*Hyper().of_tensors(0))
+    launch.adamw_update_(Hyper().vectors(0, backend))
 
 
 # --------------------------------------------------------------------------------------------------------------- overlapping memory

@@ -10,6 +10,7 @@ from metaadamw_fast import FeatureConfig, ops, reference
 from metaadamw_fast.features import VERSIONS, FeatureTable, feature_table
 from metaadamw_fast.grouping import Member
 
+from .cases import same_bits
 from .models import noise
 
 F32, F64 = torch.float32, torch.float64
@@ -136,31 +137,45 @@ def test_a_sum_of_squares_that_overflows_clips_to_nothing_as_in_torch(run):
         assert found[1] == float("inf") == nn.utils.get_total_norm(grads)
 
 
-def modulation_arguments(tensors=30, groups=6, dtype=F32):
+def modulation_arguments(tensors=30, groups=6, dtype=F32, grad_scale=True):
     scales = 1 + 0.4 * noise((4, groups), 1, dtype).clamp(-1, 1)
     group_of = torch.arange(tensors) % groups
     lr, weight_decay = noise((tensors,), 2, F64).abs(), noise((tensors,), 3, F64).abs()
-    beta1 = torch.full((tensors,), 0.9, dtype=F64)
-    return [scales, group_of, lr, weight_decay, beta1, (torch.arange(tensors) * 7.0) % 100]
+    beta1, beta2, eps = ((torch.arange(tensors) % 3 * x + y).double() for x, y in ((0.1, 0.7), (0.01, 0.9), (1e-8, 1e-8)))
+    scale = noise((tensors,), 4, F64) if grad_scale else None
+    return [scales, group_of, lr, weight_decay, beta1, beta2, eps, scale, (torch.arange(tensors) // 4 * 7.0) % 100]
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("go", [None, torch.tensor(True), torch.tensor(False)])
-def test_modulation_has_the_bits_of_the_reference(run, dtype, transposed, go):
-    arguments = modulation_arguments(dtype=dtype)
+@pytest.mark.parametrize("grad_scale", [False, True])
+def test_modulation_has_the_bits_of_the_reference(run, dtype, transposed, go, grad_scale):
+    arguments = modulation_arguments(dtype=dtype, grad_scale=grad_scale)
     if transposed:
         arguments[0] = arguments[0].t().contiguous().t()
-    found = run("modulation", *arguments, go, False)
-    assert torch.equal(found, reference.modulation(*arguments, go, False))
-    assert torch.equal(found[2], torch.zeros(30, dtype=F64) if go is not None and not go else arguments[5].double() + 1)
+    found, plain = run("modulation", *arguments, go, False), reference.modulation(*arguments, go, False)
+    assert same_bits(found, run("update_vectors", *plain.unbind()))
+    assert torch.equal(plain[2], torch.zeros(30, dtype=F64) if go is not None and not go else arguments[-1].double() + 1)
 
 
 def test_modulation_of_the_released_code(run):
     """β1^k by repeated squaring and by torch's power: a rounding for each squaring."""
     arguments = modulation_arguments()
-    found, expected = run("modulation", *arguments, None, True), reference.modulation(*arguments, None, True)
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+    found, plain = run("modulation", *arguments, None, True), reference.modulation(*arguments, None, True)
+    torch.testing.assert_close(found, run("update_vectors", *plain.unbind()), rtol=1e-13, atol=0)
+
+
+def test_vectors_of_an_update(run):
+    """[8, T]: step size over 1 - β1^k, decay factor, k, β1, β2, 1/√(1 - β2^k), eps, gradient scale."""
+    step_size, decay_factor, eps = (noise((300,), seed, F64) for seed in (1, 2, 3))
+    step = (torch.arange(300) // 3).double()
+    beta1, beta2 = (torch.arange(300) % 7 / 7).double(), (torch.arange(300) % 11 / 11).double()
+    for scale in (None, noise((300,), 4, F64)):
+        found = run("update_vectors", step_size, decay_factor, step, beta1, beta2, eps, scale)
+        want = [step_size / (1 - beta1**step), decay_factor, step, beta1, beta2, (1 - beta2**step).rsqrt(), eps]
+        want.append(torch.ones(300, dtype=F64) if scale is None else scale)
+        torch.testing.assert_close(found, torch.stack(want), rtol=1e-13, atol=0, equal_nan=True)
 
 
 def test_arguments_that_do_not_fit_are_refused(run):
@@ -171,6 +186,7 @@ def test_arguments_that_do_not_fit_are_refused(run):
         with pytest.raises(RuntimeError, match=r"statistics|elements"):
             run("group_features", wrong, table, done, 1, None)
     arguments = modulation_arguments()
-    for position, wrong in ((0, arguments[0][:2]), (1, arguments[1].int()), (2, arguments[2][1:]), (5, arguments[5].double())):
-        with pytest.raises(RuntimeError, match=r"scales|elements"):
+    wrong_ones = ((0, arguments[0][:2]), (1, arguments[1].int()), (2, arguments[2][1:]), (7, arguments[7][1:]), (8, arguments[8].double()))
+    for position, wrong in wrong_ones:
+        with pytest.raises(RuntimeError, match=r"scales|elements|contiguous"):
             run("modulation", *arguments[:position], wrong, *arguments[position + 1 :], None, False)
