@@ -124,6 +124,10 @@ class LaunchTable:
 
     # ---------------------------------------------------------------------------------------------------------- from step to step
 
+    def kept(self) -> list[Tensor]:
+        """The tensors on the device that it keeps from step to step."""
+        return [self.table, self.partials, self.tickets]
+
     def set_gradients(self, grads: MaybeTensors) -> None:
         """Other gradients. Addresses that changed are uploaded; the table is built anew only for other dtypes, shapes or strides.
 

@@ -115,6 +115,10 @@ class FeatureTable:
     numel: Tensor
     norm_columns: Tensor
 
+    def kept(self) -> list[Tensor]:
+        """Its tensors."""
+        return [x for x in vars(self).values() if isinstance(x, Tensor)]
+
 
 def feature_table(
     members: Sequence[Member], group_ids: Sequence[int], groups: int, config: FeatureConfig, dim: int, like: Tensor

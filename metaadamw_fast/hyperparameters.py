@@ -59,6 +59,11 @@ class HyperparameterTable:
         self._table = torch.empty(0, device=device)
         self._vectors: Hyperparameters | None = None
 
+    def kept(self) -> list[Tensor]:
+        """The tensors on the device that it keeps from step to step."""
+        vectors = () if self._vectors is None else (x for x in self._vectors if x is not None)
+        return [self._index, self._table, *vectors]
+
     def update(self, param_groups: Sequence[Mapping[str, Any]]) -> Hyperparameters:
         """The vectors for these values, cached while the values stay."""
         live = [

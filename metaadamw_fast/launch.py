@@ -65,36 +65,42 @@ class DeviceCopy:
     """
 
     def __init__(self, table: Tensor, device: torch.device, in_graphs: list[tuple[Tensor, Tensor]]) -> None:
-        copied_bytes, device_bytes = table[:2].tolist()
-        self.is_stale = True  # the table has changed since it was copied
+        copied_bytes, device_bytes, row_bytes = table[:3].tolist()
         self._table = table[: copied_bytes // 8]
+        self._row_words = row_bytes // 8
+        self._changed = len(self._table)  # words from the beginning that have changed since they were copied
         self._size, self._device, self._in_graphs = device_bytes // 8, device, in_graphs
         self._capture = 0  # in which the copy was made; 0 outside of any
-        self._copy = torch.empty(self._size, dtype=torch.int64, device=device)
+        self.tensor = torch.empty(self._size, dtype=torch.int64, device=device)
         # In stock, since not every torch can allocate pinned memory in the capture of a graph. Captures that follow without a step
         # outside of them need one that can.
         self._spare: Tensor | None = torch.empty_like(self._table, pin_memory=True)
+
+    def addresses_changed(self) -> None:
+        """Says that the gradients lie elsewhere: the rows, 64 bytes a tensor, are copied again, the rest of the table is not."""
+        self._changed = max(self._changed, self._row_words)
 
     def current(self) -> Tensor:
         """The copy, int64 on the device: the table and, behind it, room for partial sums."""
         capture = 0
         if torch.cuda.is_current_stream_capturing():
-            capture = torch.ops.metaadamw_fast.launch_capture.default(self._copy)
+            capture = torch.ops.metaadamw_fast.launch_capture.default(self.tensor)
         if capture != self._capture:
-            self._capture, self.is_stale = capture, True
-            self._copy = torch.empty(self._size, dtype=torch.int64, device=self._device)
-        if self.is_stale:
+            self._capture, self._changed = capture, len(self._table)
+            self.tensor = torch.empty(self._size, dtype=torch.int64, device=self._device)
+        if self._changed:
             pinned = self._spare if self._spare is not None else torch.empty_like(self._table, pin_memory=True)
-            pinned.copy_(self._table)
-            self._copy[: len(pinned)].copy_(pinned, non_blocking=True)
+            words = slice(self._changed)
+            pinned[words].copy_(self._table[words])
+            self.tensor[words].copy_(pinned[words], non_blocking=True)
             if capture:
-                self._in_graphs.append((pinned, self._copy))
+                self._in_graphs.append((pinned, self.tensor))
                 self._spare = None
             else:
                 # torch gives freed pinned memory away again when the copies from it are done.
                 self._spare = torch.empty_like(self._table, pin_memory=True)
-            self.is_stale = False
-        return self._copy
+            self._changed = 0
+        return self.tensor
 
 
 class CppLaunch:
@@ -145,11 +151,15 @@ class CppLaunch:
         if outcome == _OTHER_TABLE:
             self._make_table(grads)
         elif outcome == _OTHER_ADDRESSES and self._device_copy is not None:
-            self._device_copy.is_stale = True
+            self._device_copy.addresses_changed()
         self._copies = copies
 
     def _copy(self) -> Tensor | None:
         return None if self._device_copy is None else self._device_copy.current()
+
+    def kept(self) -> list[Tensor]:
+        """The tensors on the device that it keeps from step to step."""
+        return [] if self._device_copy is None else [self._device_copy.tensor]
 
     def tensor_stats(
         self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype, carried: Tensor | None = None
@@ -216,6 +226,10 @@ class ReferenceLaunch:
         check_distinct(*lists)
         self._grads = grads
 
+    def kept(self) -> list[Tensor]:
+        """As :meth:`CppLaunch.kept`."""
+        return []
+
     def tensor_stats(
         self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype, carried: Tensor | None = None
     ) -> Tensor:
@@ -239,4 +253,5 @@ class ReferenceLaunch:
         if not self._written or self._params is None or self._exp_avg_sqs is None:
             raise RuntimeError("the launch was not made for updates: written=False")
         lists = (self._params, self._grads, self._exp_avgs, self._exp_avg_sqs, self._maxima)
-        reference.adamw_update_(*lists, *vectors.unbind(), new_sums, rounding_seed)
+        step_size, decay_factor, step, beta1, beta2, eps, grad_scale = vectors.unbind()
+        reference.adamw_update_(*lists, step_size, decay_factor, step, beta1, beta2, eps, grad_scale, new_sums, rounding_seed)

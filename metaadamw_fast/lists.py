@@ -160,6 +160,10 @@ class StateLists:
 
     # ------------------------------------------------------------------------------------------------------------- the steps
 
+    def kept(self) -> list[Tensor]:
+        """The tensors on the device that it keeps from step to step, besides parameters and states."""
+        return [self._counts, self._sums, *([] if self._present is None else [self._present[1]]), *self.launch.kept()]
+
     @property
     def complete(self) -> bool:
         """Whether every parameter has a gradient."""

@@ -91,6 +91,7 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None], standing: Sequence[T
     """
     released = opt.variant == "released"
     lists = opt._current_lists()
+    opt._record_stream()
     with torch.no_grad():
         hyper = opt._hyperparameters.update(opt.param_groups)
         # g1 is the gradient of what is minimized; a .grad that stands has the sign of loss_fn.

@@ -148,6 +148,7 @@ class MetaAdamW(Optimizer):
         self._scales = torch.ones(4, 0, dtype=torch.float32, device="cpu")
         self._lagged: Tensor | None = None
         self._rank_sums = RankSums([])
+        self._stream: torch.Stream | None = None  # of the last step
         self._built = False
         super().__init__(params, defaults)
 
@@ -369,6 +370,7 @@ class MetaAdamW(Optimizer):
         if sync.capturing(self._device()):
             self._check_capture()
         lists = self._current_lists()
+        self._record_stream()
         hyper = self._hyperparameters.update(self.param_groups)
         loss_scale = getattr(self, "grad_scale", None)
         lists.set_gradients(lists.gradients())
@@ -413,6 +415,24 @@ class MetaAdamW(Optimizer):
         if found_inf is None:
             return True
         return not found_inf.item() if sync.readable(found_inf) else found_inf.reshape(()) == 0
+
+    def _record_stream(self) -> None:
+        """Tells torch's allocator when the optimizer's own tensors are used on another stream than before.
+
+        The allocator hands a freed block at once to the next allocation on the stream that it was allocated on. A kernel on another
+        stream may still read it: a launch table, say, that is replaced because a gradient came in another layout. So we name each
+        stream to the allocator, which then waits for it, too.
+        """
+        stream = sync.current_stream(self._device())
+        if stream is None or stream == self._stream or sync.capturing(self._device()):
+            return
+        self._stream = stream
+        kept = [self._group_of, self._features, self._scales, self._statistics, self._grad_norm, self._lagged, self._skipped]
+        for holder in (self._lists, self._hyperparameters, self._table):
+            kept += [] if holder is None else holder.kept()
+        for x in kept:
+            if x is not None:
+                x.record_stream(stream)
 
     def _count_skipped(self, go: Tensor | bool, statistics: Tensor) -> Tensor | bool:
         """``go``, unless the gradients are not finite; counts that. A step that GradScaler calls off is not counted here."""
@@ -652,7 +672,7 @@ class MetaAdamW(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # As torch's optimizers leave it to who copies or loads: hooks, and the `step` that an LR scheduler wraps.
         kept = {name: x for name, x in self.__dict__.items() if name != "step" and not name.startswith("_optimizer_")}
-        return {**kept, "_model": None, "_lists": None, "_rank_sums": RankSums([])}
+        return {**kept, "_model": None, "_stream": None, "_lists": None, "_rank_sums": RankSums([])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

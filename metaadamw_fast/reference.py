@@ -139,7 +139,7 @@ def modulation(
         released: divide the decay, too, by the bias correction 1 - beta1^k, as the authors' code.
 
     Returns:
-        :func:`update_vectors` of the step size lr·lr_scale, the decay factor 1 - lr·lr_scale·wd_scale·λ, and the step count, 0 for a
+        :func:`update_vectors` of the step size lr·lr_scale, the decay factor 1 - lr·lr_scale·wd_scale·λ and the step count: 0 for a
         step that does not count.
     """
     lr_scale, wd_scale, *_ = scales.index_select(1, group_of).double().unbind()

@@ -18,6 +18,11 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def current_stream(device: torch.device) -> torch.Stream | None:
+    """The stream that takes what is called now; None where there are no streams."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 def upload(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers [R, C] of the host as a tensor on the device, without waiting for it.
 

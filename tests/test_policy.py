@@ -186,7 +186,8 @@ def test_arguments_that_do_not_fit_are_refused(run):
         with pytest.raises(RuntimeError, match=r"statistics|elements"):
             run("group_features", wrong, table, done, 1, None)
     arguments = modulation_arguments()
-    wrong_ones = ((0, arguments[0][:2]), (1, arguments[1].int()), (2, arguments[2][1:]), (7, arguments[7][1:]), (8, arguments[8].double()))
-    for position, wrong in wrong_ones:
+    changes = {0: lambda x: x[:2], 1: torch.Tensor.int, 2: lambda x: x[1:], 7: lambda x: x[1:], 8: torch.Tensor.double}
+    for position, change in changes.items():
+        wrong = change(arguments[position])
         with pytest.raises(RuntimeError, match=r"scales|elements|contiguous"):
             run("modulation", *arguments[:position], wrong, *arguments[position + 1 :], None, False)
