@@ -8,9 +8,10 @@
 namespace metaadamw {
 namespace {
 
-// A block for each group: one warp would walk a group of 10,000 tensors in 300 rounds of loads that wait for one another.
+// A block for each group: one warp would walk a group of 10,000 tensors in 300 rounds of loads that wait for one another. Groups
+// are few, so a block takes the registers that it wants; left to itself the compiler saves some and spills.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     group_features_kernel(const FeatureColumns columns, const T* statistics, const int64_t width, const GroupedTensors grouped,
                           const T* numel, const float* done, const int64_t ahead, const double total_steps, const int64_t dim,
                           T* features) {
@@ -97,8 +98,7 @@ __global__ void vectors_kernel(const Input in, double* vectors) {
 template <typename Input>
 Tensor vectors_on_cuda(const Input& in, int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor vectors = torch::stable::empty({kVectors, in.tensors}, ScalarType::Double, std::nullopt,
-                                        torch::stable::Device(torch::headeronly::DeviceType::CUDA, device));
+  Tensor vectors = empty_vectors(in.tensors, torch::stable::Device(torch::headeronly::DeviceType::CUDA, device));
   if (in.tensors != 0) {
     const int64_t blocks = (in.tensors + kThreads - 1) / kThreads;
     vectors_kernel<Input><<<blocks, kThreads, 0, current_stream(device)>>>(in, static_cast<double*>(vectors.data_ptr()));

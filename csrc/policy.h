@@ -96,9 +96,9 @@ METAADAMW_INLINE void feature_row(const FeatureColumns& columns, const T* statis
     }
   } else {
     const int values = columns.values();
-    for (int k = 0; k < values; ++k) {
-      row[k] = static_cast<T>(mean[k]);
-      if (columns.deviations) row[values + k] = static_cast<T>(std::sqrt(variance[k]));
+    for (int k = 0; k < kMaxValues; ++k) {  // not up to `values`: an index that is known only at run time puts the sums into memory
+      if (k < values) row[k] = static_cast<T>(mean[k]);
+      if (k < values && columns.deviations) row[values + k] = static_cast<T>(std::sqrt(variance[k]));
     }
   }
   if (columns.time >= 0) {

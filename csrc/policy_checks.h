@@ -179,10 +179,14 @@ inline ModulationInput modulation_input(const Tensor& scales, const Tensor& grou
           released};
 }
 
+inline Tensor empty_vectors(int64_t tensors, torch::stable::Device device) {
+  return torch::stable::empty({static_cast<int64_t>(kVectors), tensors}, ScalarType::Double, std::nullopt, device);
+}
+
 // The vectors of an update, [kVectors, T], from in[t], the hyper-parameters of tensor t.
 template <typename Input>
 Tensor vectors_on_cpu(const Input& in) {
-  Tensor vectors = torch::stable::empty({kVectors, in.tensors}, ScalarType::Double);
+  Tensor vectors = empty_vectors(in.tensors, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   CorrectionsInTurn corrections;
   for (int64_t t = 0; t < in.tensors; ++t) {
     const Hyperparameters h = in[t];

@@ -74,7 +74,10 @@ class DeviceCopy:
         self.tensor = torch.empty(self._size, dtype=torch.int64, device=device)
         # In stock, since not every torch can allocate pinned memory in the capture of a graph. Captures that follow without a step
         # outside of them need one that can.
-        self._spare: Tensor | None = torch.empty_like(self._table, pin_memory=True)
+        self._spare: Tensor | None = self._new_spare()
+
+    def _new_spare(self) -> Tensor:
+        return torch.empty_like(self._table, pin_memory=self._device.type == "cuda")
 
     def addresses_changed(self) -> None:
         """Says that the gradients lie elsewhere: the rows, 64 bytes a tensor, are copied again, the rest of the table is not."""
@@ -89,7 +92,7 @@ class DeviceCopy:
             self._capture, self._changed = capture, len(self._table)
             self.tensor = torch.empty(self._size, dtype=torch.int64, device=self._device)
         if self._changed:
-            pinned = self._spare if self._spare is not None else torch.empty_like(self._table, pin_memory=True)
+            pinned = self._spare if self._spare is not None else self._new_spare()
             words = slice(self._changed)
             pinned[words].copy_(self._table[words])
             self.tensor[words].copy_(pinned[words], non_blocking=True)
@@ -98,7 +101,7 @@ class DeviceCopy:
                 self._spare = None
             else:
                 # torch gives freed pinned memory away again when the copies from it are done.
-                self._spare = torch.empty_like(self._table, pin_memory=True)
+                self._spare = self._new_spare()
             self._changed = 0
         return self.tensor
 
