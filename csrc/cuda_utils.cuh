@@ -151,7 +151,9 @@ __device__ __forceinline__ void tensor_sums(const Table& table, const Chunk& chu
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-      last = atomicAdd(&table.tickets[chunk.tensor], 1u) == end - begin - 1;
+      // Wraps to 0 for the next launch or replay; a plain store of 0 would race with the other blocks' tickets.
+      const int64_t others = end - begin - 1;
+      last = atomicInc(&table.tickets[chunk.tensor], static_cast<unsigned>(others)) == others;
     }
     __syncthreads();
     if (!last) {
@@ -169,9 +171,6 @@ __device__ __forceinline__ void tensor_sums(const Table& table, const Chunk& chu
       }
     }
     total = block_sums(values);
-    if (threadIdx.x == 0) {
-      table.tickets[chunk.tensor] = 0;  // for the next launch or replay
-    }
   }
   if (threadIdx.x < N) {
     finish(threadIdx.x, total);

@@ -103,6 +103,10 @@ class CppLaunch:
     A CUDA graph that captured its ops must not be replayed after its end. What is captured are the gradients of that time.
     """
 
+    # The tests replace these to run the CUDA kernels on the CPU.
+    namespace = torch.ops.metaadamw_fast
+    device_copy: type = DeviceCopy
+
     def __init__(
         self,
         grads: OptionalTensors,
@@ -125,9 +129,13 @@ class CppLaunch:
         self._make_table(_filled(whole, self._absent))
 
     def _make_table(self, grads: list[Tensor]) -> None:
-        self._table: Tensor = torch.ops.metaadamw_fast.launch_table.default(grads, *self._lists, self._written)
-        on_gpu = self._absent.is_cuda
-        self._device_copy = DeviceCopy(self._table, self._absent.device, self._in_graphs) if on_gpu else None
+        self._table: Tensor = self.namespace.launch_table.default(grads, *self._lists, self._written)
+        self._device_copy = self.device_copy(self._table, self._absent.device, self._in_graphs) if self.on_gpu else None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the kernels read a copy of the table."""
+        return self._absent.is_cuda
 
     def set_gradients(self, grads: OptionalTensors) -> None:
         """Takes T other gradients. Cheap if their dtypes and layouts are as before, whatever their addresses.
@@ -137,11 +145,11 @@ class CppLaunch:
         """
         copies: list[Tensor] = []
         grads = _filled(grads, self._absent)
-        outcome = torch.ops.metaadamw_fast.launch_set_gradients.default(self._table, grads)
+        outcome = self.namespace.launch_set_gradients.default(self._table, grads)
         if outcome == _NEGATIVES:
             whole, copies = resolved(grads)
             grads = _filled(whole, self._absent)
-            outcome = torch.ops.metaadamw_fast.launch_set_gradients.default(self._table, grads)
+            outcome = self.namespace.launch_set_gradients.default(self._table, grads)
         if outcome == _OTHER_TABLE:
             self._make_table(grads)
         elif outcome == _OTHER_ADDRESSES and self._device_copy is not None:
@@ -158,7 +166,7 @@ class CppLaunch:
 
         ``carried``, float64 [T, 2], are the columns Σp² and Σv² of a call that asks for neither.
         """
-        op = torch.ops.metaadamw_fast.launch_tensor_stats.default
+        op = self.namespace.launch_tensor_stats.default
         statistics: Tensor = op(self._table, self._copy(), params, exp_avg_sqs, count_nonzero, dtype, carried)
         return statistics
 
@@ -181,7 +189,7 @@ class CppLaunch:
         gradient, or whose step is 0, keep what it holds.
         """
         hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
-        torch.ops.metaadamw_fast.launch_adamw_update_.default(self._table, self._copy(), *hyperparameters, new_sums, rounding_seed)
+        self.namespace.launch_adamw_update_.default(self._table, self._copy(), *hyperparameters, new_sums, rounding_seed)
 
 
 class ReferenceLaunch:

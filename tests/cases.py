@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from metaadamw_fast import MetaAdamW, ops, reference
-from metaadamw_fast.launch import CppLaunch, ReferenceLaunch
 
 from .tolerances import stored, sum_bound, update_bounds
 
@@ -125,7 +124,7 @@ class Lists(NamedTuple):
         )
 
     def launch(self, backend="cpp", written=True):
-        kind = {"cpp": CppLaunch, "reference": ReferenceLaunch}[backend]
+        kind = ops.resolve_backend(backend, torch.device("cpu")).launch
         return kind(self.grads, self.exp_avgs, self.params, self.exp_avg_sqs, self.maxima, written=written)
 
     def update(self, h, backend="cpp"):
