@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, sync
 from .checks import OpList, check_distinct, check_lists
 
 Tensors = Iterable[Tensor]
@@ -86,7 +86,7 @@ class DeviceCopy:
     def current(self) -> Tensor:
         """The copy, int64 on the device: the table and, behind it, room for partial sums."""
         capture = 0
-        if torch.cuda.is_current_stream_capturing():
+        if sync.capturing(self._device):
             capture = torch.ops.metaadamw_fast.launch_capture.default(self.tensor)
         if capture != self._capture:
             self._capture, self._changed = capture, len(self._table)
@@ -112,6 +112,10 @@ class CppLaunch:
     A CUDA graph that captured its ops must not be replayed after its end. What is captured are the gradients of that time.
     """
 
+    # The tests replace these to run the CUDA kernels on the CPU.
+    namespace = torch.ops.metaadamw_fast
+    chunk_size = 0  # elements; 0: that of the device
+
     def __init__(
         self,
         grads: OptionalTensors,
@@ -134,9 +138,13 @@ class CppLaunch:
         self._make_table(_filled(whole, self._absent))
 
     def _make_table(self, grads: list[Tensor]) -> None:
-        self._table: Tensor = torch.ops.metaadamw_fast.launch_table.default(grads, *self._lists, self._written)
-        on_gpu = self._absent.is_cuda
-        self._device_copy = DeviceCopy(self._table, self._absent.device, self._in_graphs) if on_gpu else None
+        self._table: Tensor = self.namespace.launch_table.default(grads, *self._lists, self._written, self.chunk_size)
+        self._device_copy = DeviceCopy(self._table, self._absent.device, self._in_graphs) if self.on_gpu else None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the kernels read a copy of the table."""
+        return self._absent.is_cuda
 
     def set_gradients(self, grads: OptionalTensors) -> None:
         """Takes T other gradients. Cheap if their dtypes and layouts are as before, whatever their addresses.
@@ -146,11 +154,11 @@ class CppLaunch:
         """
         copies: list[Tensor] = []
         grads = _filled(grads, self._absent)
-        outcome = torch.ops.metaadamw_fast.launch_set_gradients.default(self._table, grads)
+        outcome = self.namespace.launch_set_gradients.default(self._table, grads)
         if outcome == _NEGATIVES:
             whole, copies = resolved(grads)
             grads = _filled(whole, self._absent)
-            outcome = torch.ops.metaadamw_fast.launch_set_gradients.default(self._table, grads)
+            outcome = self.namespace.launch_set_gradients.default(self._table, grads)
         if outcome == _OTHER_TABLE:
             self._make_table(grads)
         elif outcome == _OTHER_ADDRESSES and self._device_copy is not None:
@@ -171,7 +179,7 @@ class CppLaunch:
 
         ``carried``, float64 [T, 2], are the columns Σp² and Σv² of a call that asks for neither.
         """
-        op = torch.ops.metaadamw_fast.launch_tensor_stats.default
+        op = self.namespace.launch_tensor_stats.default
         statistics: Tensor = op(self._table, self._copy(), params, exp_avg_sqs, count_nonzero, dtype, carried)
         return statistics
 
@@ -188,7 +196,7 @@ class CppLaunch:
         would find now; [T, 5] before them Σg², Σg·m, Σm² of what the update found, in the bits of a pass before it. Rows without a
         gradient, or whose step is 0, keep what it holds.
         """
-        torch.ops.metaadamw_fast.launch_adamw_update_.default(self._table, self._copy(), vectors, new_sums, rounding_seed)
+        self.namespace.launch_adamw_update_.default(self._table, self._copy(), vectors, new_sums, rounding_seed)
 
 
 class ReferenceLaunch:

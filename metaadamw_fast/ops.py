@@ -28,7 +28,6 @@ from .launch import CppLaunch, ReferenceLaunch
 from .rounding import signed
 
 Tensors = Iterable[Tensor]
-BACKENDS = ("cpp", "triton", "reference")
 
 
 def _load_extension() -> str | None:
@@ -81,6 +80,7 @@ class CppBackend:
     """The C++ ops, through the dispatcher."""
 
     name = "cpp"
+    namespace = torch.ops.metaadamw_fast  # the tests also know another one
     if _NO_EXTENSION is None:
         tensor_stats = staticmethod(torch.ops.metaadamw_fast.tensor_stats.default)
         adamw_update_ = staticmethod(torch.ops.metaadamw_fast.adamw_update_.default)
@@ -89,12 +89,12 @@ class CppBackend:
         update_vectors = staticmethod(torch.ops.metaadamw_fast.update_vectors.default)
         launch = CppLaunch
 
-    @staticmethod
-    def group_features(statistics: Tensor, table: FeatureTable, done: Tensor, ahead: int, total_steps: int | None) -> Tensor:
+    @classmethod
+    def group_features(cls, statistics: Tensor, table: FeatureTable, done: Tensor, ahead: int, total_steps: int | None) -> Tensor:
         """As :func:`metaadamw_fast.reference.group_features`; the means are accumulated in float64."""
         config = table.config
         time = -1 if config.time_column is None else config.time_column
-        features: Tensor = torch.ops.metaadamw_fast.group_features.default(
+        features: Tensor = cls.namespace.group_features.default(
             statistics, table.order, table.begin, table.numel, table.template,
             config.enhanced, config.v_norm, config.deviations, time, done, ahead, total_steps or 0.0,
         )  # fmt: skip
@@ -122,6 +122,13 @@ def _triton_backend() -> Any:
     """
     kernels = importlib.import_module("metaadamw_fast.kernels.launch").TritonBackend
     return type("TritonBackend", (kernels, ReferenceBackend), {})
+
+
+BACKENDS: dict[str, Callable[[], Any]] = {  # "auto" takes the first that can run
+    "cpp": lambda: CppBackend,
+    "triton": _triton_backend,
+    "reference": lambda: ReferenceBackend,
+}
 
 
 def _unavailable(name: str, device: torch.device) -> str | None:
@@ -174,11 +181,11 @@ def resolve_backend(name: str, device: torch.device) -> Any:
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"Invalid backend: {name!r} (auto, {', '.join(BACKENDS)})")
-    candidates = BACKENDS if name == "auto" else (name,)
+    candidates = list(BACKENDS) if name == "auto" else [name]
     for candidate in candidates:
         reason = _unavailable(candidate, device)
         if reason is None:
-            return {"cpp": CppBackend, "reference": ReferenceBackend}.get(candidate) or _triton_backend()
+            return BACKENDS[candidate]()
         if name != "auto":
             raise RuntimeError(f"backend={name!r} cannot run here: {reason}")
     raise AssertionError("reference runs everywhere")

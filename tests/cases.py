@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from metaadamw_fast import MetaAdamW, ops, reference
-from metaadamw_fast.launch import CppLaunch, ReferenceLaunch
 
 from .tolerances import stored, sum_bound, update_bounds
 
-BLOCK, CHUNK = 1024, 32768  # elements: csrc/cpu.cpp, csrc/chunks.h
+BLOCK, CHUNK, CHUNK_ON_GPU = 1024, 32768, 8192  # elements: csrc/cpu.cpp, csrc/chunks.h
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 DTYPES = {  # of the parameter, the gradient, the first and the second moment
@@ -33,7 +32,7 @@ LOW = ["bf16", "fp16", "bf16, fp32 states", "fp16, fp32 states", "fp32, low stat
 
 _EDGES = [0, 1, 2, 3, 15, 16, 17, 31, 33]
 _BLOCKS = [BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 2, BLOCK + 3, 5 * BLOCK + 1, 5 * BLOCK + 2, 5 * BLOCK + 3]
-_CHUNKS = [CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 3, 2 * CHUNK + 5]
+_CHUNKS = [n + more for n in (CHUNK_ON_GPU, CHUNK) for more in (-1, 0, 1, 3)] + [2 * CHUNK + 5]
 SIZES = [(), *((n,) for n in _EDGES + _BLOCKS + _CHUNKS)]
 SHAPES = [(7,), (1, 9, 1), (37, 53), (3, 5, 7, 4), (2, 3, 4, 5, 6), (181, 183)]  # the last one is longer than a chunk
 
@@ -125,7 +124,7 @@ class Lists(NamedTuple):
         )
 
     def launch(self, backend="cpp", written=True):
-        kind = {"cpp": CppLaunch, "reference": ReferenceLaunch}[backend]
+        kind = ops.resolve_backend(backend, torch.device("cpu")).launch
         return kind(self.grads, self.exp_avgs, self.params, self.exp_avg_sqs, self.maxima, written=written)
 
     def update(self, h, backend="cpp"):

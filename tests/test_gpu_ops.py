@@ -1,9 +1,9 @@
 """The kernels of the device that is there, on all cases: with a GPU the Triton and the C++ ones on it.
 
 Without one, in a process with TRITON_INTERPRET=1 (test_triton_interpreter.py starts it), the Triton kernels interpreted on the CPU;
-else the C++ ones on the CPU, which shows that what is asked of the others here is right. The update is compared in every bit
-with the C++ backend on the CPU, the sums with the float64 reference within derived bounds. One file, because one process
-interprets it.
+with CUDA_ON_CPU (test_cuda_emulated.py) the CUDA kernels there; else the C++ ones of the CPU, which shows that what is asked of the
+others here is right. The update is compared in every bit with the C++ backend on the CPU, the sums with the float64 reference within
+derived bounds. One file, because one process interprets it.
 """
 
 import itertools
@@ -15,6 +15,7 @@ import torch
 
 from metaadamw_fast import ops
 
+from . import emulated
 from .cases import (
     BLOCK,
     CHUNK,
@@ -35,8 +36,9 @@ from .cases import (
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
-BACKENDS = ["triton"] if INTERPRETED else ["triton", "cpp"] if DEVICE.type == "cuda" else ["cpp"]
+EMULATED = emulated.use()
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED and not EMULATED else "cpu")
+BACKENDS = ["triton"] if INTERPRETED else ["emulated"] if EMULATED else ["triton", "cpp"] if DEVICE.type == "cuda" else ["cpp"]
 pytestmark = pytest.mark.gpu
 
 

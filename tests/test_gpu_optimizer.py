@@ -1,4 +1,7 @@
-"""The whole optimizer on the device that is there, against the C++ backend on the CPU: all backends of a GPU, else `reference`."""
+"""The whole optimizer on the device that is there, against the C++ backend on the CPU: all backends of a GPU, else `reference`.
+
+With CUDA_ON_CPU (test_cuda_emulated.py) the CUDA kernels on the CPU.
+"""
 
 import pytest
 import torch
@@ -6,11 +9,13 @@ from torch import nn
 
 from metaadamw_fast import MetaAdamW, ops
 
+from . import emulated
 from .models import noise, one_thread, relative  # noqa: F401
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = ("cpp", "triton", "reference") if DEVICE.type == "cuda" else ("reference",)
+EMULATED = emulated.use()
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not EMULATED else "cpu")
+BACKENDS = ["emulated"] if EMULATED else ["cpp", "triton", "reference"] if DEVICE.type == "cuda" else ["reference"]
 OPTIONS = {
     "plain": {},
     "amsgrad, clipping": {"amsgrad": True, "max_grad_norm": 0.5},
