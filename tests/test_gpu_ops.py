@@ -2,8 +2,8 @@
 
 Without one, in a process with TRITON_INTERPRET=1 (test_triton_interpreter.py starts it), the Triton kernels interpreted on the CPU;
 with CUDA_ON_CPU (test_cuda_emulated.py) the CUDA kernels there; else the C++ ones of the CPU, which shows that what is asked of the
-others here is right. The update is compared in every bit with the C++ backend on the CPU, the sums with the float64 reference within
-derived bounds. One file, because one process interprets it.
+others here is right. The update is compared in every bit with the C++ backend on the CPU, the sums with the float64 reference
+within derived bounds. One file, because one process interprets it.
 """
 
 import itertools

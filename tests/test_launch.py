@@ -6,7 +6,24 @@ import weakref
 import pytest
 import torch
 
-from .cases import BLOCK, CHUNK, DTYPES, F32, F64, LAYOUTS, SHAPES, Hyper, clone, place, random_lists, same_bits
+from metaadamw_fast.launch import CppLaunch
+
+from .cases import (
+    BLOCK,
+    CHUNK,
+    CHUNK_ON_GPU,
+    DTYPES,
+    F32,
+    F64,
+    LAYOUTS,
+    SHAPES,
+    Hyper,
+    assert_sums,
+    clone,
+    place,
+    random_lists,
+    same_bits,
+)
 
 BACKENDS = pytest.mark.parametrize("backend", ["cpp", "reference"])
 SHAPES = [*SHAPES, (0,), (), (BLOCK + 1,), (CHUNK + 3,)]
@@ -229,6 +246,35 @@ def test_a_launch_of_nothing(backend):
     launch.set_gradients([])
     assert sums_of(launch).shape == (0, 7)
     launch.adamw_update_(Hyper().vectors(0, backend))
+
+
+# ------------------------------------------------------------------------------------------------------------------- chunk size
+
+
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("seed", [None, 7])
+def test_no_bit_of_an_update_depends_on_the_chunk_size(dtypes, seed):
+    """Random bits of stochastic rounding neither: they belong to elements, not to chunks."""
+    lists = random_lists([(2 * CHUNK + 5,), (CHUNK_ON_GPU - 1,), (3, CHUNK_ON_GPU), ()], dtypes)
+    lists = lists._replace(grads=[x if x.dim() < 2 else place(x, order=(1, 0)) for x in lists.grads])
+    updated, sums = [], []
+    for size in (0, CHUNK_ON_GPU, 2 * CHUNK_ON_GPU):
+        mine = lists.map(clone)
+        launch = type("Launch", (CppLaunch,), {"chunk_size": size})(*mine[1:3], mine.params, mine.exp_avg_sqs, written=True)
+        launch.adamw_update_(Hyper(grad_scale=0.5).vectors(4), None, seed)
+        updated.append(mine)
+        sums.append(launch.tensor_stats(True, True, False, F64))
+    assert all(x.same_bits(updated[0]) for x in updated)
+    assert not updated[0].same_bits(lists)
+    for x in sums:
+        assert_sums(x, updated[0], F64)
+
+
+@pytest.mark.parametrize("size", [-CHUNK_ON_GPU, 1, CHUNK_ON_GPU + 1024, 2 * CHUNK])
+def test_a_chunk_size_that_is_none_is_refused(size):
+    lists = random_lists([(3,)], "fp32")
+    with pytest.raises(RuntimeError, match="a chunk has a multiple of 8192 elements, at most 32768"):
+        type("Launch", (CppLaunch,), {"chunk_size": size})(lists.grads, lists.exp_avgs, written=False)
 
 
 # --------------------------------------------------------------------------------------------------------------- overlapping memory
