@@ -30,6 +30,7 @@ from .checks import OpList, check_distinct, check_lists
 Tensors = Iterable[Tensor]
 OptionalTensors = Iterable[Tensor | None]
 
+_MAX_DIMS = 16  # csrc/chunks.h
 _SAME, _OTHER_ADDRESSES, _OTHER_TABLE, _NEGATIVES = range(4)  # what launch_set_gradients returns; csrc/ops.cpp
 
 
@@ -134,8 +135,27 @@ class CppLaunch:
             raise RuntimeError("a tensor is a negative view of its memory: resolve_neg() makes it one of its own")
         self._written = written
         self._in_graphs: list[tuple[Tensor, Tensor]] = []
+        leaders = exp_avgs if self._lists[1] is None else self._lists[1]
+        self._many_dims = [(t, x) for t, x in enumerate(leaders) if x.dim() > _MAX_DIMS]
         whole, self._copies = resolved(list(grads))
+        self._copies += self._copy_many_dims(whole)
         self._make_table(_filled(whole, self._absent))
+
+    def _copy_many_dims(self, grads: list[Tensor | None]) -> list[Tensor]:
+        """Replaces the gradients among ``grads`` that a table cannot describe by copies in the order of their parameters.
+
+        A table describes tensors of up to 16 dimensions that cannot be merged. A parameter of more is one run of memory nearly
+        always, unless its gradient has another order. Returns the copies.
+        """
+        copies = []
+        for t, leader in self._many_dims:
+            grad = grads[t]
+            if grad is None or grad.layout is not torch.strided or grad.shape != leader.shape:
+                continue  # absent, or refused later
+            if grad.stride() != leader.stride():
+                grads[t] = copy = torch.empty_like(leader, dtype=grad.dtype, device=grad.device).copy_(grad)
+                copies.append(copy)
+        return copies
 
     def _make_table(self, grads: list[Tensor]) -> None:
         self._table: Tensor = self.namespace.launch_table.default(grads, *self._lists, self._written, self.chunk_size)
@@ -152,11 +172,13 @@ class CppLaunch:
         Raises:
             RuntimeError: as the constructor; the launch then keeps the gradients that it had.
         """
-        copies: list[Tensor] = []
-        grads = _filled(grads, self._absent)
+        listed = list(grads)
+        copies = self._copy_many_dims(listed) if self._many_dims else []
+        grads = _filled(listed, self._absent)
         outcome = self.namespace.launch_set_gradients.default(self._table, grads)
         if outcome == _NEGATIVES:
-            whole, copies = resolved(grads)
+            whole, more = resolved(grads)
+            copies += more
             grads = _filled(whole, self._absent)
             outcome = self.namespace.launch_set_gradients.default(self._table, grads)
         if outcome == _OTHER_TABLE:

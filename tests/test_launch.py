@@ -277,6 +277,43 @@ def test_a_chunk_size_that_is_none_is_refused(size):
         type("Launch", (CppLaunch,), {"chunk_size": size})(lists.grads, lists.exp_avgs, written=False)
 
 
+# ------------------------------------------------------------------------------------------------------------- many dimensions
+
+
+@BACKENDS
+def test_more_dimensions_than_a_table_describes(backend):
+    """17 of them in memory order need none; a gradient in another order is copied, at the first call and at later ones."""
+    n = 17
+    shape = (2,) * n
+    flat = random_lists([(2**n,), (5,)], "fp32")
+    lists = flat.map(lambda x: clone(x).view(shape).permute(*reversed(range(n))) if x.numel() > 5 else clone(x))
+    other_order = (*range(n // 2, n), *range(n // 2))
+    expected = flat.map(clone)
+    launch = None
+    for seed in (1, 2, 3):
+        values = random_lists([(2**n,), (5,)], "fp32", seed).grads
+        # The same numbers at the same indices: as one run of memory for `expected`, in another order for `lists`.
+        inverse = [other_order.index(d) for d in range(n)]
+        grad = values[0].view(shape).permute(*reversed(range(n))).permute(other_order).contiguous().permute(inverse)
+        assert grad.stride() != lists.params[0].stride()
+        assert torch.equal(grad.permute(*reversed(range(n))).flatten(), values[0])
+        mine, theirs = lists._replace(grads=[grad, values[1]]), expected._replace(grads=values)
+        if launch is None:
+            launch = mine.launch(backend)
+        else:
+            launch.set_gradients(mine.grads)
+        twin = theirs.launch(backend)
+        assert_sums(sums_of(launch), theirs, F64)
+        for each in (launch, twin):
+            each.adamw_update_(Hyper().vectors(2, backend))
+        for x, y in zip(mine.params + mine.exp_avgs, theirs.params + theirs.exp_avgs, strict=True):
+            assert same_bits(x.permute(*reversed(range(x.dim()))).flatten().clone(), y.flatten().clone())
+    moved = lists._replace(exp_avgs=[x if x.dim() < n else place(x, order=other_order) for x in lists.exp_avgs])
+    if backend == "cpp":
+        with pytest.raises(RuntimeError, match="more than 16 separate dimensions"):
+            moved.launch(backend)
+
+
 # --------------------------------------------------------------------------------------------------------------- overlapping memory
 
 
