@@ -24,6 +24,7 @@ from torch import Tensor
 from . import reference
 from .checks import HYPERPARAMETERS, check_stats, check_update
 from .features import FeatureTable
+from .hyperparameters import pair_of
 from .launch import CppLaunch, ReferenceLaunch
 from .rounding import signed
 
@@ -285,13 +286,14 @@ def adamw_update_(
         backend: ``auto``, ``cpp``, ``triton`` or ``reference``.
 
     Raises:
+        ValueError: fewer or more than two betas.
         RuntimeError: as :func:`tensor_stats`; a written tensor whose elements share memory. Nothing has changed then.
     """
     with torch.no_grad():
         params, grads, exp_avgs, exp_avg_sqs = list(params), list(grads), list(exp_avgs), list(exp_avg_sqs)
         max_exp_avg_sqs = _listed(max_exp_avg_sqs)
         device = _device(params)
-        numbers = (step_size, decay_factor, step, *betas, eps, grad_scale)
+        numbers = (step_size, decay_factor, step, *pair_of(betas), eps, grad_scale)
         hyper = [None if x is None else _per_tensor(x, len(params), device) for x in numbers]
         run = resolve_backend(backend, device)
         seed = None if rounding_seed is None else signed(rounding_seed)

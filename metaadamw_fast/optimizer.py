@@ -351,6 +351,7 @@ class MetaAdamW(Optimizer):
         Raises:
             RuntimeError: a sparse gradient, or tensors that changed shape or device; in the capture of a CUDA graph also one that
                 no replay would do right. Nothing has changed then.
+            ValueError: a param group was given fewer or more than two betas. Nothing has changed then.
         """
         # torch.compile breaks its graph here: the launch table's addresses mean nothing to what it traces.
         return self._step_untraced(closure) if torch.compiler.is_compiling() else self._step(closure)

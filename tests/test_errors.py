@@ -51,6 +51,44 @@ def test_hyperparameters_fail_as_in_torch(arguments):
     assert str(ours.value) == str(added.value) == str(theirs.value)
 
 
+BETAS = [(), (0.9,), (0.9, 0.999, 0.9999), [0.9, 0.98, 0.99]]  # three are what Adan, AdEMAMix and CAME take
+
+
+def load_with(opt, betas):
+    state = copy.deepcopy(opt.state_dict())
+    state["param_groups"][0]["betas"] = betas
+    opt.load_state_dict(state)
+
+
+def step_with(opt, betas):
+    group = opt.param_groups[0]
+    kept, group["betas"] = group["betas"], betas
+    try:
+        opt.step()
+    finally:
+        group["betas"] = kept
+
+
+WAYS_OF_BETAS = {
+    "constructor": lambda opt, betas: MetaAdamW([parameter()], betas=betas),
+    "add_param_group": lambda opt, betas: opt.add_param_group({"params": [("new", parameter())], "betas": betas}),
+    "load_state_dict": load_with,
+    "assigned": step_with,
+    "op": lambda opt, betas: ops.adamw_update_(
+        *([p for g in opt.groups for p in g.params] for _ in range(4)), 1, 1, step=1, betas=betas
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_OF_BETAS)
+@pytest.mark.parametrize("betas", BETAS, ids=str)
+def test_betas_that_are_not_two_are_refused_wherever_they_come_from(way, betas):
+    """One too many would take the place of the next hyper-parameter."""
+    _, opt = two_layers()
+    with unchanged(opt), pytest.raises(ValueError, match=rf"two are needed, got {len(betas)}"):
+        WAYS_OF_BETAS[way](opt, betas)
+
+
 @pytest.mark.parametrize("params", [[], ONE, [3], [NOT_A_LEAF], [("a", ONE), parameter()], [{"params": [ONE]}, {"params": [ONE]}]])
 def test_parameter_lists_fail_as_in_torch(params):
     with pytest.raises((ValueError, TypeError)) as theirs:
