@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -72,10 +73,36 @@ def reserve(optimizer: MetaAdamW) -> None:
         group[KEY] = None
 
 
-def add_extra(state_dict: dict[str, Any], extra: dict[str, Any]) -> None:
-    """Puts the extra content into both of its places."""
-    state_dict[KEY] = extra
-    state_dict["param_groups"][0][KEY] = extra
+def saved(optimizer: MetaAdamW) -> dict[str, Any]:
+    """Torch's state dict, parameters replaced by their numbers, with the extra content in both of its places."""
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    numbers: dict[Tensor, int] = {}
+    for number, param in enumerate(params):
+        numbers.setdefault(param, number)
+    groups = [{**group, "params": [numbers[p] for p in group["params"]]} for group in optimizer.param_groups]
+    extra = groups[0][KEY] = extra_state(optimizer)
+    states = list(optimizer.state.items())  # at once: another thread may be in a step
+    return {"state": {numbers[p] if isinstance(p, Tensor) else p: x for p, x in states}, "param_groups": groups, KEY: extra}
+
+
+def load(optimizer: MetaAdamW, state_dict: dict[str, Any]) -> None:
+    """Loads what :func:`saved` returned, or a checkpoint of ``torch.optim.AdamW``.
+
+    Raises:
+        ValueError: it does not fit, or holds what cannot be; nothing has changed then.
+    """
+    state_dict = with_extra_on_top(state_dict)
+    check(optimizer, state_dict)
+    state_dict = without_old_extra(state_dict)
+    groups = copy.deepcopy(state_dict["param_groups"])
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        group["params"] = own["params"]
+        if "param_names" in own:
+            group.setdefault("param_names", own["param_names"])
+    optimizer.__setstate__({"state": defaultdict(dict), "param_groups": groups})
+    load_states(optimizer, state_dict)
+    optimizer._build()
+    load_extra(optimizer, state_dict)
 
 
 def with_extra_on_top(state_dict: Any) -> Any:
@@ -240,7 +267,6 @@ def _check_count(value: Any, where: str) -> None:
 
 def load_states(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     """Copies moments and steps, keeping the saved dtypes (torch casts float32 moments to the parameter's), also the encoder's."""
-    optimizer.state.clear()
     if KEY in state_dict:
         optimizer.encoder.to(state_dict[KEY]["encoder"]["head.weight"].dtype)
     for param, values in _states(optimizer, state_dict):

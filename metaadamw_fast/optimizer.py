@@ -5,6 +5,7 @@ The file is one class, read top to bottom: what it is made of, the step, what ca
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -599,23 +600,23 @@ class MetaAdamW(Optimizer):
 
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 
+    # Both methods call the user's hooks themselves, where torch would call them. A hook of ours, registered for the time of a call,
+    # would change a dict that the call of another thread iterates over.
+
     def state_dict(self) -> dict[str, Any]:
         """Torch's state dict with one key more, ``metaadamw``: encoder, step count and what else a bitwise resume needs.
 
         Raises:
             RuntimeError: parameters were added or removed by other means than add_param_group.
         """
-
-        def extend(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-            checkpoint.add_extra(state, checkpoint.extra_state(self))
-            return state
-
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         self._take_up_params()
-        handle = self.register_state_dict_post_hook(extend, prepend=True)  # the user's post-hooks see the whole
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
+        state_dict = checkpoint.saved(self)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of MetaAdamW, or of ``torch.optim.AdamW`` (the encoder then stays as it is, with a warning).
@@ -626,30 +627,16 @@ class MetaAdamW(Optimizer):
             ValueError: a checkpoint of another model, grouping or encoder; the optimizer is unchanged then.
             RuntimeError: parameters on the meta device, or added or removed by other means than add_param_group.
         """
-        loaded: dict[str, Any] = {}
-
-        def check(_: Optimizer, hooked: dict[str, Any]) -> dict[str, Any]:
-            if self._device().type == "meta":
-                raise RuntimeError("the parameters are on the meta device: give the model its data before loading a checkpoint")
-            self._take_up_params()
-            hooked = checkpoint.with_extra_on_top(hooked)
-            checkpoint.check(self, hooked)
-            hooked = checkpoint.without_old_extra(hooked)
-            loaded.update(hooked)
-            return {"state": {}, "param_groups": hooked["param_groups"]}
-
-        def fill(_: Optimizer) -> None:
-            checkpoint.load_states(self, loaded)
-            self._build()
-            checkpoint.load_extra(self, loaded)
-
-        # After the user's own pre-hooks, which may replace the dict, and before the user's post-hooks, which may read the state.
-        handles = [self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(fill, prepend=True)]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
+        state_dict = copy.copy(state_dict)  # pre-hooks may change it
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        if self._device().type == "meta":
+            raise RuntimeError("the parameters are on the meta device: give the model its data before loading a checkpoint")
+        self._take_up_params()
+        checkpoint.load(self, state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # As torch's optimizers leave it to who copies or loads: hooks, and the `step` that an LR scheduler wraps.

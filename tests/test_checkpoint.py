@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -340,6 +341,57 @@ def test_hooks_on_checkpoints():
         other.load_state_dict(state)
     assert calls == [True, 2.0]
     assert same(dict(other.encoder.state_dict()), dict(opt.encoder.state_dict()))
+
+
+@pytest.mark.parametrize("kind", ["state_dict", "load_state_dict"])
+def test_a_call_while_another_is_at_its_hooks(kind):
+    """As from another thread, which saves in the background: neither call may change what the other goes through."""
+    opt = make(perceptron())
+    state, nested = opt.state_dict(), []
+
+    def call():
+        opt.state_dict() if kind == "state_dict" else opt.load_state_dict(state)
+
+    def hook(*_):
+        if not nested:
+            nested.append(True)
+            call()
+
+    for register in ("pre_hook", "post_hook"):
+        nested.clear()
+        handles = [getattr(opt, f"register_{kind}_{register}")(f) for f in (hook, lambda *_: None)]
+        call()
+        assert nested
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_checkpoint_is_taken_by_threads_beside_the_steps():
+    model = perceptron()
+    opt, errors, done = make(model), [], threading.Event()
+    train(model, opt, 1)
+
+    def save():
+        try:
+            while not done.is_set():
+                assert opt.state_dict().keys() == {"state", "param_groups", "metaadamw"}
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=save) for _ in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(100):
+            opt.step()
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert not errors
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
