@@ -298,13 +298,13 @@ def adamw_update_(
         run = resolve_backend(backend, device)
         seed = None if rounding_seed is None else signed(rounding_seed)
         run.adamw_update_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper, None, seed)
-        mark_written(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or ())
+        rows = [t for t, grad in enumerate(grads) if grad.numel()]
+        mark_written([xs[t] for xs in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if xs is not None for t in rows])
 
 
-def mark_written(*lists: Sequence[Tensor]) -> None:
+def mark_written(tensors: Sequence[Tensor]) -> None:
     """Bumps the version counters, as torch's own in-place ops do: autograd's checks and EMA-like observers rely on it."""
-    for tensors in lists:
-        torch.autograd.graph.increment_version(tensors)
+    torch.autograd.graph.increment_version(tensors)
 
 
 def _listed(tensors: Iterable[Tensor] | None) -> list[Tensor] | None:

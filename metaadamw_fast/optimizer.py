@@ -526,7 +526,9 @@ class MetaAdamW(Optimizer):
         lists.launch.adamw_update_(*per_tensor.unbind(), *betas, hyper.eps, grad_scale, new_sums, self._rounding_seed)
         lists.after_update(go)
         if any(group["capturable"] for group in self.param_groups):
-            lists.carry(False)  # a replay would not notice writes of others, nor the host a replay
+            # A CUDA graph replays the kernels but not this Python: it would miss a user's write to p, and Python would miss the
+            # replay's. So the sums are never reused.
+            lists.forget_sums()
 
     # ------------------------------------------------------------------------------------------------------- what can be read
 
