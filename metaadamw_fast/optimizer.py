@@ -643,7 +643,8 @@ class MetaAdamW(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # As torch's optimizers leave it to who copies or loads: hooks, and the `step` that an LR scheduler wraps.
         kept = {name: x for name, x in self.__dict__.items() if name != "step" and not name.startswith("_optimizer_")}
-        return {**kept, "_model": None, "_lists": None, "_rank_sums": RankSums([])}
+        # The first step of the copy makes these anew. A backend is a class that need not have a name to be pickled by.
+        return {**kept, "_model": None, "_lists": None, "_backend": None, "_rank_sums": RankSums([])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
