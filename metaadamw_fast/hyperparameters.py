@@ -22,8 +22,20 @@ def pair_of(betas: Sequence[Any]) -> tuple[Any, Any]:
     return betas[0], betas[1]
 
 
+def refuse_differentiable(values: Mapping[str, Any]) -> None:
+    """Raises RuntimeError, as torch's fused optimizers, if a graph of the step is asked for."""
+    if values.get("differentiable"):
+        raise RuntimeError("MetaAdamW does not support `differentiable`: its kernels write in place and leave no graph")
+
+
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
-    """Raises ValueError in the words of ``torch.optim.AdamW``; a NaN is as invalid as a negative number."""
+    """Raises what ``torch.optim.AdamW`` raises of hyper-parameters that cannot be; a NaN is as invalid as a negative number.
+
+    Raises:
+        ValueError: a number or a length out of range.
+        RuntimeError: ``differentiable``.
+    """
+    refuse_differentiable(values)
     lr, betas, eps, weight_decay = values["lr"], pair_of(values["betas"]), values["eps"], values["weight_decay"]
     named = (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1]), ("eps", eps), ("weight_decay", weight_decay))
     for name, x in named:
@@ -76,6 +88,7 @@ class HyperparameterTable:
 
         Raises:
             ValueError: a param group with fewer or more than two betas.
+            RuntimeError: a param group that is to be differentiable.
         """
         live = [
             (row, column, group[name])
@@ -106,6 +119,7 @@ class HyperparameterTable:
 
 def _numbers(group: Mapping[str, Any]) -> tuple[float, ...]:
     """The numbers of one param group, in the order of :class:`Hyperparameters`."""
+    refuse_differentiable(group)
     beta1, beta2 = pair_of(group["betas"])
     sign = -1.0 if group["maximize"] else 1.0
     return _number(group["lr"]), _number(group["weight_decay"]), float(beta1), float(beta2), float(group["eps"]), sign

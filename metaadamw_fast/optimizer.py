@@ -43,6 +43,9 @@ class MetaAdamW(Optimizer):
             given as tensors on the device are read at every replay, and what can be read of the optimizer is what the last replay
             left. The statistics read p and v again in every step, since a replay cannot tell who wrote them meanwhile. Capture
             anew after ``load_state_dict``, ``add_param_group`` or a changed parameter.
+        foreach, fused: taken for the sake of callers of ``torch.optim.AdamW``, None, True or False, and without effect: all
+            tensors are one call here, whatever they say.
+        differentiable: False; the kernels leave no graph.
         model: gives names to unnamed parameters and the owning modules to fine-grained grouping.
         grouping: ``auto`` (fine_grained if names are known), ``param_groups``, ``fine_grained`` (layer type × depth × bias) or a
             callable ``(name, param) -> hashable``.
@@ -70,7 +73,7 @@ class MetaAdamW(Optimizer):
     Raises:
         ValueError: a hyper-parameter out of range, parameters that are complex, not floating or on several devices, missing names
             for a grouping that needs them, a feature width that the heads do not divide.
-        RuntimeError: the chosen backend cannot run.
+        RuntimeError: the chosen backend cannot run; ``differentiable=True``.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to the step
@@ -86,6 +89,9 @@ class MetaAdamW(Optimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
         model: nn.Module | None = None,
         grouping: grouping_.Grouping = "auto",
         features: FeatureConfig | str = "basic",
@@ -123,7 +129,7 @@ class MetaAdamW(Optimizer):
             "maximize": maximize,
             "capturable": capturable,
         }
-        check_hyperparameters(defaults)
+        check_hyperparameters({**defaults, "differentiable": differentiable})
         refuse_zero()
         defaults["betas"] = tuple(float(beta) for beta in betas)
         if state_dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -183,7 +189,7 @@ class MetaAdamW(Optimizer):
         """Adds parameters, as ``torch.optim.Optimizer.add_param_group``; groups that exist keep their ids.
 
         Raises:
-            ValueError: as the constructor.
+            ValueError, RuntimeError: as the constructor.
             RuntimeError: parameters were added or removed by other means before.
         """
         if not isinstance(param_group, dict):
@@ -351,7 +357,7 @@ class MetaAdamW(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient, or tensors that changed shape or device; in the capture of a CUDA graph also one that
-                no replay would do right. Nothing has changed then.
+                no replay would do right; a param group that is to be differentiable. Nothing has changed then.
             ValueError: a param group was given fewer or more than two betas. Nothing has changed then.
         """
         # torch.compile breaks its graph here: the launch table's addresses mean nothing to what it traces.
