@@ -408,6 +408,36 @@ def test_a_copy_goes_on_like_the_original(kind, statistics):
     run.to(7).assert_same(expected)
 
 
+def test_what_users_keep_beside_the_states_is_theirs():
+    """It is saved and loaded, whatever it looks like, and has no part in what is ours: as with torch's optimizers."""
+    run = Run().to(3)
+    weight, bias = run.model.out.weight, run.model.out.bias
+    run.opt.state["tuner"] = {"step": 1e9, "exp_avg": None, "wealth": torch.ones(2)}
+    run.opt.state["calls"] = 7
+    run.opt.state[weight] |= {
+        "slow": weight.detach().clone(),
+        "momentum_buffer": torch.ones(2, dtype=torch.int64),  # as other optimizers call theirs, of another shape
+        "history": [{"at": 3, "value": torch.tensor(0.5)}, ("a", None)],
+    }
+    state = through_a_file(run.state())
+    other = Run(seed=7).to(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that it looks like a checkpoint of AdamW
+        other.load(state)
+    assert other.opt.steps_done == 3
+    theirs = (other.opt.state["tuner"], other.opt.state["calls"], dict(other.opt.state[other.model.out.weight]))
+    assert same(theirs, (run.opt.state["tuner"], 7, dict(run.opt.state[weight])))
+    assert same(other.state(), state)
+    assert same(other.to(8).state(), run.to(8).state())
+    plain = torch.optim.AdamW(perceptron().parameters())
+    plain.state[plain.param_groups[0]["params"][-1]]["slow"] = torch.ones(3)  # of a parameter without states of the optimizer's own
+    with pytest.warns(UserWarning, match="AdamW"):
+        other.opt.load_state_dict(plain.state_dict())
+    assert other.opt.state[other.model.out.bias]["slow"].tolist() == [1, 1, 1]
+    assert other.opt.state[other.model.out.bias]["step"] == 0
+    assert "slow" not in run.opt.state[bias]
+
+
 def test_an_encoder_that_adamw_carried_along_is_not_loaded():
     """AdamW keeps what it finds in a param group, and saves it with states that are newer."""
     run = Run()
