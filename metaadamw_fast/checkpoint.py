@@ -18,7 +18,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,9 @@ KEY, CONFIG, SKIPPED, ROUNDING = "metaadamw", "config", "skipped_steps", "roundi
 LATER = {CONFIG, SKIPPED, ROUNDING}  # checkpoints of earlier versions do not have them
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 STATE = ("step", "exp_avg", "exp_avg_sq")  # of a parameter that has had a gradient
-ELEMENTWISE = (*MOMENTS, MASTER, "momentum_buffer", "square_avg")  # of the shape of the parameter in every optimizer that has one
+OURS = ("step", *MOMENTS, MASTER)  # every other entry among a parameter's states is the user's, and kept as it is
+ELEMENTWISE = (*MOMENTS, MASTER)  # of the shape of the parameter
+OF_OTHER_OPTIMIZERS = (*MOMENTS, "momentum_buffer", "square_avg")  # the same, of those that may be meta-optimizers
 
 
 def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
@@ -72,10 +75,36 @@ def reserve(optimizer: MetaAdamW) -> None:
         group[KEY] = None
 
 
-def add_extra(state_dict: dict[str, Any], extra: dict[str, Any]) -> None:
-    """Puts the extra content into both of its places."""
-    state_dict[KEY] = extra
-    state_dict["param_groups"][0][KEY] = extra
+def saved(optimizer: MetaAdamW) -> dict[str, Any]:
+    """Torch's state dict, parameters replaced by their numbers, with the extra content in both of its places."""
+    params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    numbers: dict[Tensor, int] = {}
+    for number, param in enumerate(params):
+        numbers.setdefault(param, number)
+    groups = [{**group, "params": [numbers[p] for p in group["params"]]} for group in optimizer.param_groups]
+    extra = groups[0][KEY] = extra_state(optimizer)
+    states = list(optimizer.state.items())  # at once: another thread may be in a step
+    return {"state": {numbers[p] if isinstance(p, Tensor) else p: x for p, x in states}, "param_groups": groups, KEY: extra}
+
+
+def load(optimizer: MetaAdamW, state_dict: dict[str, Any]) -> None:
+    """Loads what :func:`saved` returned, or a checkpoint of ``torch.optim.AdamW``.
+
+    Raises:
+        ValueError: it does not fit, or holds what cannot be; nothing has changed then.
+    """
+    state_dict = with_extra_on_top(state_dict)
+    check(optimizer, state_dict)
+    state_dict = without_old_extra(state_dict)
+    groups = copy.deepcopy(state_dict["param_groups"])
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        group["params"] = own["params"]
+        if "param_names" in own:
+            group.setdefault("param_names", own["param_names"])
+    optimizer.__setstate__({"state": defaultdict(dict), "param_groups": groups})
+    load_states(optimizer, state_dict)
+    optimizer._build()
+    load_extra(optimizer, state_dict)
 
 
 def with_extra_on_top(state_dict: Any) -> Any:
@@ -89,7 +118,8 @@ def with_extra_on_top(state_dict: Any) -> Any:
 
 def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     """Raises ValueError if ``state_dict`` does not fit the optimizer or holds what cannot be, before anything is changed."""
-    _check_states(optimizer, state_dict, "loaded state dict", ("lr", "betas", "eps", "weight_decay"), STATE)
+    group_keys = ("lr", "betas", "eps", "weight_decay")
+    _check_states(optimizer, state_dict, "loaded state dict", group_keys, STATE, ELEMENTWISE)
     for index, group in enumerate(state_dict["param_groups"]):
         try:
             check_hyperparameters(group)
@@ -130,14 +160,15 @@ def without_old_extra(state_dict: dict[str, Any]) -> dict[str, Any]:
 
     ``torch.optim.AdamW`` loads the param group with the extra content in it, and saves it again after steps of its own.
     """
-    if KEY not in state_dict or _most_steps(state_dict["state"]) <= state_dict[KEY]["steps_done"]:
+    if KEY not in state_dict or _most_steps(state_dict) <= state_dict[KEY]["steps_done"]:
         return state_dict
     return {key: value for key, value in state_dict.items() if key != KEY}
 
 
-def _most_steps(states: Mapping[Any, Any]) -> float:
-    """The largest step count; users' own entries among the states have none."""
-    return max((float(x["step"]) for x in states.values() if isinstance(x, Mapping) and "step" in x), default=0.0)
+def _most_steps(state_dict: Mapping[str, Any]) -> float:
+    """The largest step count of a parameter. What users keep among the states may have a "step" of its own."""
+    states = [state_dict["state"].get(number, {}) for number in _numbers(state_dict)]
+    return max((float(state["step"]) for state in states if "step" in state), default=0.0)
 
 
 def check_learner(optimizer: Optimizer, log_vars: Tensor, state_dict: Mapping[str, Any]) -> None:
@@ -147,7 +178,7 @@ def check_learner(optimizer: Optimizer, log_vars: Tensor, state_dict: Mapping[st
     _check_tensor(state_dict["log_vars"], log_vars, "log_vars")
     _check_count(state_dict["updates"], "updates")
     known = STATE if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) else ()
-    _check_states(optimizer, state_dict["meta_optimizer"], where, ("lr",), known)
+    _check_states(optimizer, state_dict["meta_optimizer"], where, ("lr",), known, OF_OTHER_OPTIMIZERS)
 
 
 def with_adam_states(optimizer: Optimizer) -> dict[str, Any]:
@@ -165,9 +196,17 @@ def with_adam_states(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _check_states(
-    optimizer: Optimizer, state_dict: Mapping[str, Any], where: str, group_keys: Iterable[str], state_keys: Iterable[str]
+    optimizer: Optimizer,
+    state_dict: Mapping[str, Any],
+    where: str,
+    group_keys: Iterable[str],
+    state_keys: Collection[str],
+    elementwise: Iterable[str],
 ) -> None:
-    """Checks torch's part of an optimizer's checkpoint: as many parameters, and states that are theirs."""
+    """Checks torch's part of an optimizer's checkpoint: as many parameters, and states that are theirs.
+
+    A parameter has all of ``state_keys`` or none; those of ``elementwise`` that it has are of its shape.
+    """
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"{where} is of type {type(state_dict).__name__}: it is not an optimizer checkpoint")
     for key, kind in (("state", Mapping), ("param_groups", Sequence)):
@@ -188,10 +227,12 @@ def _check_states(
                 f"parameter group {index} has {len(a['params'])} parameters in the {where}, {len(b['params'])} in the optimizer"
             )
     for position, (param, values) in enumerate(_states(optimizer, state_dict)):
-        _check_keys(values, state_keys if values else (), f"the state of parameter {position}")
+        _check_keys(values, (), f"the state of parameter {position}")
+        if any(key in values for key in state_keys):
+            _check_keys(values, state_keys, f"the state of parameter {position}")
         if "step" in values:
             _check_number(values["step"], f"step of parameter {position}")
-        for name in ELEMENTWISE:
+        for name in elementwise:
             if name in values:
                 _check_tensor(values[name], param, f"{name} of parameter {position}")
 
@@ -239,23 +280,39 @@ def _check_count(value: Any, where: str) -> None:
 
 
 def load_states(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
-    """Copies moments and steps, keeping the saved dtypes (torch casts float32 moments to the parameter's), also the encoder's."""
-    optimizer.state.clear()
+    """Copies moments and steps, keeping the saved dtypes (torch casts float32 moments to the parameter's), also the encoder's.
+
+    What users keep beside them is copied, too, and otherwise left alone.
+    """
     if KEY in state_dict:
         optimizer.encoder.to(state_dict[KEY]["encoder"]["head.weight"].dtype)
     for param, values in _states(optimizer, state_dict):
-        if values:
+        for name, value in values.items():
             state = optimizer.state[param]
-            state["step"] = float(values["step"])
-            for name in (*MOMENTS, MASTER) if optimizer._master_weights else MOMENTS:
-                if name in values:
-                    # In the parameter's memory layout: the update then runs without a copy.
-                    moment = torch.empty_like(param, dtype=values[name].dtype, memory_format=torch.preserve_format)
-                    state[name] = moment.copy_(laid_out_as(values[name], param))
-    ids = set(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
-    for key, value in state_dict["state"].items():  # a user's own entries, which torch keeps, too
-        if key not in ids:
+            if name == "step":
+                state[name] = float(value)
+            elif name in MOMENTS or (name == MASTER and optimizer._master_weights):
+                # In the parameter's memory layout: the update then runs without a copy.
+                state[name] = torch.empty_like(param, dtype=value.dtype, memory_format=torch.preserve_format)
+                state[name].copy_(laid_out_as(value, param))
+            elif name not in OURS:
+                state[name] = _copied_beside(value, param)
+    numbers = set(_numbers(state_dict))
+    for key, value in state_dict["state"].items():
+        if key not in numbers:
             optimizer.state[key] = copy.deepcopy(value)
+
+
+def _copied_beside(value: Any, param: Tensor) -> Any:
+    """A copy of what a user keeps for a parameter. Tensors come to its device, as in torch, and keep their dtype, as moments do."""
+    if isinstance(value, Tensor):
+        like = laid_out_as(value, param) if value.shape == param.shape else value
+        return like.detach().clone().to(param.device)
+    if isinstance(value, dict):
+        return {key: _copied_beside(x, param) for key, x in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied_beside(x, param) for x in value)
+    return copy.deepcopy(value)
 
 
 def load_extra(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
@@ -263,7 +320,7 @@ def load_extra(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     optimizer._lagged = None
     if KEY not in state_dict:
         warnings.warn("checkpoint of a plain AdamW: moments and steps are loaded, the encoder stays as it is", stacklevel=4)
-        optimizer.steps_done = int(_most_steps(optimizer.state))
+        optimizer.steps_done = int(_most_steps(state_dict))
         return
     extra = state_dict[KEY]
     optimizer.steps_done = int(extra["steps_done"])
@@ -284,6 +341,10 @@ def _like(value: Tensor, like: Tensor) -> Tensor:
 
 def _states(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Mapping[str, Any]]]:
     """(parameter, its saved state) pairs in order; an empty state where AdamW never saw a gradient."""
-    ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    return [(param, state_dict["state"].get(i, {})) for i, param in zip(ids, params, strict=True)]
+    return [(p, state_dict["state"].get(number, {})) for number, p in zip(_numbers(state_dict), params, strict=True)]
+
+
+def _numbers(state_dict: Mapping[str, Any]) -> list[Any]:
+    """What stands for the parameters in a checkpoint, in their order: the keys of their states."""
+    return list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))

@@ -203,6 +203,16 @@ class GroupEncoder(nn.Module):
         self.set_ranges(*self.ranges)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned process gets the file descriptors of tensors. Those of a tensor that is made here, as torch makes one when it
+        # pickles a Generator, would be closed before the process starts. So the generator's state goes as bytes.
+        return {**self.__dict__, "generator": bytes(self.generator.get_state().tolist())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        generator = torch.Generator("cpu")
+        generator.set_state(torch.frombuffer(bytearray(state["generator"]), dtype=torch.uint8))
+        super().__setstate__({**state, "generator": generator})  # type: ignore[no-untyped-call]
+
     def add_groups(self, count: int) -> None:
         """Embeddings N(0, 0.1²) for ``count`` more groups; nothing without group embeddings."""
         if self.features.embed_dim:

@@ -11,10 +11,34 @@ from torch import Tensor
 from . import sync
 
 
+def pair_of(betas: Sequence[Any]) -> tuple[Any, Any]:
+    """Both betas.
+
+    Raises:
+        ValueError: fewer or more of them, as optimizers of three moments have.
+    """
+    if len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas} (two are needed, got {len(betas)})")
+    return betas[0], betas[1]
+
+
+def refuse_differentiable(values: Mapping[str, Any]) -> None:
+    """Raises RuntimeError, as torch's fused optimizers, if a graph of the step is asked for."""
+    if values.get("differentiable"):
+        raise RuntimeError("MetaAdamW does not support `differentiable`: its kernels write in place and leave no graph")
+
+
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
-    """Raises ValueError in the words of ``torch.optim.AdamW``; a NaN is as invalid as a negative number."""
-    lr, betas, eps, weight_decay = values["lr"], values["betas"], values["eps"], values["weight_decay"]
-    for name, x in (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1]), ("weight_decay", weight_decay)):
+    """Raises what ``torch.optim.AdamW`` raises of hyper-parameters that cannot be; a NaN is as invalid as a negative number.
+
+    Raises:
+        ValueError: a number or a length out of range.
+        RuntimeError: ``differentiable``.
+    """
+    refuse_differentiable(values)
+    lr, betas, eps, weight_decay = values["lr"], pair_of(values["betas"]), values["eps"], values["weight_decay"]
+    named = (("lr", lr), ("betas[0]", betas[0]), ("betas[1]", betas[1]), ("eps", eps), ("weight_decay", weight_decay))
+    for name, x in named:
         if isinstance(x, Tensor) and x.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element")
     if not lr >= 0.0:
@@ -55,7 +79,7 @@ class HyperparameterTable:
     def __init__(self, param_group_of: Sequence[int], device: torch.device) -> None:
         self._index = torch.tensor(param_group_of, dtype=torch.long, device=device)
         self._device = device
-        self._key: list[tuple[Any, ...]] | None = None
+        self._key: list[tuple[float, ...]] | None = None
         self._table = torch.empty(0, device=device)
         self._vectors: Hyperparameters | None = None
 
@@ -65,22 +89,24 @@ class HyperparameterTable:
         return [self._index, self._table, *vectors]
 
     def update(self, param_groups: Sequence[Mapping[str, Any]]) -> Hyperparameters:
-        """The vectors for these values, cached while the values stay."""
+        """The vectors for these values, cached while the values stay.
+
+        Raises:
+            ValueError: a param group with fewer or more than two betas.
+            RuntimeError: a param group that is to be differentiable.
+        """
         live = [
             (row, column, group[name])
             for row, group in enumerate(param_groups)
             for column, name in enumerate(("lr", "weight_decay"))
             if isinstance(group[name], Tensor) and not sync.readable(group[name])
         ]
-        key = [
-            (_number(g["lr"]), _number(g["weight_decay"]), *map(float, g["betas"]), float(g["eps"]), g["maximize"])
-            for g in param_groups
-        ]
+        key = [_numbers(group) for group in param_groups]
         if self._vectors is not None and not live and key == self._key:
             return self._vectors
         table = self._table
         if key != self._key:
-            table = sync.upload([[*values[:5], -1.0 if values[5] else 1.0] for values in key], torch.float64, self._device)
+            table = sync.upload(key, torch.float64, self._device)
         cached = not sync.capturing(self._device)  # what is captured has no content until the graph is replayed
         if cached:
             self._table, self._key = table, key
@@ -89,11 +115,19 @@ class HyperparameterTable:
             for row, column, value in live:
                 table[row, column].copy_(value.reshape(()))
         lr, weight_decay, beta1, beta2, eps, sign = table.index_select(0, self._index).t().contiguous().unbind()
-        maximize = any(g["maximize"] for g in param_groups)
+        maximize = any(numbers[-1] < 0 for numbers in key)
         vectors = Hyperparameters(lr, weight_decay, beta1, beta2, eps, sign if maximize else None)
         if cached:
             self._vectors = None if live else vectors
         return vectors
+
+
+def _numbers(group: Mapping[str, Any]) -> tuple[float, ...]:
+    """The numbers of one param group, in the order of :class:`Hyperparameters`."""
+    refuse_differentiable(group)
+    beta1, beta2 = pair_of(group["betas"])
+    sign = -1.0 if group["maximize"] else 1.0
+    return _number(group["lr"]), _number(group["weight_decay"]), float(beta1), float(beta2), float(group["eps"]), sign
 
 
 def _number(value: float | Tensor) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from operator import add, attrgetter, is_, sub
-from typing import Any
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,24 @@ from .sharding import is_sharded, local, local_gradient
 
 MASTER = "master_param"
 _local_of = attrgetter("_local_tensor")  # of DTensors; as sharding.local, for thousands of them
+_version_of = attrgetter("_version")
+
+
+class _Rows(NamedTuple):
+    """The rows that have a gradient, and all that an update of them writes.
+
+    Attributes:
+        absent: the other rows.
+        counts: [T + 1], 1 for each of them and, behind all rows, for the optimizer's own count; just 1 if no row is absent.
+        written: parameters or their masters, and moments; of a DTensor the shard, which the kernels write, and the DTensor.
+        copies, masters: parameters with a master, and the masters.
+    """
+
+    absent: list[int]
+    counts: Tensor | int
+    written: list[Tensor]
+    copies: list[Tensor]
+    masters: list[Tensor]
 
 
 class StateLists:
@@ -75,32 +94,29 @@ class StateLists:
         maxima = [local(s["max_exp_avg_sq"]) if wanted else None for s, wanted in zip(states, with_maximum, strict=True)]
         self.max_exp_avg_sqs = maxima if any(x is not None for x in maxima) else None
         self.updated = [local(s[MASTER]) if MASTER in s else p for s, p in zip(states, self.params, strict=True)]
-        self._copies = [p for p, x in zip(self.params, self.updated, strict=True) if x is not p]
-        self._masters = [x for p, x in zip(self.params, self.updated, strict=True) if x is not p]
-        # Whose versions tell that a copy was written: of a DTensor also its own.
-        both = zip(self.leaves, self.params, self.updated, strict=True)
-        self._copies_seen = [y for leaf, p, x in both if x is not p for y in ((p,) if leaf is p else (leaf, p))]
-        self._copies_of: list[int] | None = None
+        self._copies = [t for t, (p, x) in enumerate(zip(self.params, self.updated, strict=True)) if x is not p]
+        self._copies_seen: list[int] | None = None  # their versions when the masters were last brought up to date
         self.launch = launch(
             [None] * len(states), self.exp_avgs, self.updated, self.exp_avg_sqs, self.max_exp_avg_sqs, written=True
         )
-        self._present: tuple[list[int], Tensor] | None = None
         self._state, self._param_groups = state, param_groups
         self._found = listed_objects(self._containers())
         self._outlined = self._outline()
         # DTensors with their shards: a write through the one or the other changes the version of that one only.
         self._outer = [x for x in self._found if isinstance(x, Tensor) and is_sharded(x)]
         self._shards = list(map(_local_of, self._outer))
-        written = [*self.updated, *self.exp_avgs, *self.exp_avg_sqs, *(x for x in maxima if x is not None)]
-        self._written, self._tensors = written, written + self._copies
+        copies = [self.params[t] for t in self._copies]
+        self._tensors = [*self.updated, *self.exp_avgs, *self.exp_avg_sqs, *(x for x in maxima if x is not None), *copies]
+        self._written = [_written(*row) for row in zip(self.leaves, states, with_maximum, strict=True)]
         # Held, so that no other storage can come to lie at one of these addresses: a new address is then the sign of new data.
         self._storages = [x.untyped_storage() for x in self._tensors]
         self._places = self._where()
         self._sums = torch.zeros(len(states), 2, dtype=torch.float64, device=device)  # Σp², Σv² of what the last update left
-        self._sums_of: list[int] | None = None
-        self._seen: list[int] | None = None  # the versions that the step under way has found
-        self._raised_by: list[int] | None = None  # by how much an update raises them: one, or more where tensors share a counter
-        self._summed = self.updated + self.exp_avg_sqs + self._copies + self._outer
+        self._summed = self.updated + self.exp_avg_sqs + copies + self._outer
+        self._sums_of: int | None = None  # the `_version` that they are right for; None if they are not
+        self._rows = self._rows_without([])
+        self._rise: int | None = None  # by how much an update of these rows raises `_version`; None until one has
+        self._seen = self._version()  # what the step under way has found
 
     # ------------------------------------------------------------------------------------------------ what others have written
 
@@ -132,12 +148,11 @@ class StateLists:
 
     def carried(self) -> Tensor | None:
         """[T, 2] float64 Σp², Σv² as the last update left them, or None if an in-place operation has written one since."""
-        self._seen = self._versions()
-        return self._sums if self._sums_of is not None and self._sums_of == self._seen else None
+        return self._sums if self._sums_of == self._seen else None
 
     def new_sums(self, sums: Tensor, go: Tensor | bool = True) -> Tensor:
         """Where the update writes Σp², Σv², [T, 2] float64; rows that it leaves alone keep those of ``sums`` [T, S]."""
-        if (self._present is not None or go is not True) and self.carried() is None:
+        if (self._rows.absent or go is not True) and self.carried() is None:
             self._sums.copy_(sums[:, 3:5])
         return self._sums
 
@@ -147,27 +162,29 @@ class StateLists:
         self._sums.copy_(new)
         return old
 
-    def carry(self, valid: bool) -> None:
-        """Says whether :meth:`new_sums` are those of the parameters and second moments as they are now."""
-        self._sums_of = self._versions() if valid else None
+    def forget_sums(self) -> None:
+        """Says that the sums which the last update left are not to be used."""
+        self._sums_of = None
 
     def invalidate(self) -> None:
         """Says that somebody wrote what no version counter tells of."""
-        self._sums_of = self._copies_of = None
+        self._sums_of = self._copies_seen = None
 
-    def _versions(self) -> list[int]:
-        return [x._version for x in self._summed]
+    def _version(self) -> int:
+        """The version counters of all that Σp² and Σv² depend on, added up. Counters only rise: equal sums are equal versions."""
+        return sum(map(_version_of, self._summed))
 
     # ------------------------------------------------------------------------------------------------------------- the steps
 
     def kept(self) -> list[Tensor]:
         """The tensors on the device that it keeps from step to step, besides parameters and states."""
-        return [self._counts, self._sums, *([] if self._present is None else [self._present[1]]), *self.launch.kept()]
+        counts = self._rows.counts
+        return [self._counts, self._sums, *([counts] if isinstance(counts, Tensor) else []), *self.launch.kept()]
 
     @property
     def complete(self) -> bool:
         """Whether every parameter has a gradient."""
-        return self._present is None
+        return not self._rows.absent
 
     def gradients(self) -> list[Tensor | None]:
         """``.grad`` of every parameter as it is now, of a DTensor this rank's shard."""
@@ -181,37 +198,58 @@ class StateLists:
         Raises:
             RuntimeError: a sparse gradient, or one of another shape or device. Nothing has changed then.
         """
-        self._seen = None
         self.launch.set_gradients(grads)
-        absent = [i for i, g in enumerate(grads) if g is None]
-        if not absent:
-            self._present = None
-        elif self._present is None or self._present[0] != absent:
-            present = sync.upload([[float(g is not None) for g in grads] + [1.0]], self._counts.dtype, self.device)
-            self._present = (absent, present[0])
+        absent = [t for t, g in enumerate(grads) if g is None]
+        if absent != self._rows.absent:
+            self._rows, self._rise = self._rows_without(absent), None
+        self._seen = self._version()
+
+    def _rows_without(self, absent: list[int]) -> _Rows:
+        missing = set(absent)
+        counts: Tensor | int = 1
+        if absent:
+            numbers = [float(t not in missing) for t in range(len(self.leaves))]
+            counts = sync.upload([[*numbers, 1.0]], self._counts.dtype, self.device)[0]
+        written = list(chain.from_iterable(xs for t, xs in enumerate(self._written) if t not in missing))
+        copies = [t for t in self._copies if t not in missing]
+        return _Rows(absent, counts, written, [self.params[t] for t in copies], [self.updated[t] for t in copies])
 
     def after_update(self, go: Tensor | bool = True) -> None:
-        """Counts the step of the tensors that have a gradient, and marks them written; counts nothing if ``go`` is False."""
-        present: Tensor | int = 1 if self._present is None else self._present[1]
-        self._counts += present if go is True else present * go
-        before = self._versions() if self._raised_by is None else None
-        mark_written(self._written, self._outer)
+        """Counts the step of the rows that have a gradient, and marks what was written; counts nothing if ``go`` is False."""
+        rows = self._rows
+        self._counts += rows.counts if go is True else rows.counts * go
+        before = self._version() if self._rise is None else 0
+        mark_written(rows.written)
+        if rows.copies:
+            torch._foreach_copy_(rows.copies, rows.masters)
         if self._copies:
-            torch._foreach_copy_(self._copies, self._masters)
-            self._copies_of = [p._version for p in self._copies_seen]
-        if self._raised_by is None or self._seen is None:
-            self.carry(True)
-        else:  # as read, unless somebody wrote since the step began: then they differ, and the next step reads everything
-            self._sums_of = list(map(add, self._seen, self._raised_by))
-        if before is not None:
-            self._raised_by = list(map(sub, self._versions(), before))
+            self._copies_seen = self._copy_versions()
+        if self._rise is None:
+            self._rise = self._version() - before
+        # Not the version of now: a user's thread may have written since the step looked, and then the next one reads everything.
+        self._sums_of = self._seen + self._rise
 
     def take_up_copies(self) -> None:
         """Brings the float32 masters up to date with parameters that others have written: they are the model, what they say counts.
 
         A master stays what it is where its parameter still is its rounding, so that nothing is lost where nothing was written.
         """
-        if self._copies_of != [p._version for p in self._copies_seen]:
-            for p, master in zip(self._copies, self._masters, strict=True):
+        versions = self._copy_versions()
+        seen = self._copies_seen or [-1] * len(versions)
+        for t, now, then in zip(self._copies, versions, seen, strict=True):
+            if now != then:
+                p, master = self.params[t], self.updated[t]
                 master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(master.dtype)))
-            self._copies_of = [p._version for p in self._copies_seen]
+        if versions != seen:
+            self._copies_seen, self._seen = versions, self._version()
+
+    def _copy_versions(self) -> list[int]:
+        return [self.leaves[t]._version + self.params[t]._version for t in self._copies]  # of a DTensor also its shard's
+
+
+def _written(param: Tensor, state: Mapping[str, Tensor], with_maximum: bool) -> list[Tensor]:
+    """All that an update of one row writes. The kernels write the shard of a DTensor: both have a version counter."""
+    whole = [state.get(MASTER, param), state["exp_avg"], state["exp_avg_sq"]]
+    whole += [state["max_exp_avg_sq"]] if with_maximum else []
+    dtensors = [x for x in {*whole, param} if is_sharded(x)]
+    return [*map(local, whole), *dtensors]

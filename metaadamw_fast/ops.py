@@ -24,6 +24,7 @@ from torch import Tensor
 from . import reference
 from .checks import HYPERPARAMETERS, check_stats, check_update
 from .features import FeatureTable
+from .hyperparameters import pair_of
 from .launch import CppLaunch, ReferenceLaunch
 from .rounding import signed
 
@@ -294,24 +295,25 @@ def adamw_update_(
         backend: ``auto``, ``cpp``, ``triton`` or ``reference``.
 
     Raises:
+        ValueError: fewer or more than two betas.
         RuntimeError: as :func:`tensor_stats`; a written tensor whose elements share memory. Nothing has changed then.
     """
     with torch.no_grad():
         params, grads, exp_avgs, exp_avg_sqs = list(params), list(grads), list(exp_avgs), list(exp_avg_sqs)
         max_exp_avg_sqs = _listed(max_exp_avg_sqs)
         device = _device(params)
-        numbers = (step_size, decay_factor, step, *betas, eps, grad_scale)
+        numbers = (step_size, decay_factor, step, *pair_of(betas), eps, grad_scale)
         hyper = [None if x is None else _per_tensor(x, len(params), device) for x in numbers]
         run = resolve_backend(backend, device)
         seed = None if rounding_seed is None else signed(rounding_seed)
         run.adamw_update_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper, None, seed)
-        mark_written(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or ())
+        rows = [t for t, grad in enumerate(grads) if grad.numel()]
+        mark_written([xs[t] for xs in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if xs is not None for t in rows])
 
 
-def mark_written(*lists: Sequence[Tensor]) -> None:
+def mark_written(tensors: Sequence[Tensor]) -> None:
     """Bumps the version counters, as torch's own in-place ops do: autograd's checks and EMA-like observers rely on it."""
-    for tensors in lists:
-        torch.autograd.graph.increment_version(tensors)
+    torch.autograd.graph.increment_version(tensors)
 
 
 def _listed(tensors: Iterable[Tensor] | None) -> list[Tensor] | None:

@@ -5,6 +5,7 @@ The file is one class, read top to bottom: what it is made of, the step, what ca
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,6 +43,9 @@ class MetaAdamW(Optimizer):
             given as tensors on the device are read at every replay, and what can be read of the optimizer is what the last replay
             left. The statistics read p and v again in every step, since a replay cannot tell who wrote them meanwhile. Capture
             anew after ``load_state_dict``, ``add_param_group`` or a changed parameter.
+        foreach, fused: taken for the sake of callers of ``torch.optim.AdamW``, None, True or False, and without effect: all
+            tensors are one call here, whatever they say.
+        differentiable: False; the kernels leave no graph.
         model: gives names to unnamed parameters and the owning modules to fine-grained grouping.
         grouping: ``auto`` (fine_grained if names are known), ``param_groups``, ``fine_grained`` (layer type × depth × bias) or a
             callable ``(name, param) -> hashable``.
@@ -69,7 +73,7 @@ class MetaAdamW(Optimizer):
     Raises:
         ValueError: a hyper-parameter out of range, parameters that are complex, not floating or on several devices, missing names
             for a grouping that needs them, a feature width that the heads do not divide.
-        RuntimeError: the chosen backend cannot run.
+        RuntimeError: the chosen backend cannot run; ``differentiable=True``.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to the step
@@ -85,6 +89,9 @@ class MetaAdamW(Optimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
         model: nn.Module | None = None,
         grouping: grouping_.Grouping = "auto",
         features: FeatureConfig | str = "basic",
@@ -122,7 +129,7 @@ class MetaAdamW(Optimizer):
             "maximize": maximize,
             "capturable": capturable,
         }
-        check_hyperparameters(defaults)
+        check_hyperparameters({**defaults, "differentiable": differentiable})
         refuse_zero()
         defaults["betas"] = tuple(float(beta) for beta in betas)
         if state_dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -183,7 +190,7 @@ class MetaAdamW(Optimizer):
         """Adds parameters, as ``torch.optim.Optimizer.add_param_group``; groups that exist keep their ids.
 
         Raises:
-            ValueError: as the constructor.
+            ValueError, RuntimeError: as the constructor.
             RuntimeError: parameters were added or removed by other means before.
         """
         if not isinstance(param_group, dict):
@@ -351,7 +358,8 @@ class MetaAdamW(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient, or tensors that changed shape or device; in the capture of a CUDA graph also one that
-                no replay would do right. Nothing has changed then.
+                no replay would do right; a param group that is to be differentiable. Nothing has changed then.
+            ValueError: a param group was given fewer or more than two betas. Nothing has changed then.
         """
         # torch.compile breaks its graph here: the launch table's addresses mean nothing to what it traces.
         return self._step_untraced(closure) if torch.compiler.is_compiling() else self._step(closure)
@@ -543,7 +551,9 @@ class MetaAdamW(Optimizer):
         lists.launch.adamw_update_(vectors, new_sums, self._rounding_seed)
         lists.after_update(go)
         if any(group["capturable"] for group in self.param_groups):
-            lists.carry(False)  # a replay would not notice writes of others, nor the host a replay
+            # A CUDA graph replays the kernels but not this Python: it would miss a user's write to p, and Python would miss the
+            # replay's. So the sums are never reused.
+            lists.forget_sums()
 
     # ------------------------------------------------------------------------------------------------------- what can be read
 
@@ -617,23 +627,23 @@ class MetaAdamW(Optimizer):
 
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 
+    # Both methods call the user's hooks themselves, where torch would call them. A hook of ours, registered for the time of a call,
+    # would change a dict that the call of another thread iterates over.
+
     def state_dict(self) -> dict[str, Any]:
         """Torch's state dict with one key more, ``metaadamw``: encoder, step count and what else a bitwise resume needs.
 
         Raises:
             RuntimeError: parameters were added or removed by other means than add_param_group.
         """
-
-        def extend(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-            checkpoint.add_extra(state, checkpoint.extra_state(self))
-            return state
-
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         self._take_up_params()
-        handle = self.register_state_dict_post_hook(extend, prepend=True)  # the user's post-hooks see the whole
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
+        state_dict = checkpoint.saved(self)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of MetaAdamW, or of ``torch.optim.AdamW`` (the encoder then stays as it is, with a warning).
@@ -644,35 +654,22 @@ class MetaAdamW(Optimizer):
             ValueError: a checkpoint of another model, grouping or encoder; the optimizer is unchanged then.
             RuntimeError: parameters on the meta device, or added or removed by other means than add_param_group.
         """
-        loaded: dict[str, Any] = {}
-
-        def check(_: Optimizer, hooked: dict[str, Any]) -> dict[str, Any]:
-            if self._device().type == "meta":
-                raise RuntimeError("the parameters are on the meta device: give the model its data before loading a checkpoint")
-            self._take_up_params()
-            hooked = checkpoint.with_extra_on_top(hooked)
-            checkpoint.check(self, hooked)
-            hooked = checkpoint.without_old_extra(hooked)
-            loaded.update(hooked)
-            return {"state": {}, "param_groups": hooked["param_groups"]}
-
-        def fill(_: Optimizer) -> None:
-            checkpoint.load_states(self, loaded)
-            self._build()
-            checkpoint.load_extra(self, loaded)
-
-        # After the user's own pre-hooks, which may replace the dict, and before the user's post-hooks, which may read the state.
-        handles = [self.register_load_state_dict_pre_hook(check), self.register_load_state_dict_post_hook(fill, prepend=True)]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
+        state_dict = copy.copy(state_dict)  # pre-hooks may change it
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        if self._device().type == "meta":
+            raise RuntimeError("the parameters are on the meta device: give the model its data before loading a checkpoint")
+        self._take_up_params()
+        checkpoint.load(self, state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # As torch's optimizers leave it to who copies or loads: hooks, and the `step` that an LR scheduler wraps.
         kept = {name: x for name, x in self.__dict__.items() if name != "step" and not name.startswith("_optimizer_")}
-        return {**kept, "_model": None, "_stream": None, "_lists": None, "_rank_sums": RankSums([])}
+        # The first step of the copy makes these anew. A backend is a class that need not have a name to be pickled by.
+        return {**kept, "_model": None, "_stream": None, "_lists": None, "_backend": None, "_rank_sums": RankSums([])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

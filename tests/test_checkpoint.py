@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -342,6 +343,57 @@ def test_hooks_on_checkpoints():
     assert same(dict(other.encoder.state_dict()), dict(opt.encoder.state_dict()))
 
 
+@pytest.mark.parametrize("kind", ["state_dict", "load_state_dict"])
+def test_a_call_while_another_is_at_its_hooks(kind):
+    """As from another thread, which saves in the background: neither call may change what the other goes through."""
+    opt = make(perceptron())
+    state, nested = opt.state_dict(), []
+
+    def call():
+        opt.state_dict() if kind == "state_dict" else opt.load_state_dict(state)
+
+    def hook(*_):
+        if not nested:
+            nested.append(True)
+            call()
+
+    for register in ("pre_hook", "post_hook"):
+        nested.clear()
+        handles = [getattr(opt, f"register_{kind}_{register}")(f) for f in (hook, lambda *_: None)]
+        call()
+        assert nested
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_checkpoint_is_taken_by_threads_beside_the_steps():
+    model = perceptron()
+    opt, errors, done = make(model), [], threading.Event()
+    train(model, opt, 1)
+
+    def save():
+        try:
+            while not done.is_set():
+                assert opt.state_dict().keys() == {"state", "param_groups", "metaadamw"}
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=save) for _ in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(100):
+            opt.step()
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert not errors
+
+
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
 
 
@@ -354,6 +406,36 @@ def test_a_copy_goes_on_like_the_original(kind, statistics):
     twin.to(7).assert_same(expected)
     assert run.step == 3
     run.to(7).assert_same(expected)
+
+
+def test_what_users_keep_beside_the_states_is_theirs():
+    """It is saved and loaded, whatever it looks like, and has no part in what is ours: as with torch's optimizers."""
+    run = Run().to(3)
+    weight, bias = run.model.out.weight, run.model.out.bias
+    run.opt.state["tuner"] = {"step": 1e9, "exp_avg": None, "wealth": torch.ones(2)}
+    run.opt.state["calls"] = 7
+    run.opt.state[weight] |= {
+        "slow": weight.detach().clone(),
+        "momentum_buffer": torch.ones(2, dtype=torch.int64),  # as other optimizers call theirs, of another shape
+        "history": [{"at": 3, "value": torch.tensor(0.5)}, ("a", None)],
+    }
+    state = through_a_file(run.state())
+    other = Run(seed=7).to(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that it looks like a checkpoint of AdamW
+        other.load(state)
+    assert other.opt.steps_done == 3
+    theirs = (other.opt.state["tuner"], other.opt.state["calls"], dict(other.opt.state[other.model.out.weight]))
+    assert same(theirs, (run.opt.state["tuner"], 7, dict(run.opt.state[weight])))
+    assert same(other.state(), state)
+    assert same(other.to(8).state(), run.to(8).state())
+    plain = torch.optim.AdamW(perceptron().parameters())
+    plain.state[plain.param_groups[0]["params"][-1]]["slow"] = torch.ones(3)  # of a parameter without states of the optimizer's own
+    with pytest.warns(UserWarning, match="AdamW"):
+        other.opt.load_state_dict(plain.state_dict())
+    assert other.opt.state[other.model.out.bias]["slow"].tolist() == [1, 1, 1]
+    assert other.opt.state[other.model.out.bias]["step"] == 0
+    assert "slow" not in run.opt.state[bias]
 
 
 def test_an_encoder_that_adamw_carried_along_is_not_loaded():

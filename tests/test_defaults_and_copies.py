@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import nn
 
 from metaadamw_fast import MetaAdamW, MetaLearner, ops
@@ -83,6 +84,48 @@ def test_a_copy_does_not_step_the_original_that_a_scheduler_follows():
     assert not copied._optimizer_step_post_hooks
     loaded = pickle.loads(pickle.dumps(opt))
     assert loaded.steps_done == 2
+
+
+def step_of_a_spawned_process(opt, meta, expected):
+    """What the parent's copy would do: one step, one meta-update, and an embedding of the encoder's own random numbers."""
+    torch.set_num_threads(1)
+    model = meta.model
+    assert meta.optimizer is opt
+    train(model, opt, 1)
+    meta.update(*(noise((5, 6), i) for i in range(3)))
+    opt.encoder.add_groups(1)
+    found = [*model.parameters(), *opt.encoder.parameters()]
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_optimizer_is_sent_to_a_spawned_process(steps):
+    """As torch's can be. Nothing in it may be made while it is pickled: the child gets the file descriptors of its tensors."""
+    model = mlp()
+    opt = MetaAdamW(model.named_parameters(), features="enhanced", head_init="xavier")
+    meta = MetaLearner(opt, model, loss_fn)
+    train(model, opt, steps)
+    other_model, other_opt, other_meta = copy.deepcopy((model, opt, meta))
+    train(other_model, other_opt, 1)
+    other_meta.update(*(noise((5, 6), i) for i in range(3)))
+    other_opt.encoder.add_groups(1)
+    expected = [x.detach() for x in (*other_model.parameters(), *other_opt.encoder.parameters())]
+    process = mp.get_context("spawn").Process(target=step_of_a_spawned_process, args=(opt, meta, expected))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def test_a_copy_of_a_backend_without_a_name_of_its_own():
+    """That of Triton is made when it is asked for: no import finds it."""
+    model = mlp()
+    opt = MetaAdamW(model.parameters())
+    train(model, opt)
+    opt._backend = type("Nameless", (opt._backend,), {})
+    _, copied = pickle.loads(pickle.dumps((model, opt)))
+    assert copied.steps_done == 2
+    assert copied.lr_scale.tolist() == opt.lr_scale.tolist()
 
 
 def test_another_state_and_other_param_groups():

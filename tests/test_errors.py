@@ -51,6 +51,60 @@ def test_hyperparameters_fail_as_in_torch(arguments):
     assert str(ours.value) == str(added.value) == str(theirs.value)
 
 
+BETAS = [(), (0.9,), (0.9, 0.999, 0.9999), [0.9, 0.98, 0.99]]  # three are what Adan, AdEMAMix and CAME take
+
+
+def load_with(opt, **values):
+    state = copy.deepcopy(opt.state_dict())
+    state["param_groups"][0].update(values)
+    opt.load_state_dict(state)
+
+
+def step_with(opt, **values):
+    group = opt.param_groups[0]
+    kept = dict(group)
+    group.update(values)
+    try:
+        opt.step()
+    finally:
+        group.clear()
+        group.update(kept)
+
+
+WAYS = {
+    "constructor": lambda opt, **values: MetaAdamW([parameter()], **values),
+    "add_param_group": lambda opt, **values: opt.add_param_group({"params": [("new", parameter())], **values}),
+    "load_state_dict": load_with,
+    "assigned": step_with,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("betas", BETAS, ids=str)
+def test_betas_that_are_not_two_are_refused_wherever_they_come_from(way, betas):
+    """One too many would take the place of the next hyper-parameter."""
+    _, opt = two_layers()
+    with unchanged(opt), pytest.raises(ValueError, match=rf"two are needed, got {len(betas)}"):
+        WAYS[way](opt, betas=betas)
+
+
+@pytest.mark.parametrize("betas", BETAS, ids=str)
+def test_betas_that_are_not_two_are_refused_by_the_op(betas):
+    lists = [[torch.ones(3)] for _ in range(4)]
+    with pytest.raises(ValueError, match=rf"two are needed, got {len(betas)}"):
+        ops.adamw_update_(*lists, 0.1, 1.0, step=1, betas=betas)
+    assert all(torch.equal(x, torch.ones(3)) for (x,) in lists)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_differentiable_step_is_refused_wherever_it_is_asked_for(way):
+    with pytest.raises(RuntimeError, match="does not support `differentiable`"):
+        torch.optim.AdamW([parameter()], fused=True, differentiable=True)
+    _, opt = two_layers()
+    with unchanged(opt), pytest.raises(RuntimeError, match="does not support `differentiable`"):
+        WAYS[way](opt, differentiable=True)
+
+
 @pytest.mark.parametrize("params", [[], ONE, [3], [NOT_A_LEAF], [("a", ONE), parameter()], [{"params": [ONE]}, {"params": [ONE]}]])
 def test_parameter_lists_fail_as_in_torch(params):
     with pytest.raises((ValueError, TypeError)) as theirs:

@@ -201,6 +201,69 @@ def test_a_write_after_a_step_that_was_left_out_is_seen_whatever_the_encoder_s_d
     assert seen[:6] == seen[6:]
 
 
+class TwoHeads(nn.Module):
+    """A trunk, of which one weight is frozen, with two heads; and a teacher that is no part of it."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.trunk, self.heads = nn.Linear(4, 3), nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+            self.teacher = nn.Linear(4, 3).requires_grad_(False)
+        self.to(dtype)
+
+    def forward(self, x, head):
+        return self.heads[head](torch.tanh(self.trunk(x) + self.teacher(x).square())).square().mean()
+
+
+ROWS = {
+    "exact": {},
+    "lagged": {"statistics": "lagged"},
+    "clipped": {"max_grad_norm": 0.5, "amsgrad": True},
+    "masters": {"master_weights": True, "state_dtype": torch.float32},
+    "masters, lagged": {"master_weights": True, "statistics": "lagged"},
+}
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_step_leaves_alone_what_has_no_gradient(name, backend):
+    """In no sense written: a backward pass that waits, through the other head and the teacher, finds what it has saved."""
+    dtype = torch.bfloat16 if "masters" in name else torch.float32
+    model = TwoHeads(dtype)
+    opt = MetaAdamW(model.parameters(), head_init="xavier", backend=backend, **ROWS[name])
+    moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param")
+    written_by = {p: [p, *(x for key, x in opt.state[p].items() if key in moments)] for p in model.parameters()}
+    opt.step()  # the first one looks through all masters
+    for step in range(5):
+        used, other = step % 2, 1 - step % 2
+        if step == 3:
+            with torch.no_grad():
+                model.heads[other].weight.mul_(0.5)  # its master follows, and no other one
+        waiting = model(noise((5, 4), step).to(dtype), other)
+        opt.zero_grad()
+        torch.autograd.backward(model(noise((5, 4), 9).to(dtype), used), inputs=list(model.heads[used].parameters()))
+        before = {p: [x._version for x in xs] for p, xs in written_by.items()}
+        opt.step()
+        for p, xs in written_by.items():
+            rises = [x._version - y for x, y in zip(xs, before[p], strict=True)]
+            if p.grad is not None:
+                assert all(rises)
+            elif step == 3 and p is model.heads[other].weight:
+                assert not any(rises[:3])
+            else:
+                assert not any(rises)
+        waiting.backward()
+
+
+def test_the_op_marks_what_it_writes():
+    lists = [[torch.ones(3), torch.ones(2), torch.ones(0)] for _ in range(5)]
+    lists[1][1] = torch.ones(0)
+    params, grads, *states = lists
+    ops.adamw_update_(params, grads, *states[:2], 0.1, 1.0, step=1, max_exp_avg_sqs=states[2])
+    assert [[x._version for x in xs] for xs in (params, *states)] == [[1, 0, 0]] * 4
+
+
 def test_memory_that_was_freed_is_refused():
     for freed in ("param", "exp_avg", "grad"):
         p = nn.Parameter(torch.ones(3))

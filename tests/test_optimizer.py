@@ -155,6 +155,17 @@ def test_closures_hooks_and_zero_grad():
     assert [x["step"].item() for x in opt.state.values()] == [2.0] * 10
 
 
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": False, "foreach": None}, {"fused": True}], ids=str)
+def test_what_callers_of_adamw_pass_besides_changes_nothing(options):
+    """Neither the step nor the param groups, by whose keys checkpoints are told apart."""
+    models = [perceptron(), perceptron()]
+    optimizers = [make(models[0]), make(models[1], **options, differentiable=False)]
+    for model, opt in zip(models, optimizers, strict=True):
+        train(model, opt, 2)
+    assert_same_bits(*zip(models, optimizers, strict=True))
+    assert optimizers[0].param_groups[0].keys() == optimizers[1].param_groups[0].keys()
+
+
 def test_add_param_group_keeps_ids_scales_and_states():
     model = perceptron(depth=2)
     opt = make(model, features="enhanced")
