@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -59,6 +58,12 @@ class _Attention(nn.Module):
         self.out_proj = _Affine(dim, dim)
 
 
+def _pair(module: nn.Module | None, prefix: str = "") -> list[Tensor]:
+    """Weight and bias of a module, straight from its dictionary: nn.Module.__getattr__ takes a third of an operation's time."""
+    parameters = cast(nn.Module, module)._parameters
+    return [cast(Tensor, parameters[prefix + "weight"]), cast(Tensor, parameters[prefix + "bias"])]
+
+
 class EncoderLayer(nn.Module):
     """One pre-norm Transformer encoder layer over G groups, in about half the operations of torch's own.
 
@@ -74,43 +79,44 @@ class EncoderLayer(nn.Module):
         self.norm1 = _Affine(dim)
         self.norm2 = _Affine(dim)
 
-    def forward(self, x: Tensor, attention_bias: Tensor | None = None) -> Tensor:
-        """[G, D] -> [G, D]; ``attention_bias`` [1, 1, G] is added to the scores: 0, or hugely negative for a masked group."""
-        # Straight from the dictionaries: twelve look-ups through nn.Module.__getattr__ cost as much as four of the operations.
-        modules = self._modules
-        attn = cast(_Attention, modules["self_attn"])
-        in_weight, in_bias = attn._parameters.values()
-        out_weight, out_bias = cast(nn.Module, attn._modules["out_proj"])._parameters.values()
-        weight1, bias1 = cast(nn.Module, modules["linear1"])._parameters.values()
-        weight2, bias2 = cast(nn.Module, modules["linear2"])._parameters.values()
-        scale1, shift1 = cast(nn.Module, modules["norm1"])._parameters.values()
-        scale2, shift2 = cast(nn.Module, modules["norm2"])._parameters.values()
+    def weights(self) -> list[Tensor]:
+        """The parameters in the order in which :meth:`forward` uses them."""
+        attention, modules = cast(nn.Module, self._modules["self_attn"]), self._modules
+        return [
+            *_pair(modules["norm1"]), *_pair(attention, "in_proj_"), *_pair(attention._modules["out_proj"]),
+            *_pair(modules["norm2"]), *_pair(modules["linear1"]), *_pair(modules["linear2"]),
+        ]  # fmt: skip
 
+    def forward(self, x: Tensor, attention_bias: Tensor | None = None, weights: Sequence[Tensor] | None = None) -> Tensor:
+        """[G, D] -> [G, D].
+
+        Args:
+            x: a row per group.
+            attention_bias: [1, 1, G], added to the scores: 0, or hugely negative for a masked group.
+            weights: in the place of :meth:`weights`.
+        """
+        (scale1, shift1, in_weight, in_bias, out_weight, out_bias, scale2, shift2, weight1, bias1, weight2, bias2) = (
+            self.weights() if weights is None else weights
+        )
         groups, dim = x.shape
         y = torch.layer_norm(x, (dim,), scale1, shift1)
-        qkv = linear(y, cast(Tensor, in_weight), in_bias)
+        qkv = linear(y, in_weight, in_bias)
         q, k, v = qkv.view(groups, 3, self.heads, -1).permute(1, 2, 0, 3).unbind(0)  # [H, G, D/H] each
         bias, beta = (x.new_empty(1, 1, 1), 0) if attention_bias is None else (attention_bias, 1)  # beta 0: the bias is not read
         scores = torch.baddbmm(bias, q, k.transpose(1, 2), beta=beta, alpha=(self.heads / dim) ** 0.5)
         mixed = torch.bmm(scores.softmax(-1), v).transpose(0, 1).reshape(groups, dim)
-        x = x + linear(mixed, cast(Tensor, out_weight), out_bias)
+        x = x + linear(mixed, out_weight, out_bias)
         y = torch.layer_norm(x, (dim,), scale2, shift2)
-        y = linear(y, cast(Tensor, weight1), bias1).relu()
-        return x + linear(y, cast(Tensor, weight2), bias2)
+        y = linear(y, weight1, bias1).relu()
+        return x + linear(y, weight2, bias2)
 
 
 class EncoderStack(nn.Module):
-    """Layers one after the other, under the names of ``torch.nn.TransformerEncoder``."""
+    """Layers one after the other, under the names of ``torch.nn.TransformerEncoder``; :class:`GroupEncoder` runs them."""
 
     def __init__(self, layers: list[EncoderLayer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: Tensor, attention_bias: Tensor | None = None) -> Tensor:
-        """[G, D] -> [G, D]; see :meth:`EncoderLayer.forward`."""
-        for layer in self.layers:
-            x = layer(x, attention_bias)
-        return x
 
 
 class GroupEncoder(nn.Module):
@@ -133,10 +139,6 @@ class GroupEncoder(nn.Module):
     Raises:
         ValueError: a range outside [0, 2), an unknown head_init, or heads that do not divide the feature width.
     """
-
-    _centre: Tensor
-    _base: Tensor
-    _range: Tensor
 
     def __init__(
         self,
@@ -168,8 +170,7 @@ class GroupEncoder(nn.Module):
             self.feature_gates = nn.Parameter(torch.ones(dim, **_HOST_FLOAT32))
         self.group_embeddings = nn.ParameterList()
         self.add_groups(groups)
-        for name, column in (("_centre", [0.5, 0.5, 0.0, 0.0]), ("_base", [1.0, 1.0, 0.0, 0.0]), ("_range", [1.0] * 4)):
-            self.register_buffer(name, torch.tensor(column, **_HOST_FLOAT32)[:, None], persistent=False)
+        self._copies: list[Tensor] = []
         self.set_ranges(lr_scale_range, wd_scale_range)
 
     def description(self) -> dict[str, int | bool | str]:
@@ -195,10 +196,19 @@ class GroupEncoder(nn.Module):
             if not 0.0 <= value < 2.0:
                 raise ValueError(f"Invalid {name}: {value} (must be in [0, 2))")
         self.ranges = (lr_scale_range, wd_scale_range)
-        self._range = self._range.new_tensor([*self.ranges, 1.0, 1.0])[:, None]
+        rows = [
+            [1 - lr_scale_range / 2, 1 - wd_scale_range / 2, 0.0, 0.0],  # plus half the range this is 1, to the last bit
+            [lr_scale_range, wd_scale_range, 1.0, 1.0],
+            [1.0, 1.0, 0.0, 0.0],
+            # Not -inf: a sequence in which every group is masked would give NaN, and with it NaN gradients.
+            [0.0, torch.finfo(torch.float64).min, 0.0, 0.0],
+        ]
+        numbers = torch.tensor(rows, dtype=torch.float64, device="cpu").to(self.head.weight.device)
+        self._lowest, self._range, self._masked = numbers[:3, :, None].unbind()  # [4, 1] each
+        self._seen, self._hidden = numbers[3, :2].unbind()  # what is added to the scores of a group
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupEncoder:
-        """Moves and casts as any module; the ranges are then rounded anew, not from float32 to float64."""
+        """Moves and casts as any module; the constants follow to the device and stay float64."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.set_ranges(*self.ranges)
         return self
@@ -206,7 +216,7 @@ class GroupEncoder(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A spawned process gets the file descriptors of tensors. Those of a tensor that is made here, as torch makes one when it
         # pickles a Generator, would be closed before the process starts. So the generator's state goes as bytes.
-        return {**self.__dict__, "generator": bytes(self.generator.get_state().tolist())}
+        return {**self.__dict__, "_copies": [], "generator": bytes(self.generator.get_state().tolist())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = torch.Generator("cpu")
@@ -229,61 +239,74 @@ class GroupEncoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Scales of every group.
 
+        Computed in float64: torch rounds no float64 product to TF32 or bfloat16, whatever the settings of the process and autocast
+        are. They are global, so they are neither read nor changed here.
+
         Args:
             features: [G, D] before gating and standardisation, embeddings included (:meth:`embed`).
 
         Returns:
-            [4, G]: lr_scale, wd_scale, flatness_weight, alignment_weight. A group with a non-finite feature gets 1, 1, 0, 0, and
-            the others are computed as if it did not exist: on the CPU without its row, the same bits; elsewhere masked, since the
-            number of rows cannot depend on what only the device knows.
+            [4, G] in the dtype of the features: lr_scale, wd_scale, flatness_weight, alignment_weight. A group with a non-finite
+            feature gets 1, 1, 0, 0, and the others are computed as if it did not exist: on the CPU without its row, the same bits;
+            elsewhere masked, since the number of rows cannot depend on what only the device knows.
         """
-        device = features.device.type
-        if torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(device):
-            return self._masked_scales(features)
-        with _full_precision(device):
-            return self._masked_scales(features)
-
-    def _masked_scales(self, features: Tensor) -> Tensor:
+        x, weights = features.double(), self._weights_in_float64()
         valid = self._valid(features)
         if valid is None:
-            return self._scales_of(features, None)
-        if sync.readable(valid) and valid.any():
+            scales = self._scales_of(x, None, weights)
+        elif sync.readable(valid) and valid.any():
             rows = valid.nonzero()[:, 0]
-            scales = self._scales_of(features.index_select(0, rows), None)
-            return self._base.repeat(1, len(valid)).to(scales).index_copy(1, rows, scales)
-        x = torch.where(valid[:, None], features, 0.0)
-        return torch.where(valid, self._scales_of(x, valid), self._base)
+            scales = self._scales_of(x.index_select(0, rows), None, weights)
+            scales = self._masked.repeat(1, len(valid)).index_copy(1, rows, scales)
+        else:
+            x = torch.where(valid[:, None], x, self._seen)
+            scales = torch.where(valid, self._scales_of(x, valid, weights), self._masked)
+        return scales.to(features.dtype)
 
-    def _scales_of(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def weights(self) -> list[Tensor]:
+        """All parameters but the group embeddings: twelve of each layer, two of the head, then the gates if there are any."""
+        layers = cast(nn.ModuleList, self.encoder._modules["layers"])._modules.values()
+        found = [weight for layer in layers for weight in cast(EncoderLayer, layer).weights()] + _pair(self._modules["head"])
+        return [*found, self.feature_gates] if self.features.gating else found
+
+    def kept(self) -> list[Tensor]:
+        """The tensors besides its parameters that it keeps from step to step."""
+        return [*self._copies, self._lowest, self._range, self._masked, self._seen, self._hidden]
+
+    def _weights_in_float64(self) -> list[Tensor]:
+        """:meth:`weights` as they are now, with their graph if gradients are enabled.
+
+        Without gradients one launch converts all of them. It reads the parameters in every step, since neither torch's fused
+        optimizers nor writes through ``.data`` leave a sign, and a captured graph must find the weights of its replay.
+        """
+        weights = self.weights()
+        if torch.is_grad_enabled():
+            return [weight.double() for weight in weights]
+        if all(weight.dtype == torch.float64 for weight in weights):
+            return weights
+        if len(self._copies) != len(weights) or self._copies[0].device != weights[0].device:
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
+                self._copies = [torch.empty_like(weight, dtype=torch.float64, requires_grad=False) for weight in weights]
+        torch._foreach_copy_(self._copies, weights)
+        return self._copies
+
+    def _scales_of(self, x: Tensor, valid: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
         """Finite rows [G, D] to scales [4, G]; rows that are not ``valid`` [G] have no part in those of the others."""
-        attention_bias = None
-        if valid is not None:
-            # Not -inf: a sequence in which every group is masked would give NaN, and with it NaN gradients.
-            attention_bias = x.new_zeros(1, 1, len(valid)).masked_fill(~valid, torch.finfo(x.dtype).min)
+        attention_bias = None if valid is None else torch.where(valid, self._seen, self._hidden).view(1, 1, -1)
         if self.features.gating:
-            x = x * torch.sigmoid(self.feature_gates)
+            x = x * torch.sigmoid(weights[-1])
         if self.features.standardized_columns:
             x = standardize(x, self.features.standardized_columns, valid)
-        x = self.encoder(x, attention_bias)
-        weight, bias = self.head._parameters.values()
-        out = linear(x, cast(Tensor, weight), bias).t().sigmoid()
-        return torch.addcmul(self._base, self._range, out - self._centre)
+        for number, layer in enumerate(self.encoder.layers):
+            x = layer(x, attention_bias, weights[12 * number : 12 * number + 12])
+        weight, bias = weights[12 * self.config.layers :][:2]
+        return torch.addcmul(self._lowest, self._range, linear(x, weight, bias).t().sigmoid())
 
     @staticmethod
     def _valid(features: Tensor) -> Tensor | None:
         """[G] bool, or None if it is known without a device sync that every group is valid."""
-        if sync.readable(features) and math.isfinite(features.detach().sum().item()):
+        features = features.detach()
+        if sync.readable(features) and math.isfinite(features.sum().item()):
             return None
-        return features.isfinite().all(dim=1)
-
-
-@contextmanager
-def _full_precision(device: str) -> Iterator[None]:
-    """Keeps the user's autocast and reduced-precision matrix products away from the encoder."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+        largest: Tensor = torch.linalg.vector_norm(features, math.inf, dim=1)  # NaN if there is one
+        return largest < math.inf

@@ -436,7 +436,7 @@ class MetaAdamW(Optimizer):
             return
         self._stream = stream
         kept = [self._group_of, self._features, self._scales, self._statistics, self._grad_norm, self._lagged, self._skipped]
-        for holder in (self._lists, self._hyperparameters, self._table):
+        for holder in (self._lists, self._hyperparameters, self._table, self.encoder):
             kept += [] if holder is None else holder.kept()
         for x in kept:
             if x is not None:

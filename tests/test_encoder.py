@@ -1,7 +1,14 @@
 """algorithm.md section 4: features of groups to scales. The oracle is torch.nn.TransformerEncoder itself."""
 
+import copy
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaadamw_fast import EncoderConfig, FeatureConfig, GroupEncoder, MetaAdamW, sync
 
@@ -264,3 +271,194 @@ def test_finite_features_whose_sum_overflows_are_not_masked():
     x = torch.zeros(2, encoder.dim)
     x[:, 0] = 3e38
     assert encoder(x).detach()[0].ne(1).all()
+
+
+# ------------------------------------------------------------------------------------------------- float64, whatever is set
+
+PRODUCTS = {torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.baddbmm, torch.ops.aten.bmm}
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of all matrix products inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in PRODUCTS:
+            self.dtypes.add(out.dtype)
+        return out
+
+
+def test_no_product_is_in_float32(monkeypatch):
+    """So that nothing can round it to TF32 or bfloat16: in a step, in the encoder's forward and backward pass, under autocast."""
+    encoder = make(version="norm_basic", gating=True)
+    x = features_of(encoder, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16), Products() as products:
+        scales = encoder(x)
+        torch.autograd.grad(scales.sum(), list(encoder.parameters()))
+    assert products.dtypes == {torch.float64}
+    assert scales.dtype == torch.float32
+    model = perceptron()
+    opt = MetaAdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    monkeypatch.setattr(sync, "readable", lambda x: False)  # as on a GPU
+    with Products() as products:
+        opt.step()
+    assert products.dtypes == {torch.float64}
+    assert {p.dtype for p in opt.encoder.parameters()} | {opt.lr_scale.dtype, opt.features.dtype} == {torch.float32}
+
+
+def test_float32_weights_are_used_as_they_are():
+    """The scales are those of the same encoder in float64, rounded once."""
+    encoder = make(version="norm_basic", gating=True)
+    x = features_of(encoder, 5)
+    expected = copy.deepcopy(encoder).double()(x.double()).float()
+    assert torch.equal(encoder(x), expected)
+    with torch.no_grad():
+        assert torch.equal(encoder(x), expected)
+
+
+@pytest.mark.parametrize("ranges", [(1.0, 1.0), (0.3, 1.7), (1.9, 0.123456789), (0.0, 1e-9)])
+def test_the_identity_start_is_exact_in_float64(ranges):
+    """1 - range/2 + range/2 is 1 in rounding to nearest."""
+    encoder = GroupEncoder(EncoderConfig(), FeatureConfig(), 3, lr_scale_range=ranges[0], wd_scale_range=ranges[1]).double()
+    assert torch.equal(encoder(features_of(encoder, 3))[:2], torch.ones(2, 3, dtype=torch.float64))
+
+
+def in_place(encoder):
+    with torch.no_grad():
+        encoder.head.weight.mul_(2)
+
+
+def through_data(encoder):
+    """As torch's fused optimizers, it raises no version counter."""
+    encoder.encoder.layers[0].linear1.weight.data.mul_(2)
+
+
+def other_data(encoder):
+    encoder.encoder.layers[1].norm2.bias.data = torch.full_like(encoder.encoder.layers[1].norm2.bias, 0.5)
+
+
+def transposed_data(encoder):
+    weight = encoder.encoder.layers[1].linear2.weight
+    weight.data = weight.data.t().contiguous().t()
+    weight.data.mul_(2)
+
+
+def other_parameter(encoder):
+    encoder.head.bias = nn.Parameter(torch.ones(4))
+
+
+def loaded(encoder):
+    encoder.load_state_dict({name: x + 0.25 for name, x in encoder.state_dict().items()})
+
+
+def assigned(encoder):
+    encoder.load_state_dict({name: x + 0.25 for name, x in encoder.state_dict().items()}, assign=True)
+
+
+def there_and_back(encoder):
+    encoder.double()
+    in_place(encoder)
+    encoder.float()
+
+
+def stepped(encoder):
+    """By the meta-optimizer that bumps no version: torch's fused Adam."""
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=0.1, fused=True)
+    for p in encoder.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+WRITES = [in_place, through_data, other_data, transposed_data, other_parameter, loaded, assigned, there_and_back, stepped]
+
+
+@pytest.mark.parametrize("again", ["itself", "deepcopy", "pickle"])
+@pytest.mark.parametrize("write", WRITES)
+def test_weights_that_change_are_seen(write, again):
+    encoder = make(gating=True)
+    x = features_of(encoder, 5)
+    with torch.no_grad():
+        before = encoder(x)
+    encoder = {"itself": lambda x: x, "deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}[again](encoder)
+    write(encoder)
+    with torch.no_grad():
+        after = encoder(x)
+    assert torch.equal(after, encoder(x).detach())  # with gradients on, each weight is converted anew
+    assert not torch.equal(after, before)
+    assert after.dtype == torch.float32
+
+
+def test_float64_copies_of_the_weights_are_in_no_pickle_and_no_state_dict():
+    encoder = make()
+    size, names = len(pickle.dumps(encoder)), list(encoder.state_dict())
+    with torch.no_grad():
+        encoder(features_of(encoder, 5))
+    assert len(pickle.dumps(encoder)) == size
+    assert list(encoder.state_dict()) == names
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+
+
+def test_an_encoder_that_ran_in_inference_mode_runs_outside():
+    encoder = make()
+    x = features_of(encoder, 5)
+    with torch.inference_mode():
+        inside = encoder(x)
+    with torch.no_grad():
+        assert torch.equal(encoder(x), inside)
+
+
+SETTINGS = """
+import torch
+from torch import backends
+from metaadamw_fast import MetaLearner
+from tests.models import batch, make, mse, noise, perceptron
+
+PLACES = backends, backends.cuda.matmul, backends.cudnn, backends.mkldnn.matmul, backends.mkldnn.conv
+
+def found():
+    return [place.fp32_precision for place in PLACES]
+
+def scales(version):
+    model = perceptron()
+    opt = make(model, features=version)
+    for step in range(2):
+        for i, p in enumerate(model.parameters()):
+            p.grad = noise(p.shape, 10 * step + i)
+        opt.step()
+    before = found()
+    MetaLearner(opt, model, mse).update(*(batch(model, i) for i in range(3)))
+    assert found() == before
+    return opt.lr_scale
+
+expected = {version: scales(version) for version in ("basic", "norm_basic_plus")}
+
+def check(name):
+    changed = found()
+    for version, lr_scale in expected.items():
+        assert torch.equal(scales(version), lr_scale), (name, version)
+    assert found() == changed, name
+
+for place, value in ((backends, "tf32"), (backends.cuda.matmul, "tf32"), (backends.mkldnn.matmul, "bf16")):
+    place.fp32_precision = value
+    check(place)
+    place.fp32_precision = "none"
+backends.cuda.matmul.allow_tf32 = True
+check("allow_tf32")
+backends.cuda.matmul.allow_tf32 = False
+torch.set_float32_matmul_precision("medium")
+check("medium")
+assert torch.get_float32_matmul_precision() == "medium"
+print("checked")
+"""
+
+
+def test_precision_settings_of_the_process_change_nothing_and_are_not_changed():
+    """In a process of its own, since they are global."""
+    run = subprocess.run([sys.executable, "-c", SETTINGS], capture_output=True, text=True)
+    assert run.stdout == "checked\n", run.stderr
