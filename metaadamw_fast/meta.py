@@ -54,7 +54,7 @@ class MetaLearner:
     """Trains the encoder of a :class:`~metaadamw_fast.MetaAdamW` by looking one step ahead.
 
     Args:
-        optimizer: whose encoder is trained.
+        optimizer: whose encoder is trained. It may be inside the wrappers of Lightning, Fabric or Accelerate.
         model: the model that ``optimizer`` trains. With ``DistributedDataParallel``, compiled or inside another module too, and
             ``fully_shard`` (FSDP2) all ranks make the same update, from the mean of their losses and gradients.
         loss_fn: ``loss_fn(model, batch) -> scalar tensor``. A batch is whatever it takes.
@@ -75,7 +75,7 @@ class MetaLearner:
         scaler: the ``torch.amp.GradScaler`` of the training loop, if any: its scale keeps float16 gradients from vanishing.
 
     Raises:
-        TypeError: an optimizer that is no MetaAdamW.
+        TypeError: an optimizer that is no MetaAdamW, nor a wrapper of one.
         ValueError: an unknown choice, a weight that is not finite, a parameter of the optimizer that is not in the model,
             ``hvp="exact"`` with DTensors, ``DistributedDataParallel`` modules on different ranks.
     """
@@ -99,8 +99,10 @@ class MetaLearner:
         gap_at: str = "theta",
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        if not isinstance(optimizer, MetaAdamW):
+        unwrapped = _unwrapped(optimizer)
+        if unwrapped is None:
             raise TypeError(f"a MetaLearner trains the encoder of a MetaAdamW, got {type(optimizer).__name__}")
+        optimizer = unwrapped
         for name, value, choices in (
             ("objective", objective, (*TERMS, "combined")),
             ("balance", balance, ("huw", "fixed", "sum")),
@@ -434,6 +436,20 @@ class MetaLearner:
         self.meta_optimizer.load_state_dict(copy.deepcopy(state_dict["meta_optimizer"]))  # torch would keep the tensors
         self.log_vars.data.copy_(state_dict["log_vars"])
         self.updates = int(state_dict["updates"])
+
+
+def _unwrapped(optimizer: Any) -> MetaAdamW | None:
+    """The innermost MetaAdamW of nested wrappers, each of which has what it wraps as ``_optimizer`` or ``optimizer``.
+
+    Lightning's wrapper passes for a MetaAdamW and shows the attributes of the one that it wraps. But what is written to it stays in
+    it: the wrapped optimizer would not see the lists and counts that a meta-update makes anew.
+    """
+    for name in ("_optimizer", "optimizer"):
+        inner = getattr(optimizer, name, None)
+        found = None if inner is None or inner is optimizer else _unwrapped(inner)
+        if found is not None:
+            return found
+    return optimizer if isinstance(optimizer, MetaAdamW) and "state" in vars(optimizer) else None
 
 
 class _Endless:
