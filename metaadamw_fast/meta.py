@@ -21,7 +21,7 @@ from .checkpoint import check_learner, with_adam_states
 from .evaluation import Evaluation, Gradients, LossFn, MicroBatches, no_second_derivative, warn_of_differences, write
 from .features import NORM_FLOOR
 from .lookahead import look_ahead
-from .model_state import preserved
+from .model_state import ModelState
 from .optimizer import MetaAdamW
 from .sharding import check_supported, has_static_graph, is_sharded, replicas, reshard
 from .weighting import TERM_KINDS, clamp_log_vars_, homoscedastic_sum
@@ -194,11 +194,15 @@ class MetaLearner:
         gap_batch = val_batch if gap_batch is None else gap_batch
         reshard(self.model)  # a forward pass without a backward may have left an FSDP2 module gathered
         lists = self.optimizer._current_lists()
-        standing = lists.gradients() if self.optimizer.variant == "released" else []  # `preserved` takes them aside
-        with preserved(self.model) as rewind, torch.enable_grad():
+        self._check_dtypes(lists.leaves)
+        released = self.optimizer.variant == "released"
+        standing = lists.gradients() if released else []  # before they are set aside
+        state = ModelState(self.model, lists.leaves if released else [])  # the released θ′ moves what is frozen by now
+        with state, state, torch.enable_grad():
+            state.set_aside()
             params, rank_sums = lists.params, self.optimizer._rank_sums
-            self._check_dtypes(lists.leaves)
-            evaluation = Evaluation(self.loss_fn, self.model, lists.leaves, self._sign(), rewind, rank_sums, self.scaler)
+            theta = [state.values.get(p, shard) for p, shard in zip(lists.leaves, params, strict=True)]
+            evaluation = Evaluation(self.loss_fn, self.model, lists.leaves, self._sign(), state, rank_sums, self.scaler)
             loss_a, g1 = evaluation.gradient(batch_a)
             ahead = look_ahead(self.optimizer, g1, standing)
             g1 = [None if g is None else g * ahead.clip for g in g1]
@@ -207,7 +211,6 @@ class MetaLearner:
             if "gen_gap" in self.terms and self.gap_at == "theta":
                 gap_loss = before if before is not None and gap_batch is val_batch else evaluation.loss(gap_batch)
                 terms["gen_gap"] = (loss_a - gap_loss).abs()
-            theta = [p.detach().clone() for p in params]
             # What depends on θ′, and how it changes with the scales [4, G]: no gradient is kept beyond its dot products.
             values: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -215,23 +218,20 @@ class MetaLearner:
                 value, gradient = evaluation.gradient(batch)
                 return value.requires_grad_(), ahead.gradient_of_scales(theta, gradient)
 
-            try:
-                write(params, ahead.parameters(theta))
-                gap_ahead = "gen_gap" in self.terms and self.gap_at == "lookahead"
-                if "loss_decrease" in self.terms or (gap_ahead and gap_batch is val_batch):
-                    values["val"] = loss_ahead(val_batch)
-                if gap_ahead:
-                    values["a"] = loss_ahead(batch_a)
-                    if gap_batch is not val_batch:
-                        values["gap"] = loss_ahead(gap_batch)
-                    terms["gen_gap"] = (values["a"][0] - values["val" if gap_batch is val_batch else "gap"][0]).abs()
-                if before is not None:
-                    terms["loss_decrease"] = values["val"][0] - before
-                if "gradient" in self.terms:  # last: it leaves the parameters somewhere else
-                    terms["gradient"], gradient = self._alignment(evaluation, batch_b, ahead.scales, g1)
-                    values["gradient"] = terms["gradient"], ahead.gradient_of_scales(theta, gradient)
-            finally:
-                write(params, theta)
+            write(params, ahead.parameters(theta))
+            gap_ahead = "gen_gap" in self.terms and self.gap_at == "lookahead"
+            if "loss_decrease" in self.terms or (gap_ahead and gap_batch is val_batch):
+                values["val"] = loss_ahead(val_batch)
+            if gap_ahead:
+                values["a"] = loss_ahead(batch_a)
+                if gap_batch is not val_batch:
+                    values["gap"] = loss_ahead(gap_batch)
+                terms["gen_gap"] = (values["a"][0] - values["val" if gap_batch is val_batch else "gap"][0]).abs()
+            if before is not None:
+                terms["loss_decrease"] = values["val"][0] - before
+            if "gradient" in self.terms:  # last: it leaves the parameters somewhere else
+                terms["gradient"], gradient = self._alignment(evaluation, batch_b, ahead.scales, g1)
+                values["gradient"] = terms["gradient"], ahead.gradient_of_scales(theta, gradient)
             total = self._total(terms)
             of_scales = torch.zeros_like(ahead.scales)
             if values:
