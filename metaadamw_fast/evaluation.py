@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
-from .model_state import twice_differentiable
+from .model_state import ModelState, TwiceDifferentiable
 from .sharding import RankSums, is_sharded, local, local_gradient, replicas, reshard
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -28,7 +29,7 @@ class Evaluation:
         loss_fn, model: the loss of a batch is ``loss_fn(model, batch)``.
         params: what gradients are taken with respect to. Of DTensors, gradients and products are this rank's shards.
         sign: -1 to minimize -loss_fn.
-        rewind: puts the random state back, before every evaluation.
+        state: what is restored after all evaluations, of which every one begins with the same random state.
         rank_sums: of ``params``.
         scaler: a ``torch.amp.GradScaler`` whose scale keeps the gradients of an fp16 autocast from vanishing, or None.
 
@@ -42,11 +43,11 @@ class Evaluation:
         model: nn.Module,
         params: Sequence[Tensor],
         sign: float,
-        rewind: Callable[[], None],
+        state: ModelState,
         rank_sums: RankSums,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self._loss_fn, self._model, self._sign, self._rewind = loss_fn, model, sign, rewind
+        self._loss_fn, self._model, self._sign, self._state = loss_fn, model, sign, state
         self.params = list(params)
         self._trainable = [p for p in self.params if p.requires_grad]
         self._shards = [local(p) for p in self.params]
@@ -65,7 +66,7 @@ class Evaluation:
 
     def _begin(self) -> None:
         reshard(self._model)  # whatever is gathered is from other parameters
-        self._rewind()
+        self._state.rewind()
 
     def _value(self, batch: Any) -> Tensor:
         value = self._loss_fn(self._model, batch)
@@ -94,14 +95,13 @@ class Evaluation:
 
     def gradient(self, batch: Any) -> tuple[Tensor, Gradients]:
         """The loss and its gradient, None where it does not depend on a parameter. Micro-batches are gone through one by one."""
-        if self._averaged:  # FSDP2 hands gradients to ``.grad`` only
-            return self._gradient(batch, self._accumulated)
-        try:
-            return self._gradient(batch, self._backward)
-        except RuntimeError as error:
-            if "incompatible with .grad()" not in str(error):
-                raise
-        return self._gradient(batch, self._accumulated)
+        if not self._averaged:
+            try:
+                return self._gradient(batch, self._backward)
+            except RuntimeError as error:
+                if "incompatible with .grad()" not in str(error):
+                    raise
+        return self._gradient(batch, self._accumulated)  # FSDP2 and reentrant checkpointing hand gradients to ``.grad`` only
 
     def _gradient(self, batch: Any, backward: Callable[..., Sequence[Tensor | None]]) -> tuple[Tensor, Gradients]:
         parts, factor = self._parts(batch)
@@ -137,9 +137,10 @@ class Evaluation:
         return (flags[0] / ranks).to(value.dtype), means
 
     def _accumulated(self, value: Tensor, factor: float) -> Sequence[Tensor | None]:
-        """As :meth:`_backward`, for reentrant activation checkpointing: through ``.grad``, which `preserved` puts back."""
-        for p in self._trainable:
-            p.grad = None
+        """As :meth:`_backward`, by way of ``.grad``."""
+        # The pass adds to every leaf that it reaches, also to one of another model.
+        reached = [node.variable for node in _nodes([value]) if node.name() == "torch::autograd::AccumulateGrad"]  # type: ignore[attr-defined]
+        self._state.set_aside_at([*self._trainable, *reached])
         torch.autograd.backward(value * factor)
         return [local_gradient(p) for p in self._trainable]
 
@@ -166,8 +167,10 @@ class Evaluation:
             RuntimeError: an operation of the model has no second derivative.
         """
         parts, factor = self._parts(batch)
-        self._rewind()
-        with twice_differentiable(self._model):
+        self._state.rewind()
+        kernels = TwiceDifferentiable(self._model)
+        with kernels, kernels:
+            kernels.begin()
             found = [self._listed(self._backward(self._value(part), factor, create_graph=True)) for part in parts]
             if check:
                 _refuse_differentiable_once(found[0])
@@ -250,14 +253,19 @@ def warn_of_differences(error: RuntimeError) -> None:
 
 
 def _refuse_differentiable_once(gradients: Gradients) -> None:
-    todo = [x.grad_fn for x in gradients if x is not None]
+    if any(node.name() == "torch::autograd::Error" for node in _nodes(gradients)):
+        raise RuntimeError("the model has a function that is marked with @once_differentiable")
+
+
+def _nodes(outputs: Gradients) -> Iterator[Node]:
+    """Yields the nodes of the graph behind some tensors."""
+    todo = [x.grad_fn for x in outputs if x is not None]
     seen = set()
     while todo:
         node = todo.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            if node.name() == "torch::autograd::Error":
-                raise RuntimeError("the model has a function that is marked with @once_differentiable")
+            yield node
             todo += [following for following, _ in node.next_functions]
 
 

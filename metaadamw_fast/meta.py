@@ -21,7 +21,7 @@ from .checkpoint import check_learner, with_adam_states
 from .evaluation import Evaluation, Gradients, LossFn, MicroBatches, no_second_derivative, warn_of_differences, write
 from .features import NORM_FLOOR
 from .lookahead import look_ahead
-from .model_state import preserved
+from .model_state import ModelState
 from .optimizer import MetaAdamW
 from .sharding import check_supported, has_static_graph, is_sharded, replicas, reshard
 from .weighting import TERM_KINDS, clamp_log_vars_, homoscedastic_sum
@@ -54,7 +54,7 @@ class MetaLearner:
     """Trains the encoder of a :class:`~metaadamw_fast.MetaAdamW` by looking one step ahead.
 
     Args:
-        optimizer: whose encoder is trained.
+        optimizer: whose encoder is trained. It may be inside the wrappers of Lightning, Fabric or Accelerate.
         model: the model that ``optimizer`` trains. With ``DistributedDataParallel``, compiled or inside another module too, and
             ``fully_shard`` (FSDP2) all ranks make the same update, from the mean of their losses and gradients.
         loss_fn: ``loss_fn(model, batch) -> scalar tensor``. A batch is whatever it takes.
@@ -75,7 +75,7 @@ class MetaLearner:
         scaler: the ``torch.amp.GradScaler`` of the training loop, if any: its scale keeps float16 gradients from vanishing.
 
     Raises:
-        TypeError: an optimizer that is no MetaAdamW.
+        TypeError: an optimizer that is no MetaAdamW, nor a wrapper of one.
         ValueError: an unknown choice, a weight that is not finite, a parameter of the optimizer that is not in the model,
             ``hvp="exact"`` with DTensors, ``DistributedDataParallel`` modules on different ranks.
     """
@@ -99,8 +99,10 @@ class MetaLearner:
         gap_at: str = "theta",
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        if not isinstance(optimizer, MetaAdamW):
+        unwrapped = _unwrapped(optimizer)
+        if unwrapped is None:
             raise TypeError(f"a MetaLearner trains the encoder of a MetaAdamW, got {type(optimizer).__name__}")
+        optimizer = unwrapped
         for name, value, choices in (
             ("objective", objective, (*TERMS, "combined")),
             ("balance", balance, ("huw", "fixed", "sum")),
@@ -192,11 +194,15 @@ class MetaLearner:
         gap_batch = val_batch if gap_batch is None else gap_batch
         reshard(self.model)  # a forward pass without a backward may have left an FSDP2 module gathered
         lists = self.optimizer._current_lists()
-        standing = lists.gradients() if self.optimizer.variant == "released" else []  # `preserved` takes them aside
-        with preserved(self.model) as rewind, torch.enable_grad():
+        self._check_dtypes(lists.leaves)
+        released = self.optimizer.variant == "released"
+        standing = lists.gradients() if released else []  # before they are set aside
+        state = ModelState(self.model, lists.leaves if released else [])  # the released θ′ moves what is frozen by now
+        with state, state, torch.enable_grad():
+            state.set_aside()
             params, rank_sums = lists.params, self.optimizer._rank_sums
-            self._check_dtypes(lists.leaves)
-            evaluation = Evaluation(self.loss_fn, self.model, lists.leaves, self._sign(), rewind, rank_sums, self.scaler)
+            theta = [state.values.get(p, shard) for p, shard in zip(lists.leaves, params, strict=True)]
+            evaluation = Evaluation(self.loss_fn, self.model, lists.leaves, self._sign(), state, rank_sums, self.scaler)
             loss_a, g1 = evaluation.gradient(batch_a)
             ahead = look_ahead(self.optimizer, g1, standing)
             g1 = [None if g is None else g * ahead.clip for g in g1]
@@ -205,7 +211,6 @@ class MetaLearner:
             if "gen_gap" in self.terms and self.gap_at == "theta":
                 gap_loss = before if before is not None and gap_batch is val_batch else evaluation.loss(gap_batch)
                 terms["gen_gap"] = (loss_a - gap_loss).abs()
-            theta = [p.detach().clone() for p in params]
             # What depends on θ′, and how it changes with the scales [4, G]: no gradient is kept beyond its dot products.
             values: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -213,23 +218,20 @@ class MetaLearner:
                 value, gradient = evaluation.gradient(batch)
                 return value.requires_grad_(), ahead.gradient_of_scales(theta, gradient)
 
-            try:
-                write(params, ahead.parameters(theta))
-                gap_ahead = "gen_gap" in self.terms and self.gap_at == "lookahead"
-                if "loss_decrease" in self.terms or (gap_ahead and gap_batch is val_batch):
-                    values["val"] = loss_ahead(val_batch)
-                if gap_ahead:
-                    values["a"] = loss_ahead(batch_a)
-                    if gap_batch is not val_batch:
-                        values["gap"] = loss_ahead(gap_batch)
-                    terms["gen_gap"] = (values["a"][0] - values["val" if gap_batch is val_batch else "gap"][0]).abs()
-                if before is not None:
-                    terms["loss_decrease"] = values["val"][0] - before
-                if "gradient" in self.terms:  # last: it leaves the parameters somewhere else
-                    terms["gradient"], gradient = self._alignment(evaluation, batch_b, ahead.scales, g1)
-                    values["gradient"] = terms["gradient"], ahead.gradient_of_scales(theta, gradient)
-            finally:
-                write(params, theta)
+            write(params, ahead.parameters(theta))
+            gap_ahead = "gen_gap" in self.terms and self.gap_at == "lookahead"
+            if "loss_decrease" in self.terms or (gap_ahead and gap_batch is val_batch):
+                values["val"] = loss_ahead(val_batch)
+            if gap_ahead:
+                values["a"] = loss_ahead(batch_a)
+                if gap_batch is not val_batch:
+                    values["gap"] = loss_ahead(gap_batch)
+                terms["gen_gap"] = (values["a"][0] - values["val" if gap_batch is val_batch else "gap"][0]).abs()
+            if before is not None:
+                terms["loss_decrease"] = values["val"][0] - before
+            if "gradient" in self.terms:  # last: it leaves the parameters somewhere else
+                terms["gradient"], gradient = self._alignment(evaluation, batch_b, ahead.scales, g1)
+                values["gradient"] = terms["gradient"], ahead.gradient_of_scales(theta, gradient)
             total = self._total(terms)
             of_scales = torch.zeros_like(ahead.scales)
             if values:
@@ -434,6 +436,20 @@ class MetaLearner:
         self.meta_optimizer.load_state_dict(copy.deepcopy(state_dict["meta_optimizer"]))  # torch would keep the tensors
         self.log_vars.data.copy_(state_dict["log_vars"])
         self.updates = int(state_dict["updates"])
+
+
+def _unwrapped(optimizer: Any) -> MetaAdamW | None:
+    """The innermost MetaAdamW of nested wrappers, each of which has what it wraps as ``_optimizer`` or ``optimizer``.
+
+    Lightning's wrapper passes for a MetaAdamW and shows the attributes of the one that it wraps. But what is written to it stays in
+    it: the wrapped optimizer would not see the lists and counts that a meta-update makes anew.
+    """
+    for name in ("_optimizer", "optimizer"):
+        inner = getattr(optimizer, name, None)
+        found = None if inner is None or inner is optimizer else _unwrapped(inner)
+        if found is not None:
+            return found
+    return optimizer if isinstance(optimizer, MetaAdamW) and "state" in vars(optimizer) else None
 
 
 class _Endless:

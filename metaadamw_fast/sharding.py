@@ -7,8 +7,7 @@ all tensors together, makes those of the shards those of the tensors, the same b
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -123,41 +122,44 @@ def reshard(model: nn.Module) -> None:
         part.reshard()
 
 
-@contextmanager
-def reducing(model: nn.Module) -> Iterator[None]:
-    """Makes FSDP2 reduce every gradient over the ranks; what it has accumulated without is aside meanwhile.
-
-    On exit, also by an exception, that is put back, whether gradients are reduced is as it was, and nothing is gathered: the next
-    forward pass gathers what the shards then hold.
+class UnreducedGradients:
+    """What FSDP2 has accumulated without reducing it over the ranks, and where FSDP2 is in an iteration.
 
     Raises:
         RuntimeError: unknown internals of FSDP2, and no ``.grad`` stands that would show that the last gradient was reduced.
     """
-    parts = _fsdp_modules(model)
-    try:
-        places = _unreduced(parts)
-    except AttributeError as error:
-        if all(p.grad is None for p in model.parameters()):
-            raise RuntimeError(
-                f"this version of torch does not show whether FSDP2 has accumulated a gradient ({error}), which a meta-update would"
-                " lose: call update() after the optimizer's step() and before zero_grad()"
-            ) from error
-        parts, places = [], []
-    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-    try:
-        for owner, name, meanwhile in places:
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._parts = model, _fsdp_modules(model)
+        try:
+            self._places = _unreduced(self._parts)
+        except AttributeError as error:
+            if all(p.grad is None for p in model.parameters()):
+                raise RuntimeError(
+                    f"this version of torch does not show whether FSDP2 has accumulated a gradient ({error}), which a meta-update"
+                    " would lose: call update() after the optimizer's step() and before zero_grad()"
+                ) from error
+            self._parts, self._places = [], []
+        self._kept = [(owner, name, getattr(owner, name)) for owner, name, _ in self._places]
+
+    def set_aside(self) -> None:
+        """Makes FSDP2 begin an iteration, and reduce every gradient over the ranks."""
+        for owner, name, meanwhile in self._places:
             setattr(owner, name, meanwhile)
-        yield
-    except BaseException:
-        for part in parts:  # maybe in the middle of a forward or backward pass, which FSDP2 would go on with
+
+    def restore(self, *, failed: bool) -> None:
+        """Puts it back. Nothing is gathered then: the next forward pass gathers what the shards hold.
+
+        Args:
+            failed: an exception may have come in the middle of a forward or backward pass, which FSDP2 would go on with.
+        """
+        for part in self._parts if failed else ():
             if getattr(part._get_fsdp_state(), "_is_root", False) and hasattr(part, "reset_iter_state"):  # torch 2.13
                 part.reset_iter_state()
-        raise
-    finally:
-        for owner, name, meanwhile in _unreduced(parts):
+        for owner, name, meanwhile in _unreduced(self._parts):  # more than before: a first forward pass makes some
             setattr(owner, name, meanwhile)
-        reshard(model)
-        for owner, name, value in saved:
+        reshard(self._model)
+        for owner, name, value in self._kept:
             setattr(owner, name, value)
 
 
