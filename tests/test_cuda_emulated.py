@@ -11,7 +11,8 @@ import pytest
 from . import cuda_on_cpu
 
 HERE = Path(__file__).parent
-SKIPPED = {"test_gpu_ops": 1, "test_gpu_optimizer": 2, "test_gpu_random": 0}  # CUDA graphs; two devices, a model that moves
+# The files, and how many of their tests need a true GPU: for CUDA graphs; for two devices and for a model that moves.
+FILES = {"test_gpu_ops": 1, "test_gpu_optimizer": 2, "test_gpu_random": 0, "test_policy": 0}
 
 pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.unavailable()), reason=str(cuda_on_cpu.unavailable()))
 
@@ -28,7 +29,7 @@ def processes():
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for name in SKIPPED
+        for name in FILES
     }
     yield started
     for process in started.values():
@@ -36,10 +37,10 @@ def processes():
         process.communicate()
 
 
-@pytest.mark.parametrize("name", SKIPPED)
+@pytest.mark.parametrize("name", FILES)
 def test_emulated(name, processes):
     output = processes[name].communicate(timeout=900)[0]
     assert processes[name].returncode == 0, output
     counts = {what: int(count) for count, what in re.findall(r"(\d+) (passed|skipped)", output)}
     assert counts["passed"] >= 18, output
-    assert counts.get("skipped", 0) == SKIPPED[name], output
+    assert counts.get("skipped", 0) == FILES[name], output
