@@ -10,6 +10,7 @@ from metaadamw_fast import FeatureConfig, ops, reference
 from metaadamw_fast.features import VERSIONS, FeatureTable, feature_table
 from metaadamw_fast.grouping import Member
 
+from . import emulated
 from .cases import same_bits
 from .models import noise
 
@@ -17,11 +18,14 @@ F32, F64 = torch.float32, torch.float64
 
 pytestmark = pytest.mark.skipif(not hasattr(ops.CppBackend, "modulation"), reason="there is no C++ extension")
 no_gpu = ops._unavailable("cpp", torch.device("cuda"))
+ON_A_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(bool(no_gpu), reason=str(no_gpu))])
+EMULATED = emulated.use()  # by test_cuda_emulated.py: the CUDA kernels on the CPU
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(bool(no_gpu), reason=str(no_gpu))])])
+@pytest.fixture(params=["cpu"] if EMULATED else ["cpu", ON_A_GPU])
 def run(request):
     """Calls an op of the C++ backend on copies of its arguments on the device; the results are on the CPU."""
+    backend = ops.BACKENDS["emulated" if EMULATED else "cpp"]()
 
     def there(x, device):
         if isinstance(x, FeatureTable):
@@ -29,7 +33,7 @@ def run(request):
         return x.to(device) if isinstance(x, torch.Tensor) else x
 
     def call(op, *arguments):
-        found = getattr(ops.CppBackend, op)(*(there(x, request.param) for x in arguments))
+        found = getattr(backend, op)(*(there(x, request.param) for x in arguments))
         return [there(x, "cpu") for x in found] if isinstance(found, (list, tuple)) else there(found, "cpu")
 
     return call
@@ -191,3 +195,23 @@ def test_arguments_that_do_not_fit_are_refused(run):
         wrong = change(arguments[position])
         with pytest.raises(RuntimeError, match=r"scales|elements|contiguous"):
             run("modulation", *arguments[:position], wrong, *arguments[position + 1 :], None, False)
+
+
+def test_more_tensors_than_a_block_of_a_gpu_has_threads(run):
+    """Every thread takes several, and the last ones take one more than the others."""
+    tensors, config = 700, FeatureConfig("basic_plus", v_norm=True, time_step=False)
+    group_ids = [0] * 600 + [1 + t % 3 for t in range(100)]
+    statistics = statistics_of(tensors, config, F64)
+    table, done = table_of(config, group_ids, statistics), torch.tensor(6.0)
+    found = run("group_features", statistics, table, done, 1, None)
+    expected = reference.group_features(statistics, table, done, 1, None)
+    # As above; means of 600 are added up in another order.
+    assert ((found - expected).abs() <= 600 * torch.finfo(F64).eps * statistics.sqrt().nan_to_num().amax()).all()
+
+    found = run("scaled_gradients", statistics, None, None, 0.1)
+    for x, y in zip(found, reference.scaled_gradients(statistics, None, None, 0.1), strict=True):
+        torch.testing.assert_close(x, y, rtol=tensors * torch.finfo(F64).eps, atol=0)
+
+    arguments = modulation_arguments(tensors)
+    found, plain = run("modulation", *arguments, None, False), reference.modulation(*arguments, None, False)
+    assert same_bits(found, run("update_vectors", *plain.unbind()))

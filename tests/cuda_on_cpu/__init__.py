@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils.cpp_extension import include_paths
@@ -44,18 +45,34 @@ def with_launches_as_calls(text: str) -> str:
     return re.sub(r"(\w+(?:<\w+>)?)<<<(.*?)>>>\(", r"emulated::Launch(\2).of([&](auto... x) { \1(x...); })(", text, flags=re.DOTALL)
 
 
-def build(edits: dict[str, tuple[str, str]] | None = None, flags: tuple[str, ...] = ("-O2",)) -> Path:
+class Edit(NamedTuple):
+    """In a file of csrc/, soon after a text that it has once: the text ``old`` becomes ``new``."""
+
+    file: str
+    after: str
+    old: str
+    new: str = ""
+
+    def of(self, text: str) -> str:
+        if text.count(self.after) != 1:
+            raise ValueError(f"csrc/{self.file} has this {text.count(self.after)} times instead of once: {self.after}")
+        at = text.index(self.after) + len(self.after)
+        before, soon, later = text[:at], text[at : at + 500], text[at + 500 :]
+        if self.old not in soon:
+            raise ValueError(f"csrc/{self.file} does not have this soon after {self.after!r}: {self.old}")
+        return before + soon.replace(self.old, self.new, 1) + later
+
+
+def build(edit: Edit | None = None, flags: tuple[str, ...] = ("-O2",)) -> Path:
     """The library, built if it is not there yet. Loaded by torch.ops.load_library it makes ``torch.ops.metaadamw_emulated``.
 
     Args:
-        edits: by file of csrc/, a text that must be there once and what stands there instead.
+        edit: a change of the sources, to break them.
         flags: more of the compiler's; a sanitizer's are for the kernels only.
     """
     sources = {path.name: path.read_text() for path in sorted(SOURCES.iterdir())}
-    for name, (old, new) in (edits or {}).items():
-        if sources[name].count(old) != 1:
-            raise ValueError(f"csrc/{name} has this {sources[name].count(old)} times instead of once:\n{old}")
-        sources[name] = sources[name].replace(old, new)
+    if edit is not None:
+        sources[edit.file] = edit.of(sources[edit.file])
     for name in sources:
         if name.endswith((".cu", ".cuh")):
             sources[name] = with_launches_as_calls(sources[name])

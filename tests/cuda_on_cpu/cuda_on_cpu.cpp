@@ -1,8 +1,9 @@
 // The fibers, blocks and launches of cuda_on_cpu.h. Compiled without a sanitizer even where the kernels are compiled with one: it
 // tells the sanitizer what a CUDA thread is and where CUDA orders memory.
 //
-// CUDA_ON_CPU_SEED (0) sets all random orders. CUDA_ON_CPU_PAUSE (0) is how many microseconds a block sleeps at most, now and then,
-// before and after an atomic and before a fence: races between blocks need ThreadSanitizer and a long pause to be seen.
+// CUDA_ON_CPU_SEED (0) sets all random orders. CUDA_ON_CPU_PAUSE (0) is how many microseconds a block sleeps at most before and
+// after every second atomic or so. ThreadSanitizer sees a race between blocks only if the wrong one is last: a long pause lets it
+// be.
 #include "cuda_on_cpu.h"
 
 #include <link.h>
@@ -80,8 +81,7 @@ struct Fiber {
 
 using Warp = std::vector<Fiber*>;  // in the order in which they run
 
-// The shared memory of the block that this OS thread runs: the thread-local variables of this library, `current` and `here`
-// included.
+// The shared memory of the block that this OS thread runs: all thread-local variables of this library.
 struct Memory {
   void* begin;
   size_t bytes;
@@ -115,13 +115,13 @@ char launched, ended;  // addresses for acquire and release: fibers see what the
 class Multiprocessor;
 thread_local Multiprocessor* here;
 
-// Runs one block after another, each with the fibers of the one before.
+// Runs one block after another with the same fibers.
 class Multiprocessor {
  public:
   // False if the block could not come to its end. Its fibers are then stuck, so this must not be used again, nor destroyed.
   bool run(const Grid& grid, unsigned block) {
     const Memory shared = shared_memory();
-    std::memset(shared.begin, 0xff, shared.bytes);
+    std::memset(shared.begin, 0xff, shared.bytes);  // garbage; `here` and `current` are part of it
     here = this;
     begin(grid, block);
     const bool one_by_one = random_() % 2;  // a warp runs as far as it can before the next one; or they take turns
@@ -149,7 +149,7 @@ class Multiprocessor {
     wait(State::kAtBarrier, place);
     acquire(address);
   }
-  const uint64_t* exchange(unsigned mask, uint64_t value, Place place) {
+  const uint64_t* exchange(Place place, unsigned mask, uint64_t value) {
     running_->mask = mask;
     running_->value = value;
     wait(State::kAtExchange, place);
@@ -182,8 +182,7 @@ class Multiprocessor {
     reorder(warps_);
   }
 
-  // Runs the lanes that are ready until they wait, then carries out the exchanges that are complete. False if there was nothing to
-  // do.
+  // Runs the lanes that are ready until they wait, then the exchanges that are complete. False if there was nothing to do.
   bool advance(Warp& warp) {
     bool progress = false;
     for (Fiber* fiber : warp) {
@@ -195,16 +194,14 @@ class Multiprocessor {
     }
     for (Fiber* first : warp) {
       if (first->state != State::kAtExchange) continue;
-      std::vector<Fiber*> there;
+      const auto takes_part = [&](const Fiber* x) {
+        return x->state == State::kAtExchange && x->mask == first->mask && x->place == first->place;
+      };
       unsigned lanes = 0;
-      for (Fiber* fiber : warp) {
-        if (fiber->state == State::kAtExchange && fiber->mask == first->mask && fiber->place == first->place) {
-          there.push_back(fiber);
-          lanes |= 1u << fiber->thread.index.x % kLanes;
-        }
-      }
+      for (const Fiber* fiber : warp) lanes |= static_cast<unsigned>(takes_part(fiber)) << fiber->thread.index.x % kLanes;
       if (lanes != first->mask) continue;
-      for (Fiber* fiber : there) {
+      for (Fiber* fiber : warp) {
+        if (!takes_part(fiber)) continue;
         exchanged_[fiber->thread.index.x] = fiber->value;
         fiber->state = State::kReady;
       }
@@ -261,8 +258,8 @@ class Multiprocessor {
     if (has_address_sanitizer()) __sanitizer_finish_switch_fiber(fiber.fake_stack, &stack_, &stack_bytes_);
   }
 
-  // setjmp and longjmp as the compiler has them: no system call, and no sanitizer looks on.
-  // They must not stand in one function: the compiler would not see that the one returns after the other.
+  // setjmp and longjmp as the compiler has them: no system call, and no sanitizer intercepts them. They stand in two functions: in
+  // one the compiler takes the return of setjmp that longjmp causes for unreachable.
   [[gnu::noipa]] static void switch_from_to(void** from, void** to) {
     if (__builtin_setjmp(from) == 0) jump(to);
   }
@@ -278,7 +275,7 @@ class Multiprocessor {
     if (__builtin_setjmp(context_) == 0) setcontext(&context);
   }
 
-  // What a fiber runs: the kernel once for every block. The multiprocessor stays, the OS thread that runs it may change.
+  // What a fiber runs: the kernel once for every block.
   static void forever() {
     Multiprocessor& own = *here;
     if (has_address_sanitizer()) __sanitizer_finish_switch_fiber(nullptr, &own.stack_, &own.stack_bytes_);
@@ -304,14 +301,13 @@ class Multiprocessor {
   size_t stack_bytes_;
 };
 
-std::mutex fence_mutex, idle_mutex;
-std::vector<std::unique_ptr<Multiprocessor>> idle;
+std::mutex fence_mutex;
 
 }  // namespace
 
 void barrier(Place place) { here->barrier(place); }
 
-const uint64_t* exchange(unsigned mask, uint64_t value, Place place) { return here->exchange(mask, value, place); }
+const uint64_t* exchange(Place place, unsigned mask, uint64_t value) { return here->exchange(place, mask, value); }
 
 void pause() {
   static const long longest = setting("CUDA_ON_CPU_PAUSE");
@@ -351,30 +347,21 @@ void run(int64_t blocks, int64_t threads, const std::function<void()>& kernel) {
   std::shuffle(order.begin(), order.end(), random);
   const Grid grid{static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<unsigned>(random()), kernel};
   std::atomic<int64_t> next{0};
-  const auto work = [&](bool one_block_only) {
-    std::unique_ptr<Multiprocessor> multiprocessor;
-    {
-      const std::lock_guard<std::mutex> hold(idle_mutex);
-      if (!idle.empty() && !one_block_only) {
-        multiprocessor = std::move(idle.back());
-        idle.pop_back();
-      }
+  const auto work = [&](int64_t most) {
+    auto multiprocessor = std::make_unique<Multiprocessor>();
+    for (int64_t i; most > 0 && (i = next++) < blocks; --most) {
+      if (multiprocessor->run(grid, order[i])) continue;
+      multiprocessor.release();  // stuck
+      multiprocessor = std::make_unique<Multiprocessor>();
     }
-    for (int64_t i; (i = next++) < blocks;) {
-      if (!multiprocessor) multiprocessor = std::make_unique<Multiprocessor>();
-      if (!multiprocessor->run(grid, order[i])) multiprocessor.release();
-      if (one_block_only) return;
-    }
-    const std::lock_guard<std::mutex> hold(idle_mutex);
-    if (multiprocessor) idle.push_back(std::move(multiprocessor));
   };
   release(&launched);
-  // ThreadSanitizer would take shared memory that two blocks have one after another for one place: there each gets an OS thread.
+  // Where two blocks had their shared memory in one place, ThreadSanitizer would see races: there each gets an OS thread.
   const int64_t at_once = has_thread_sanitizer() ? 16 : 2;
   while (next < blocks) {
-    std::vector<std::thread> threads_of_os;
-    for (int64_t i = 0; i < std::min(at_once, blocks - next); ++i) threads_of_os.emplace_back(work, has_thread_sanitizer());
-    for (std::thread& thread : threads_of_os) thread.join();
+    std::vector<std::thread> workers(std::min(at_once, blocks - next));
+    for (std::thread& worker : workers) worker = std::thread(work, has_thread_sanitizer() ? 1 : blocks);
+    for (std::thread& worker : workers) worker.join();
   }
   acquire(&ended);
 }

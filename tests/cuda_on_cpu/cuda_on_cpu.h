@@ -5,7 +5,7 @@
 //   - threads and blocks run in random order; a thread runs alone until it waits at a barrier or shuffle;
 //   - shared memory holds garbage when a block begins;
 //   - a barrier or shuffle that not all of its threads reach is an error of the launch, as is a false __builtin_assume;
-//   - only barriers and fences order memory. x86 orders more, so that one needs ThreadSanitizer to see: it takes a fiber for a
+//   - only barriers and fences order memory. x86 orders more: what lacks a fence needs ThreadSanitizer, for which a fiber is a
 //   thread.
 // Not here: grids of two or three dimensions, shared memory sized at the launch, textures, cooperative groups, PTX.
 #pragma once
@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 
 #define __host__
 #define __device__
@@ -40,17 +41,18 @@ struct Thread {
 
 extern thread_local const Thread* current;  // the CUDA thread that runs now
 
-// A place in the source, by which barriers are told apart.
+// Where a barrier or shuffle stands in the source: by it they are told apart.
 struct Place {
   const char* file;
   int line;
-  static Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
-  bool operator==(const Place& other) const { return line == other.line && std::strcmp(file, other.file) == 0; }
+  bool operator==(const Place& other) const {
+    return line == other.line && (file == other.file || std::strcmp(file, other.file) == 0);
+  }
 };
 
 void barrier(Place place);
 // Waits for the lanes of `mask`; returns the values that all lanes of the warp have brought to their last exchange.
-const uint64_t* exchange(unsigned mask, uint64_t value, Place place);
+const uint64_t* exchange(Place place, unsigned mask, uint64_t value);
 void fence();
 void pause();                 // gives other blocks the chance to overtake this one
 void fail(const char* what);  // the launch has failed
@@ -73,7 +75,7 @@ struct Launch {
 };
 
 inline unsigned lane() { return current->index.x % 32; }
-inline unsigned lane_or_own(unsigned lane_number) { return lane_number < 32 ? lane_number : lane(); }
+inline unsigned own_or(unsigned other) { return other < 32 ? other : lane(); }
 
 template <typename To, typename From>
 To bit_cast(const From& from) {
@@ -84,14 +86,21 @@ To bit_cast(const From& from) {
 }
 
 template <typename T>
-T shuffle(unsigned mask, T value, unsigned source, Place place) {
+T shuffle(Place place, unsigned mask, T value, unsigned source) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
-  const uint64_t* const bits_of_lanes = exchange(mask, bits, place);
+  const uint64_t* const bits_of_lanes = exchange(place, mask, bits);
   if (!(mask >> source & 1)) fail("a shuffle takes the value of a lane that is not in its mask");
   std::memcpy(&value, &bits_of_lanes[source], sizeof value);
   return value;
+}
+
+inline unsigned ballot(Place place, unsigned mask, bool value) {
+  const uint64_t* const of_lanes = exchange(place, mask, value);
+  unsigned votes = 0;
+  for (unsigned i = 0; i < 32; ++i) votes |= static_cast<unsigned>((mask >> i & 1) && of_lanes[i]) << i;
+  return votes;
 }
 
 // *address becomes next(*address), at once; no order with other accesses.
@@ -116,45 +125,19 @@ T atomic(T* address, const Next& next) {
 
 // ------------------------------------------------------------------------------------- barriers, fences, shuffles, atomics, loads
 
-#define CUDA_ON_CPU_PLACE emulated::Place place = emulated::Place::here()
+#define CUDA_ON_CPU_PLACE (emulated::Place{__FILE__, __LINE__})
+#define __syncthreads() emulated::barrier(CUDA_ON_CPU_PLACE)
+#define __threadfence() emulated::fence()
+#define __ballot_sync(mask, value) emulated::ballot(CUDA_ON_CPU_PLACE, mask, value)
+#define __shfl_sync(mask, value, source) emulated::shuffle(CUDA_ON_CPU_PLACE, mask, value, (source) % 32u)
+#define __shfl_xor_sync(mask, value, bits) emulated::shuffle(CUDA_ON_CPU_PLACE, mask, value, (emulated::lane() ^ (bits)) % 32u)
+#define __shfl_up_sync(mask, value, n) emulated::shuffle(CUDA_ON_CPU_PLACE, mask, value, emulated::own_or(emulated::lane() - (n)))
+#define __shfl_down_sync(mask, value, n) emulated::shuffle(CUDA_ON_CPU_PLACE, mask, value, emulated::own_or(emulated::lane() + (n)))
 
-inline void __syncthreads(CUDA_ON_CPU_PLACE) { emulated::barrier(place); }
-inline void __threadfence() { emulated::fence(); }
-inline void __syncwarp(unsigned mask = ~0u, CUDA_ON_CPU_PLACE) { emulated::exchange(mask, 0, place); }
-
-template <typename T>
-T __shfl_sync(unsigned mask, T value, unsigned source, CUDA_ON_CPU_PLACE) {
-  return emulated::shuffle(mask, value, source % 32, place);
-}
-template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, unsigned bits, CUDA_ON_CPU_PLACE) {
-  return emulated::shuffle(mask, value, (emulated::lane() ^ bits) % 32, place);
-}
-template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned distance, CUDA_ON_CPU_PLACE) {
-  return emulated::shuffle(mask, value, emulated::lane_or_own(emulated::lane() + distance), place);
-}
-template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned distance, CUDA_ON_CPU_PLACE) {
-  return emulated::shuffle(mask, value, emulated::lane_or_own(emulated::lane() - distance), place);
-}
-inline unsigned __ballot_sync(unsigned mask, bool value, CUDA_ON_CPU_PLACE) {
-  const uint64_t* const of_lanes = emulated::exchange(mask, value, place);
-  unsigned ballot = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    ballot |= static_cast<unsigned>((mask >> lane & 1) && of_lanes[lane]) << lane;
-  }
-  return ballot;
-}
-
-// As in CUDA the type is that of the address.
-template <typename T>
-struct Same {
-  using Type = T;
-};
+// As in CUDA, x takes the type of what the address points to.
 #define CUDA_ON_CPU_ATOMIC(name, next)                                  \
   template <typename T>                                                 \
-  T name(T* address, typename Same<T>::Type x) {                        \
+  T name(T* address, std::enable_if_t<true, T> x) {                     \
     return emulated::atomic(address, [x](T old) -> T { return next; }); \
   }
 CUDA_ON_CPU_ATOMIC(atomicAdd, old + x)
@@ -164,7 +147,7 @@ CUDA_ON_CPU_ATOMIC(atomicOr, old | x)
 CUDA_ON_CPU_ATOMIC(atomicExch, (static_cast<void>(old), x))
 CUDA_ON_CPU_ATOMIC(atomicInc, old >= x ? 0 : old + 1)
 template <typename T>
-T atomicCAS(T* address, typename Same<T>::Type compare, typename Same<T>::Type x) {
+T atomicCAS(T* address, std::enable_if_t<true, T> compare, std::enable_if_t<true, T> x) {
   return emulated::atomic(address, [=](T old) { return old == compare ? x : old; });
 }
 
