@@ -307,7 +307,7 @@ def adamw_update_(
         run = resolve_backend(backend, device)
         seed = None if rounding_seed is None else signed(rounding_seed)
         run.adamw_update_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper, None, seed)
-        rows = [t for t, grad in enumerate(grads) if grad.numel()]
+        rows = [t for t, (p, grad) in enumerate(zip(params, grads, strict=True)) if grad.numel() or not p.numel()]
         mark_written([xs[t] for xs in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if xs is not None for t in rows])
 
 

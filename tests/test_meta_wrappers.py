@@ -64,7 +64,7 @@ WRAPPERS = {
 
 
 def trained(wrap):
-    """Six steps with meta-updates in which the data of all parameters are replaced once; the model, the optimizer and the reports."""
+    """Six steps with meta-updates; the data of all parameters are replaced once. Returns model, optimizer and reports."""
     model = perceptron()
     opt = make(model, total_steps=10)
     wrapper = wrap(opt)
