@@ -11,8 +11,8 @@ namespace metaadamw {
 // never on how many threads there were. Each launch table says which it was made with.
 //
 // A GPU block takes one chunk. A GPU of 132 multiprocessors holds 264 to 528 blocks at once: with chunks of 32,768 elements it
-// would stand half idle below 10 million elements. With 8,192 it is full from 2 to 4 million on, and what a block does but once
-// still hides behind the loads of the other blocks on its multiprocessor.
+// would stand half idle below 10 million elements. With 8,192 it is full from 2 to 4 million on, and the work that a block
+// does once per chunk still hides behind the loads of the other blocks on its multiprocessor.
 constexpr int64_t kChunkOnCpu = 32768;
 constexpr int64_t kChunkOnGpu = 8192;
 constexpr int kMaxDims = 16;

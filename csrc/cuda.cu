@@ -296,11 +296,11 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
   }
 }
 
-// What a block knows of its tensor's vectors, in shared memory. Warps of their own read them while another one reads the row, so
-// that all these loads are under way at once; so they are made for both arithmetics, of which the row then says one.
+// What a block knows of its tensor's vectors, in shared memory. Three warps read them while warp 0 reads the row, so that all these
+// loads are under way at once. Only the row says which arithmetic it takes, so the scalars are made for both.
 struct Numbers {
-  Scalars<float> single;
-  Scalars<double> twofold;
+  Scalars<float> in_float32;
+  Scalars<double> in_float64;
   uint32_t keys[kOperands];
   bool skipped;
 
@@ -309,9 +309,9 @@ struct Numbers {
   __device__ void begin(const Table& table, const Update& update, int64_t number) {
     const int64_t tensor = table.tensor_of_chunk[number];
     if (threadIdx.x == kWarp) {
-      single = scalars_of<float>(update, tensor);
+      in_float32 = scalars_of<float>(update, tensor);
     } else if (threadIdx.x == 2 * kWarp) {
-      twofold = scalars_of<double>(update, tensor);
+      in_float64 = scalars_of<double>(update, tensor);
     } else if (threadIdx.x == 3 * kWarp) {
       skipped = update.skips(tensor);
     } else if (stochastic && threadIdx.x > 3 * kWarp && threadIdx.x <= 3 * kWarp + kOperands) {
@@ -336,11 +336,11 @@ __global__ void __launch_bounds__(kThreads, found ? kUpdateBlocksWithFoundSums :
   }
   double totals[found ? kUpdateSums : 2];
   if (work.row.is_double) {
-    update_chunk<1, found, stochastic>(table, work, numbers.twofold, numbers.keys, totals);
+    update_chunk<1, found, stochastic>(table, work, numbers.in_float64, numbers.keys, totals);
   } else if (work.row.vector == 4) {
-    update_chunk<4, found, stochastic>(table, work, numbers.single, numbers.keys, totals);
+    update_chunk<4, found, stochastic>(table, work, numbers.in_float32, numbers.keys, totals);
   } else {
-    update_chunk<8, found, stochastic>(table, work, numbers.single, numbers.keys, totals);
+    update_chunk<8, found, stochastic>(table, work, numbers.in_float32, numbers.keys, totals);
   }
   if (new_sums.data != nullptr) {
     tensor_sums(table, work.chunk, totals,
