@@ -629,7 +629,9 @@ class MetaAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of MetaAdamW, or of ``torch.optim.AdamW`` (the encoder then stays as it is, with a warning).
 
-        Moments keep their saved dtypes. ``state_dict`` is copied, never changed or referred to.
+        Moments keep their saved dtypes. ``state_dict`` is copied, never changed or referred to. Where only one side knows the
+        parameters' names, which decide the groups, parameters match by their positions; the encoder is loaded, too, if there are
+        as many groups.
 
         Raises:
             ValueError: a checkpoint of another model, grouping or encoder; the optimizer is unchanged then.
