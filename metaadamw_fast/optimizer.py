@@ -78,6 +78,7 @@ class MetaAdamW(Optimizer):
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to the step
 
+    @sync.outside_inference_mode
     def __init__(
         self,
         params: Any,
@@ -185,6 +186,7 @@ class MetaAdamW(Optimizer):
 
     # ------------------------------------------------------------------------------------------------------- construction
 
+    @sync.outside_inference_mode
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, as ``torch.optim.Optimizer.add_param_group``; groups that exist keep their ids.
 
@@ -363,6 +365,7 @@ class MetaAdamW(Optimizer):
         # torch.compile breaks its graph here: the launch table's addresses mean nothing to what it traces.
         return self._step_untraced(closure) if torch.compiler.is_compiling() else self._step(closure)
 
+    @sync.outside_inference_mode
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
@@ -611,6 +614,7 @@ class MetaAdamW(Optimizer):
     # Both methods call the user's hooks themselves, where torch would call them. A hook of ours, registered for the time of a call,
     # would change a dict that the call of another thread iterates over.
 
+    @sync.outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
         """Torch's state dict with one key more, ``metaadamw``: encoder, step count and what else a bitwise resume needs.
 
@@ -626,6 +630,7 @@ class MetaAdamW(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         return state_dict
 
+    @sync.outside_inference_mode
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of MetaAdamW, or of ``torch.optim.AdamW`` (the encoder then stays as it is, with a warning).
 

@@ -37,6 +37,39 @@ def assert_same(a, b):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("statistics", ["exact", "lagged"])
+@pytest.mark.parametrize("built", [True, False], ids=["built in it", "called in it"])
+def test_inference_mode_around_the_set_up_leaves_nothing_behind(built, statistics):
+    """As a set-up function with the wrong decorator: tensors made in inference mode could never be written outside of it."""
+
+    def run(mode):
+        model, extra = mlp(), nn.Parameter(torch.ones(3))
+        saved = MetaAdamW(mlp().parameters(), head_init="xavier", seed=3, statistics=statistics, skip_nonfinite=True).state_dict()
+        with mode(built):
+            opt = MetaAdamW(model.parameters(), head_init="xavier", statistics=statistics, skip_nonfinite=True)
+            meta = MetaLearner(opt, model, loss_fn)
+        for called in (mode(not built), torch.enable_grad()):
+            loss_fn(model, noise((5, 6), 0)).backward()
+            with called:
+                opt.load_state_dict(saved)
+                opt.step()
+                saved, learned = opt.state_dict(), meta.state_dict()
+                meta.load_state_dict(learned)
+        with mode(True):
+            opt.add_param_group({"params": [extra]})
+        train(model, opt)
+        with torch.no_grad():
+            for x in (*saved["metaadamw"]["encoder"].values(), learned["log_vars"]):
+                x.add_(1)  # as torch.distributed.checkpoint loads into what is there
+        report = meta.update(*(noise((5, 6), i) for i in range(3)))
+        assert report.total.isfinite()
+        train(model, opt)
+        assert opt.skipped_steps == 0
+        return [*model.parameters(), *opt.encoder.parameters(), opt.statistics, opt.lr_scale]
+
+    torch.testing.assert_close(run(torch.inference_mode), run(lambda _: torch.enable_grad()), rtol=0, atol=0)
+
+
 def negative_view(shape, seed):
     x = torch.complex(noise(shape, seed), noise(shape, seed + 1)).conj().imag
     assert x.is_neg()
