@@ -21,7 +21,7 @@ from .encoder import EncoderConfig, GroupEncoder
 from .features import FeatureConfig, FeatureTable, feature_table, of_scaled_gradient
 from .hyperparameters import Hyperparameters, HyperparameterTable, check_hyperparameters
 from .lists import StateLists
-from .ops import resolve_backend
+from .ops import FakeBackend, resolve_backend
 from .reference import gradient_factor
 from .sharding import RankSums, check_supported, refuse_zero
 
@@ -254,12 +254,15 @@ class MetaAdamW(Optimizer):
         on_meta = device.type == "meta"  # no data yet: states and the choice of a backend wait for the first step
         device = torch.device("cpu") if on_meta else device
         self._backend = resolve_backend(self._backend_name, device)
+        if any(sync.is_fake(member.param) for member in self._members):
+            self._backend = FakeBackend
         self._rank_sums = RankSums([m.param for m in self._members], self._rank_sums)
         self._lists = None if on_meta else self._list_states(device)
         checkpoint.reserve(self)
         self._hyperparameters = HyperparameterTable([m.param_group for m in self._members], device)
         self._group_of = torch.tensor(self._group_ids, dtype=torch.long, device=device)
-        self.encoder.to(device)
+        if self.encoder.head.weight.device != device:  # torch moves no parameter that is a FakeTensor, not even to where it is
+            self.encoder.to(device)
         self._table: FeatureTable | None = None
         like = self.encoder.head.weight.detach()
         scales = like.new_zeros(4, len(self.groups))

@@ -8,6 +8,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,9 +31,14 @@ def outside_inference_mode(method: Callable[P, R]) -> Callable[P, R]:
     return outside
 
 
+def is_fake(x: Tensor) -> bool:
+    """Whether ``x`` has a shape and no elements: made under FakeTensorMode, as estimators of memory do."""
+    return isinstance(x, FakeTensor)
+
+
 def readable(x: Tensor) -> bool:
     """Whether the host can read numbers of ``x`` without waiting for a device."""
-    return x.device.type == "cpu"
+    return x.device.type == "cpu" and not is_fake(x)
 
 
 def capturing(device: torch.device) -> bool:
