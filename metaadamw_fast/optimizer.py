@@ -604,8 +604,9 @@ class MetaAdamW(Optimizer):
     def invalidate_statistics(self) -> None:
         """Tells that parameters or second moments were written where torch cannot see it.
 
-        That is: in place through ``.data``, through numpy, or by another library's kernels. The update sums what it writes, and
-        the next step's statistics rely on these sums. In-place operations, ``p.data = x``, other tensors in ``state``,
+        That is: in place through ``.data``, through numpy, or by kernels that raise no version counter: another library's, or those
+        of another optimizer of torch's with ``fused=True`` on the same parameters, after each of its steps. The update sums what it
+        writes, and the next step's statistics rely on these sums. In-place operations, ``p.data = x``, other tensors in ``state``,
         ``load_state_dict`` and ``add_param_group`` are noticed without this call. Of DTensors, two more need it, which torch does
         not count either: ``torch._foreach_*_``, and in place through ``p.detach().to_local()``.
         """
