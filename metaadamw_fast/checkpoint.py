@@ -36,8 +36,8 @@ from .sharding import laid_out_as
 if TYPE_CHECKING:
     from .optimizer import MetaAdamW
 
-KEY, CONFIG, SKIPPED, ROUNDING = "metaadamw", "config", "skipped_steps", "rounding_seed"
-LATER = {CONFIG, SKIPPED, ROUNDING}  # checkpoints of earlier versions do not have them
+KEY, CONFIG, SKIPPED, ROUNDING, NAMED = "metaadamw", "config", "skipped_steps", "rounding_seed", "named"
+LATER = {CONFIG, SKIPPED, ROUNDING, NAMED}  # checkpoints of earlier versions do not have them
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 STATE = ("step", "exp_avg", "exp_avg_sq")  # of a parameter that has had a gradient
 OURS = ("step", *MOMENTS, MASTER)  # every other entry among a parameter's states is the user's, and kept as it is
@@ -57,6 +57,7 @@ def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
         "steps_done": optimizer.steps_done,
         SKIPPED: optimizer.skipped_steps,
         "group_ids": list(optimizer._group_ids),
+        NAMED: _has_names(optimizer),
         CONFIG: optimizer.encoder.description(),
         "encoder": {name: x.clone() for name, x in optimizer.encoder.state_dict().items()},
         # Contiguous, and on one device: torch.distributed.checkpoint broadcasts the memory of tensors, and from one device only.
@@ -118,8 +119,14 @@ def with_extra_on_top(state_dict: Any) -> Any:
 
 def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     """Raises ValueError if ``state_dict`` does not fit the optimizer or holds what cannot be, before anything is changed."""
-    group_keys = ("lr", "betas", "eps", "weight_decay")
-    _check_states(optimizer, state_dict, "loaded state dict", group_keys, STATE, ELEMENTWISE)
+    try:
+        group_keys = ("lr", "betas", "eps", "weight_decay")
+        _check_states(optimizer, state_dict, "loaded state dict", group_keys, STATE, ELEMENTWISE)
+    except ValueError as error:
+        names = _difference_in_names(optimizer, state_dict)
+        if names:
+            raise ValueError(f"{error}. {names}") from error
+        raise
     for index, group in enumerate(state_dict["param_groups"]):
         try:
             check_hyperparameters(group)
@@ -131,28 +138,50 @@ def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     _check_keys(extra, own.keys() - LATER, KEY)
     _check_count(extra["steps_done"], "steps_done")
     _check_count(extra.get(SKIPPED, 0), SKIPPED)
-    if not isinstance(extra["group_ids"], (list, tuple)) or list(extra["group_ids"]) != own["group_ids"]:
-        raise ValueError("loaded state dict groups the parameters differently: same model, grouping and order are needed")
+    has_encoder = _has_encoder(optimizer, state_dict)
     seed = extra.get(ROUNDING)
     if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
         raise ValueError(f"{ROUNDING} in the loaded state dict is {seed!r}, not a 64-bit integer")
-    if CONFIG in extra:
-        _check_keys(extra[CONFIG], own[CONFIG].keys(), CONFIG)
-        for name, value in own[CONFIG].items():
-            if extra[CONFIG][name] != value:
-                raise ValueError(f"loaded state dict has another encoder: {name} is {extra[CONFIG][name]!r}, here {value!r}")
-    _check_encoder(extra["encoder"], own["encoder"])
-    try:
-        torch.Generator().set_state(extra["generator"].cpu())
-    except (AttributeError, TypeError, RuntimeError) as error:
-        raise ValueError(f"generator in the loaded state dict is no state of a random generator: {error}") from error
-    _check_tensor(extra["scales"], own["scales"], "scales")
+    if has_encoder:
+        _check_encoder(extra, own)
     lagged = extra["lagged"]
     if lagged is not None:
         if not isinstance(lagged, (list, tuple)) or len(lagged) != 2:
             raise ValueError("lagged in the loaded state dict is neither None nor the statistics with their t")
         _check_tensor(lagged[0], optimizer._statistics, "the statistics in lagged")
         _check_number(lagged[1], "t in lagged")
+
+
+def _has_names(optimizer: MetaAdamW) -> bool:
+    return any(member.name is not None for member in optimizer._members)
+
+
+def _difference_in_names(optimizer: MetaAdamW, state_dict: Any) -> str:
+    """Says that names of parameters are known on one side only, and what to pass; empty if that is not so."""
+    extra = state_dict.get(KEY) if isinstance(state_dict, Mapping) else None
+    groups = state_dict.get("param_groups") if isinstance(extra, Mapping) else None
+    if not isinstance(extra, Mapping) or not isinstance(groups, Sequence):
+        return ""
+    in_groups = any("param_names" in group for group in groups if isinstance(group, Mapping))
+    named = bool(extra.get(NAMED, in_groups))
+    if named == _has_names(optimizer):
+        return ""
+    words, fit = ("with", "model.named_parameters(), or model=,") if named else ("without", 'grouping="param_groups"')
+    return f"It was saved {words} names of the parameters, which decide the groups: pass {fit} to the optimizer"
+
+
+def _has_encoder(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has an encoder of as many groups as the optimizer's; where only names make the difference, it need not.
+
+    Raises:
+        ValueError: the groups differ, for another reason.
+    """
+    ids = state_dict[KEY]["group_ids"]
+    if not isinstance(ids, (list, tuple)) or [type(i) for i in ids] != [int] * len(optimizer._group_ids):
+        raise ValueError("loaded state dict groups the parameters differently: group_ids must be a number for each of them")
+    if list(ids) != optimizer._group_ids and not _difference_in_names(optimizer, state_dict):
+        raise ValueError("loaded state dict groups the parameters differently: same model, grouping and order are needed")
+    return len(set(ids)) == len(optimizer.groups)
 
 
 def without_old_extra(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +266,22 @@ def _check_states(
                 _check_tensor(values[name], param, f"{name} of parameter {position}")
 
 
-def _check_encoder(saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+def _check_encoder(extra: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Checks that the encoder, its random generator and its last scales could be the optimizer's."""
+    if CONFIG in extra:
+        _check_keys(extra[CONFIG], own[CONFIG].keys(), CONFIG)
+        for name, value in own[CONFIG].items():
+            if extra[CONFIG][name] != value:
+                raise ValueError(f"loaded state dict has another encoder: {name} is {extra[CONFIG][name]!r}, here {value!r}")
+    _check_weights(extra["encoder"], own["encoder"])
+    try:
+        torch.Generator().set_state(extra["generator"].cpu())
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(f"generator in the loaded state dict is no state of a random generator: {error}") from error
+    _check_tensor(extra["scales"], own["scales"], "scales")
+
+
+def _check_weights(saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
     if not isinstance(saved, Mapping) or saved.keys() != own.keys():
         differing = sorted(map(str, saved.keys() ^ own.keys())) if isinstance(saved, Mapping) else [f"{saved!r}"]
         raise ValueError(f"loaded state dict has another encoder: {', '.join(differing[:4])} on one side only")
@@ -284,7 +328,7 @@ def load_states(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
 
     What users keep beside them is copied, too, and otherwise left alone.
     """
-    if KEY in state_dict:
+    if KEY in state_dict and _has_encoder(optimizer, state_dict):
         optimizer.encoder.to(state_dict[KEY]["encoder"]["head.weight"].dtype)
     for param, values in _states(optimizer, state_dict):
         for name, value in values.items():
@@ -328,9 +372,16 @@ def load_extra(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
         optimizer._skipped.fill_(int(extra.get(SKIPPED, 0)))
     if optimizer._rounding_seed is not None and extra.get(ROUNDING) is not None:
         optimizer._rounding_seed = signed(int(extra[ROUNDING]))
-    optimizer.encoder.load_state_dict(extra["encoder"])
-    optimizer.encoder.generator.set_state(extra["generator"].cpu())
-    optimizer._scales = _like(extra["scales"], optimizer._scales)
+    if _has_encoder(optimizer, state_dict):
+        optimizer.encoder.load_state_dict(extra["encoder"])
+        optimizer.encoder.generator.set_state(extra["generator"].cpu())
+        optimizer._scales = _like(extra["scales"], optimizer._scales)
+    else:
+        warnings.warn(
+            f"the checkpoint has {len(set(extra['group_ids']))} groups, the optimizer has {len(optimizer.groups)}: moments and"
+            f" steps are loaded, the encoder stays as it is. {_difference_in_names(optimizer, state_dict)}",
+            stacklevel=4,
+        )
     if extra["lagged"] is not None:
         optimizer._lagged = _like(extra["lagged"][0], optimizer._statistics)
 

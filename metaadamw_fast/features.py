@@ -127,7 +127,7 @@ def feature_table(
     device = like.device
     ids = torch.tensor(group_ids, dtype=torch.long, device="cpu")
     order = torch.argsort(ids, stable=True)
-    lengths = torch.bincount(ids, minlength=groups)
+    lengths = torch.zeros(groups, dtype=torch.long, device="cpu").index_add(0, ids, torch.ones_like(ids))
     template = torch.zeros(groups, dim, dtype=torch.float64, device="cpu")
     numel = torch.tensor([m.param.numel() for m in members], dtype=torch.float64, device="cpu")
     if config.enhanced:

@@ -20,6 +20,7 @@ of the same names in :mod:`metaadamw_fast.ops`; nothing has changed then.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -288,3 +289,37 @@ class ReferenceLaunch:
         lists = (self._params, self._grads, self._exp_avgs, self._exp_avg_sqs, self._maxima)
         step_size, decay_factor, step, beta1, beta2, eps, grad_scale = vectors.unbind()
         reference.adamw_update_(*lists, step_size, decay_factor, step, beta1, beta2, eps, grad_scale, new_sums, rounding_seed)
+
+
+class FakeLaunch:
+    """Allocates what the ops return and does nothing else: for tensors without elements, under FakeTensorMode."""
+
+    def __init__(
+        self,
+        grads: OptionalTensors,
+        exp_avgs: Tensors,
+        params: Tensors | None = None,
+        exp_avg_sqs: Tensors | None = None,
+        max_exp_avg_sqs: OptionalTensors | None = None,
+        *,
+        written: bool,
+    ) -> None:
+        exp_avgs = list(exp_avgs)
+        self._rows, self._device = len(exp_avgs), exp_avgs[0].device
+
+    def set_gradients(self, grads: OptionalTensors) -> None:
+        """As :meth:`CppLaunch.set_gradients`."""
+
+    def tensor_stats(
+        self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype, carried: Tensor | None = None
+    ) -> Tensor:
+        """As :meth:`CppLaunch.tensor_stats`."""
+        width = 3 + (2 if carried is not None else params + exp_avg_sqs) + 2 * count_nonzero
+        return torch.empty(self._rows, width, dtype=dtype, device=self._device)
+
+    def kept(self) -> list[Tensor]:
+        """As :meth:`CppLaunch.kept`."""
+        return []
+
+    def adamw_update_(self, vectors: Tensor, new_sums: Tensor | None = None, rounding_seed: int | None = None) -> None:
+        """As :meth:`CppLaunch.adamw_update_`."""

@@ -73,8 +73,7 @@ class StateLists:
         self.params = [local(p) for p in self.leaves]
         self.device = device
         # The optimizer's own count stands behind those of the parameters: one operation counts all.
-        counts = [*(float(state[p].get("step", 0.0)) for p in self.leaves), float(done)]
-        self._counts = torch.tensor(counts, dtype=torch.float32, device=device)
+        self._counts = _stacked([*(state[p].get("step", 0.0) for p in self.leaves), done], torch.float32, device)
         self.steps, self.done = self._counts[:-1], self._counts[-1]
         self.warm = False  # whether a step was taken with these lists: everything is compiled and uploaded then
         with_maximum = [bool(param_groups[m.param_group]["amsgrad"]) for m in members]
@@ -144,6 +143,8 @@ class StateLists:
 
     def _where(self) -> tuple[list[int], list[tuple[int, ...]]]:
         # Strides of the parameters only: `p.data = p.data.t()` is a thing people write, the same of a state is not.
+        if self._tensors and sync.is_fake(self._tensors[0]):
+            return [], []  # no memory
         return [*map(Tensor.data_ptr, self._tensors)], [*map(Tensor.stride, self.params)]
 
     def carried(self) -> Tensor | None:
@@ -245,6 +246,11 @@ class StateLists:
 
     def _copy_versions(self) -> list[int]:
         return [self.leaves[t]._version + self.params[t]._version for t in self._copies]  # of a DTensor also its shard's
+
+
+def _stacked(counts: Sequence[Tensor | float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0-dim tensors and numbers as one vector. The host does not read them."""
+    return torch.stack([torch.as_tensor(x, dtype=dtype, device=device).reshape(()) for x in counts])
 
 
 def _written(param: Tensor, state: Mapping[str, Tensor], with_maximum: bool) -> list[Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, sync
 from .checkpoint import check_learner, with_adam_states
 from .evaluation import Evaluation, Gradients, LossFn, MicroBatches, no_second_derivative, warn_of_differences, write
 from .features import NORM_FLOOR
@@ -80,6 +80,7 @@ class MetaLearner:
             ``hvp="exact"`` with DTensors, ``DistributedDataParallel`` modules on different ranks.
     """
 
+    @sync.outside_inference_mode
     def __init__(
         self,
         optimizer: MetaAdamW,
@@ -161,6 +162,7 @@ class MetaLearner:
 
     # ---------------------------------------------------------------------------------------------------------- the update
 
+    @sync.outside_inference_mode
     def update(self, batch_a: Any, batch_b: Any, val_batch: Any = None, gap_batch: Any = None) -> MetaReport:
         """One meta-update. The model, its gradients, buffers, modes, the optimizer's state and the random state stay as they are.
 
@@ -411,6 +413,7 @@ class MetaLearner:
         clamp_log_vars_(self.log_vars)
         self.updates += 1
 
+    @sync.outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
         """Log-variances, the meta-optimizer's state and the number of updates. The encoder is in the optimizer's own state dict.
 
@@ -424,6 +427,7 @@ class MetaLearner:
             "updates": self.updates,
         }
 
+    @sync.outside_inference_mode
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned.
 

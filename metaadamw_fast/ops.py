@@ -25,7 +25,7 @@ from . import reference
 from .checks import HYPERPARAMETERS, check_stats, check_update
 from .features import FeatureTable
 from .hyperparameters import pair_of
-from .launch import CppLaunch, ReferenceLaunch
+from .launch import CppLaunch, FakeLaunch, ReferenceLaunch
 from .rounding import signed
 
 Tensors = Iterable[Tensor]
@@ -112,7 +112,13 @@ class ReferenceBackend:
     scaled_gradients = staticmethod(reference.scaled_gradients)
     modulation = staticmethod(reference.modulation)
     update_vectors = staticmethod(reference.update_vectors)
-    launch = ReferenceLaunch
+    launch: Any = ReferenceLaunch
+
+
+class FakeBackend(ReferenceBackend):
+    """Shapes only: what runs under FakeTensorMode, whatever was chosen. A step takes as much memory as with kernels."""
+
+    launch: Any = FakeLaunch
 
 
 @functools.cache

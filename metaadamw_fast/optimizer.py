@@ -21,7 +21,7 @@ from .encoder import EncoderConfig, GroupEncoder
 from .features import FeatureConfig, FeatureTable, feature_table, of_scaled_gradient
 from .hyperparameters import Hyperparameters, HyperparameterTable, check_hyperparameters
 from .lists import StateLists
-from .ops import resolve_backend
+from .ops import FakeBackend, resolve_backend
 from .reference import gradient_factor
 from .sharding import RankSums, check_supported, refuse_zero
 
@@ -78,6 +78,7 @@ class MetaAdamW(Optimizer):
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to the step
 
+    @sync.outside_inference_mode
     def __init__(
         self,
         params: Any,
@@ -186,6 +187,7 @@ class MetaAdamW(Optimizer):
 
     # ------------------------------------------------------------------------------------------------------- construction
 
+    @sync.outside_inference_mode
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, as ``torch.optim.Optimizer.add_param_group``; groups that exist keep their ids.
 
@@ -253,12 +255,15 @@ class MetaAdamW(Optimizer):
         on_meta = device.type == "meta"  # no data yet: states and the choice of a backend wait for the first step
         device = torch.device("cpu") if on_meta else device
         self._backend = resolve_backend(self._backend_name, device)
+        if any(sync.is_fake(member.param) for member in self._members):
+            self._backend = FakeBackend
         self._rank_sums = RankSums([m.param for m in self._members], self._rank_sums)
         self._lists = None if on_meta else self._list_states(device)
         checkpoint.reserve(self)
         self._hyperparameters = HyperparameterTable([m.param_group for m in self._members], device)
         self._group_of = torch.tensor(self._group_ids, dtype=torch.long, device=device)
-        self.encoder.to(device)
+        if self.encoder.head.weight.device != device:  # torch moves no parameter that is a FakeTensor, not even to where it is
+            self.encoder.to(device)
         self._table: FeatureTable | None = None
         like = self.encoder.head.weight.detach()
         scales = like.new_zeros(4, len(self.groups))
@@ -364,6 +369,7 @@ class MetaAdamW(Optimizer):
         # torch.compile breaks its graph here: the launch table's addresses mean nothing to what it traces.
         return self._step_untraced(closure) if torch.compiler.is_compiling() else self._step(closure)
 
+    @sync.outside_inference_mode
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
@@ -431,7 +437,7 @@ class MetaAdamW(Optimizer):
         stream may still read it: a launch table, say, that is replaced because a gradient came in another layout. So we name each
         stream to the allocator, which then waits for it, too.
         """
-        stream = sync.current_stream(self._device())
+        stream = None if self._backend is FakeBackend else sync.current_stream(self._device())
         if stream is None or stream == self._stream or sync.capturing(self._device()):
             return
         self._stream = stream
@@ -617,8 +623,9 @@ class MetaAdamW(Optimizer):
     def invalidate_statistics(self) -> None:
         """Tells that parameters or second moments were written where torch cannot see it.
 
-        That is: in place through ``.data``, through numpy, or by another library's kernels. The update sums what it writes, and
-        the next step's statistics rely on these sums. In-place operations, ``p.data = x``, other tensors in ``state``,
+        That is: in place through ``.data``, through numpy, or by kernels that raise no version counter: another library's, or those
+        of another optimizer of torch's with ``fused=True`` on the same parameters, after each of its steps. The update sums what it
+        writes, and the next step's statistics rely on these sums. In-place operations, ``p.data = x``, other tensors in ``state``,
         ``load_state_dict`` and ``add_param_group`` are noticed without this call. Of DTensors, two more need it, which torch does
         not count either: ``torch._foreach_*_``, and in place through ``p.detach().to_local()``.
         """
@@ -630,6 +637,7 @@ class MetaAdamW(Optimizer):
     # Both methods call the user's hooks themselves, where torch would call them. A hook of ours, registered for the time of a call,
     # would change a dict that the call of another thread iterates over.
 
+    @sync.outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
         """Torch's state dict with one key more, ``metaadamw``: encoder, step count and what else a bitwise resume needs.
 
@@ -645,10 +653,13 @@ class MetaAdamW(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         return state_dict
 
+    @sync.outside_inference_mode
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of MetaAdamW, or of ``torch.optim.AdamW`` (the encoder then stays as it is, with a warning).
 
-        Moments keep their saved dtypes. ``state_dict`` is copied, never changed or referred to.
+        Moments keep their saved dtypes. ``state_dict`` is copied, never changed or referred to. Where only one side knows the
+        parameters' names, which decide the groups, parameters match by their positions; the encoder is loaded, too, if there are
+        as many groups.
 
         Raises:
             ValueError: a checkpoint of another model, grouping or encoder; the optimizer is unchanged then.

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def outside_inference_mode(method: Callable[P, R]) -> Callable[P, R]:
+    """Makes a method leave ``torch.inference_mode()``, where a caller has it on, for the time of a call.
+
+    Tensors that are made in inference mode can never be trained or written outside of it. A set-up function under
+    inference mode would otherwise leave an optimizer that cannot step.
+    """
+
+    @functools.wraps(method)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():  # the former alone would enable gradients
+            return method(*args, **kwargs)
+
+    return outside
+
+
+def is_fake(x: Tensor) -> bool:
+    """Whether ``x`` has a shape and no elements: made under FakeTensorMode, as estimators of memory do."""
+    return isinstance(x, FakeTensor)
 
 
 def readable(x: Tensor) -> bool:
     """Whether the host can read numbers of ``x`` without waiting for a device."""
-    return x.device.type == "cpu"
+    return x.device.type == "cpu" and not is_fake(x)
 
 
 def capturing(device: torch.device) -> bool:

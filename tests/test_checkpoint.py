@@ -438,6 +438,67 @@ def test_what_users_keep_beside_the_states_is_theirs():
     assert "slow" not in run.opt.state[bias]
 
 
+NAMES = {
+    "names": lambda model: {"params": model.named_parameters()},
+    "a model": lambda model: {"params": model.parameters(), "model": model},
+    "none": lambda model: {"params": model.parameters()},
+    "none, in two": lambda model: {"params": [{"params": model[:1].parameters()}, {"params": model[1:].parameters()}]},
+}
+
+
+def convolution():
+    """Two fine-grained groups: a convolution and a norm have the same layer type."""
+    return nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+
+
+def trained(names, steps, seed, **options):
+    model = convolution()
+    opt = MetaAdamW(**NAMES[names](model), head_init="xavier", seed=seed, **options)
+    for step in range(steps):
+        for i, p in enumerate(model.parameters()):
+            p.grad = noise(p.shape, 10 * step + i)
+        opt.step()
+    return model, opt
+
+
+@pytest.mark.parametrize("statistics", ["exact", "lagged"])
+@pytest.mark.parametrize("there", NAMES)
+@pytest.mark.parametrize("here", NAMES)
+def test_a_checkpoint_with_names_and_one_without(here, there, statistics):
+    """Positions match, as in torch. The encoder comes along where there are as many groups; else it stays, and names are named."""
+    _, saved = trained(there, 3, seed=1, statistics=statistics)
+    model, opt = trained(here, 1, seed=2, statistics=statistics)
+    if (here == "none, in two") != (there == "none, in two"):
+        with pytest.raises(ValueError, match="parameter groups"):
+            opt.load_state_dict(saved.state_dict())
+        return
+    encoder = copy.deepcopy(opt.encoder.state_dict())
+    state = through_a_file(saved.state_dict())
+    fits = len(opt.groups) == len(saved.groups)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.load_state_dict(state)
+    for i, p in enumerate(model.parameters()):
+        assert same(dict(opt.state[p]), state["state"][i])
+    assert opt.steps_done == 3
+    assert same(dict(opt.encoder.state_dict()), dict(saved.encoder.state_dict() if fits else encoder))
+    assert len(caught) == (not fits)
+    if not fits:
+        assert "without names" in str(caught[0].message) if there == "none" else "with names" in str(caught[0].message)
+        assert ("named_parameters" if here == "none" else "param_groups") in str(caught[0].message)
+
+
+def test_a_checkpoint_with_other_names_that_does_not_fit_says_so():
+    _, opt = trained("names", 1, seed=0)
+    other = MetaAdamW(nn.Sequential(nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3)).parameters())
+    with pytest.raises(ValueError, match=r'has shape .* saved without names .* pass grouping="param_groups"'):
+        opt.load_state_dict(other.state_dict())
+    state = trained("none", 1, seed=0)[1].state_dict()
+    del state["metaadamw"]["named"]  # checkpoints of earlier versions tell by their param groups only
+    with pytest.warns(UserWarning, match="saved without names"):
+        opt.load_state_dict(state)
+
+
 def test_an_encoder_that_adamw_carried_along_is_not_loaded():
     """AdamW keeps what it finds in a param group, and saves it with states that are newer."""
     run = Run()

@@ -1,5 +1,6 @@
 """What surrounds an optimizer: torch's defaults, copies, compilers, gradients of complex functions. As torch's AdamW there."""
 
+import contextlib
 import copy
 import pickle
 from collections import defaultdict
@@ -8,8 +9,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from metaadamw_fast import MetaAdamW, MetaLearner, ops
+from metaadamw_fast import FeatureConfig, MetaAdamW, MetaLearner, ops
 
 from .models import OFF, noise
 
@@ -35,6 +37,82 @@ def train(model, opt, steps=2):
 def assert_same(a, b):
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("statistics", ["exact", "lagged"])
+@pytest.mark.parametrize("built", [True, False], ids=["built in it", "called in it"])
+def test_inference_mode_around_the_set_up_leaves_nothing_behind(built, statistics):
+    """As a set-up function with the wrong decorator: tensors made in inference mode could never be written outside of it."""
+
+    def run(mode):
+        model, extra = mlp(), nn.Parameter(torch.ones(3))
+        saved = MetaAdamW(mlp().parameters(), head_init="xavier", seed=3, statistics=statistics, skip_nonfinite=True).state_dict()
+        with mode(built):
+            opt = MetaAdamW(model.parameters(), head_init="xavier", statistics=statistics, skip_nonfinite=True)
+            meta = MetaLearner(opt, model, loss_fn)
+        for called in (mode(not built), torch.enable_grad()):
+            loss_fn(model, noise((5, 6), 0)).backward()
+            with called:
+                opt.load_state_dict(saved)
+                opt.step()
+                saved, learned = opt.state_dict(), meta.state_dict()
+                meta.load_state_dict(learned)
+        with mode(True):
+            opt.add_param_group({"params": [extra]})
+        train(model, opt)
+        with torch.no_grad():
+            for x in (*saved["metaadamw"]["encoder"].values(), learned["log_vars"]):
+                x.add_(1)  # as torch.distributed.checkpoint loads into what is there
+        report = meta.update(*(noise((5, 6), i) for i in range(3)))
+        assert report.total.isfinite()
+        train(model, opt)
+        assert opt.skipped_steps == 0
+        return [*model.parameters(), *opt.encoder.parameters(), opt.statistics, opt.lr_scale]
+
+    torch.testing.assert_close(run(torch.inference_mode), run(lambda _: torch.enable_grad()), rtol=0, atol=0)
+
+
+ESTIMATED = {
+    "plain": {},
+    "lagged, amsgrad": {"statistics": "lagged", "amsgrad": True},
+    "clipped, maximize": {"max_grad_norm": 1.0, "maximize": True},
+    "enhanced, skipping": {"features": FeatureConfig("enhanced", gating=True), "skip_nonfinite": True},
+    "standardized, lr on a device": {"features": "norm_basic_plus", "lr": torch.tensor},
+    "low precision": {"dtype": torch.bfloat16, "master_weights": True, "state_dtype": torch.float32, "stochastic_rounding": True},
+    "reference": {"backend": "reference", "variant": "released", "total_steps": 9},
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_steps_on_tensors_without_elements(name):
+    """As estimators of memory take them: the states are those of a real run, and nothing asks for a number."""
+
+    def run(mode):
+        options = dict(ESTIMATED[name])
+        dtype = options.pop("dtype", torch.float32)
+        with mode:
+            model = nn.Sequential(nn.Linear(6, 8, dtype=dtype), nn.Tanh(), nn.Linear(8, 3, dtype=dtype))
+            if "lr" in options:
+                options["lr"] = options["lr"](0.1)
+            opt = MetaAdamW(model.parameters(), head_init="xavier", **options)
+            for _ in range(3):
+                opt.zero_grad()
+                loss_fn(model, torch.ones(5, 6, dtype=dtype)).backward()
+                opt.step()
+            if "skip_nonfinite" in options:  # a GradScaler's
+                opt.found_inf, opt.grad_scale = torch.zeros(1), torch.ones(1)
+                opt.step()
+            opt.add_param_group({"params": [nn.Parameter(torch.ones(3, dtype=dtype))]})
+            opt.step()
+        made = [model[0].weight, opt.statistics, opt.features, opt.lr_scale, opt.grad_norm, *opt.encoder.parameters()]
+        made += [x for state in opt.state.values() for x in state.values()]
+        return made, [list(state) for state in opt.state.values()]
+
+    (real, names), (fake, fake_names) = run(contextlib.nullcontext()), run(FakeTensorMode())
+    assert names == fake_names
+    assert all(isinstance(x, FakeTensor) for x in fake)
+    describe = [[(x.shape, x.stride(), x.dtype, x.device) for x in xs] for xs in (real, fake)]
+    assert describe[0] == describe[1]
 
 
 def negative_view(shape, seed):

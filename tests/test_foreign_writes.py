@@ -26,12 +26,20 @@ def behind_the_back(p, opt):
     opt.invalidate_statistics()
 
 
+def fused_step(p, opt):
+    """Of another optimizer on the same parameter. Should torch raise its version one day, the documented call is one too many."""
+    p.grad = torch.ones_like(p)
+    torch.optim.SGD([p], lr=0.1, fused=True).step()
+    opt.invalidate_statistics()
+
+
 WRITES = {
     "in place": lambda p, opt: p.detach().mul_(2),
     "data": lambda p, opt: setattr(p, "data", p.data * 2),
     "data, twice": assign_data_twice,
     "data, transposed": lambda p, opt: setattr(p, "data", p.data.t()),
     "behind the back": behind_the_back,
+    "another optimizer's fused step": fused_step,
     "second moment": lambda p, opt: opt.state[p]["exp_avg_sq"].add_(1),
     "momentum": lambda p, opt: opt.state[p]["exp_avg"].mul_(2),
     "data of the momentum": lambda p, opt: setattr(opt.state[p]["exp_avg"], "data", torch.ones_like(p)),
