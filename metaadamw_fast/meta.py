@@ -202,8 +202,8 @@ class MetaLearner:
         self._check_dtypes(lists.leaves)
         released = self.optimizer.variant == "released"
         last_grads = lists.gradients() if released else []
-        # From stored moments, the released code also moves parameters that have been frozen since.
-        state = ModelState(self.model, lists.leaves if released else [])
+        # The released code's θ′ is made from stored moments, so that parameters which have been frozen since move, too.
+        state = ModelState(self.model, lists.leaves, frozen=released)
         with state, state, torch.enable_grad():
             state.set_aside()
             params, rank_sums = lists.params, self.optimizer._rank_sums
