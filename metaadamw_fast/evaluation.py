@@ -53,7 +53,7 @@ class Evaluation:
         self._shards = [local(p) for p in self.params]
         group = replicas(model)
         self._group = rank_sums.group if group is None else group
-        # FSDP2 has averaged these, and tensor parallelism made them whole, in the backward pass.
+        # The backward pass itself averages these over the ranks (FSDP2) or makes them whole (tensor parallelism).
         self._averaged = {t for t, p in enumerate(self.params) if is_sharded(p)}
         self._rank_sums = rank_sums
         self._loss_scale = 1.0 if scaler is None else float(scaler.get_scale())
@@ -65,7 +65,7 @@ class Evaluation:
         return parts, self._sign / len(parts)
 
     def _begin(self) -> None:
-        reshard(self._model)  # whatever is gathered is from other parameters
+        reshard(self._model)  # FSDP2 would compute with parameters that it gathered before the last write
         self._state.rewind()
 
     def _value(self, batch: Any) -> Tensor:
@@ -86,10 +86,10 @@ class Evaluation:
 
         try:
             found = values(False)
-        except RuntimeError as error:  # a gradient penalty, forces: a loss that differentiates on its way
+        except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise
-            found = values(True)
+            found = values(True)  # the loss differentiates on its way, as a gradient penalty does
         reshard(self._model)
         return self._mean_over_ranks(torch.stack(found).sum() * factor, [])[0]
 
@@ -189,8 +189,8 @@ class Evaluation:
         """H·w by a central difference of the gradient along w, (∇L(θ + h·w) - ∇L(θ - h·w)) / 2h with h = ε·‖θ‖/‖w‖.
 
         ε is 1e-3, or 1e-5 where all is float64: the error from the third derivative falls with ε², that from rounding grows
-        with 1/ε. The parameters are left at θ - h·w, for whoever had moved them to put them back, and ``w`` is emptied: beside a
-        gradient in the making no more is kept than has to be.
+        with 1/ε. The parameters are left at θ - h·w: the caller puts them back. The list ``w`` is emptied after its last use: its
+        memory is free while the second gradient is made.
         """
         moved = [(p, x) for p, x in zip(self._shards, w, strict=True) if x is not None]
         epsilon = 1e-5 if all(p.dtype == torch.float64 for p, _ in moved) else 1e-3
@@ -208,18 +208,18 @@ class Evaluation:
         return [None if a is None or b is None else ((a - b) * scale).to(a.dtype) for a, b in zip(*ends, strict=True)]
 
     def _norm(self, tensors: Gradients) -> Tensor:
-        """Of all of them together, whole tensors."""
+        """The 2-norm of all tensors together; of shards, that of the whole tensors."""
         zero = torch.zeros((), dtype=torch.float64, device=self._shards[0].device)
         squares = [zero if x is None else x.detach().double().square().sum() for x in tensors]
         return self._rank_sums(torch.stack(squares)[:, None]).sum().sqrt()
 
 
 def write(params: Sequence[Tensor], values: Sequence[Tensor | None]) -> None:
-    """Puts numbers into parameters, unseen by version counters: they will be put back before anybody looks."""
+    """Writes parameters through ``.data``, so that no version counter tells: :class:`ModelState` will put their own bits back."""
     for p, value in zip(params, values, strict=True):
         if value is not None:
             p.data.copy_(value)
-    torch.clear_autocast_cache()  # it holds low-precision copies of what stood there
+    torch.clear_autocast_cache()  # it holds low-precision copies of the parameters before the write
 
 
 def _move(along: Sequence[tuple[Tensor, Tensor]], distance: Tensor) -> None:
@@ -228,13 +228,12 @@ def _move(along: Sequence[tuple[Tensor, Tensor]], distance: Tensor) -> None:
     torch.clear_autocast_cache()
 
 
-# What torch says of: kernels of its own; autograd functions; two versions of AOT autograd; reentrant activation checkpointing.
-_NO_SECOND_DERIVATIVE = (
-    "is not implemented",
-    "once_differentiable",
-    "double backward",
-    "donated buffers",
-    "incompatible with .grad()",
+_NO_SECOND_DERIVATIVE = (  # parts of torch's messages
+    "is not implemented",  # a kernel of torch
+    "once_differentiable",  # an autograd function
+    "double backward",  # torch.compile
+    "donated buffers",  # torch.compile
+    "incompatible with .grad()",  # reentrant activation checkpointing
 )
 
 

@@ -20,7 +20,6 @@ of the same names in :mod:`metaadamw_fast.ops`; nothing has changed then.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor

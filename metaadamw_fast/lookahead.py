@@ -78,31 +78,31 @@ class LookAhead:
         return gradient.to(self.scales.dtype)
 
 
-def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None], standing: Sequence[Tensor | None]) -> LookAhead:
+def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None], last_grads: Sequence[Tensor | None]) -> LookAhead:
     """What ``opt.step()`` would do with the gradient ``g1``, without doing it.
 
-    u is m̂′/(√v̂′ + ε) for the moments that the step would leave. The released code takes the features from the ``.grad`` that
-    stands, and the moments as they are.
+    u is m̂′/(√v̂′ + ε) for the moments that the step would leave. The released code takes the features from the ``.grad`` of the last
+    training step, and the moments as that step left them.
 
     Args:
         opt: the optimizer; nothing of it changes.
         g1: T gradients of what is minimized, None where there is none.
-        standing: T gradients of the last training step, which the released code takes the features from; empty otherwise.
+        last_grads: T gradients of the last training step, for the released code; empty otherwise.
     """
     released = opt.variant == "released"
     lists = opt._current_lists()
     opt._record_stream()
     with torch.no_grad():
         hyper = opt._hyperparameters.update(opt.param_groups)
-        # g1 is the gradient of what is minimized; a .grad that stands has the sign of loss_fn.
-        grads, sign = (standing, hyper.sign) if released else (g1, None)
+        # A .grad is the gradient of loss_fn, which an optimizer with maximize=True negates. g1 has been negated already.
+        grads, sign = (last_grads, hyper.sign) if released else (g1, None)
         lists.set_gradients(grads)
         _, statistics = opt._measure(lists)
         grad_scale, _, statistics = opt._scaled(statistics, sign, None)
         step = lists.steps.double() + (0 if released else 1)
         if released:
             directions = _stored_directions(lists, step, hyper)
-            if grad_scale is not None:  # that of g1 is another
+            if grad_scale is not None:  # so far by the norm of the last gradients: g1 is clipped by its own
                 lists.set_gradients(g1)
                 grad_scale, *_ = opt._scaled(opt._measure(lists)[1], None, None)
         else:

@@ -1,7 +1,7 @@
 """The meta-update: training the encoder while the model trains. MetaAdamW sections 3.4 and 3.5, algorithm 2.
 
 One class in one file, read top to bottom as the algorithm is: what is asked for, the update, its objective, the meta-optimizer.
-Elsewhere: evaluating losses (evaluation.py), the hypothetical step (lookahead.py), leaving the model as it was (model_state.py).
+Losses and gradients are in evaluation.py, the hypothetical step in lookahead.py, how the model stays as it was in model_state.py.
 """
 
 from __future__ import annotations
@@ -164,10 +164,15 @@ class MetaLearner:
 
     @sync.outside_inference_mode
     def update(self, batch_a: Any, batch_b: Any, val_batch: Any = None, gap_batch: Any = None) -> MetaReport:
-        """One meta-update. The model, its gradients, buffers, modes, the optimizer's state and the random state stay as they are.
+        """One meta-update. The model and the optimizer's state stay as they are, bit for bit.
 
-        If the objective or its gradient is not finite, encoder, log-variances and meta-optimizer stay as they are too; the report
-        tells.
+        That is: parameters, gradients, buffers, modes, plain attributes of modules, torch's random state; also after an exception,
+        even one that Ctrl-C or a signal handler raises while they are put back. (Frozen parameters are not copied: what a forward
+        pass writes into their memory stays.) If the objective or its gradient is not finite, encoder, log-variances and
+        meta-optimizer stay as they are too; the report tells.
+
+        Gradients are those of ``loss_fn``. Backward hooks do not run, neither those of parameters and modules nor a communication
+        hook of ``DistributedDataParallel``: they would take a look-ahead for a training step.
 
         Args:
             batch_a: B1, whose gradient the hypothetical step takes.
@@ -198,22 +203,24 @@ class MetaLearner:
         lists = self.optimizer._current_lists()
         self._check_dtypes(lists.leaves)
         released = self.optimizer.variant == "released"
-        standing = lists.gradients() if released else []  # before they are set aside
-        state = ModelState(self.model, lists.leaves if released else [])  # the released θ′ moves what is frozen by now
+        last_grads = lists.gradients() if released else []
+        # The released code's θ′ is made from stored moments, so that parameters which have been frozen since move, too.
+        state = ModelState(self.model, lists.leaves, frozen=released)
         with state, state, torch.enable_grad():
             state.set_aside()
             params, rank_sums = lists.params, self.optimizer._rank_sums
             theta = [state.values.get(p, shard) for p, shard in zip(lists.leaves, params, strict=True)]
             evaluation = Evaluation(self.loss_fn, self.model, lists.leaves, self._sign(), state, rank_sums, self.scaler)
             loss_a, g1 = evaluation.gradient(batch_a)
-            ahead = look_ahead(self.optimizer, g1, standing)
+            ahead = look_ahead(self.optimizer, g1, last_grads)
             g1 = [None if g is None else g * ahead.clip for g in g1]
             before = evaluation.loss(val_batch) if "loss_decrease" in self.terms else None
             terms = {}
             if "gen_gap" in self.terms and self.gap_at == "theta":
                 gap_loss = before if before is not None and gap_batch is val_batch else evaluation.loss(gap_batch)
                 terms["gen_gap"] = (loss_a - gap_loss).abs()
-            # What depends on θ′, and how it changes with the scales [4, G]: no gradient is kept beyond its dot products.
+            # Each loss at θ′, and its gradient with respect to the scales [4, G]. That with respect to θ′ is as large as the model,
+            # and is free as soon as its dot products are known.
             values: dict[str, tuple[Tensor, Tensor]] = {}
 
             def loss_ahead(batch: Any) -> tuple[Tensor, Tensor]:
@@ -231,7 +238,7 @@ class MetaLearner:
                 terms["gen_gap"] = (values["a"][0] - values["val" if gap_batch is val_batch else "gap"][0]).abs()
             if before is not None:
                 terms["loss_decrease"] = values["val"][0] - before
-            if "gradient" in self.terms:  # last: it leaves the parameters somewhere else
+            if "gradient" in self.terms:  # last: a central difference leaves the parameters at θ′ - h·w
                 terms["gradient"], gradient = self._alignment(evaluation, batch_b, ahead.scales, g1)
                 values["gradient"] = terms["gradient"], ahead.gradient_of_scales(theta, gradient)
             total = self._total(terms)
@@ -386,7 +393,7 @@ class MetaLearner:
         """:meth:`_trained`, after handing embeddings of groups that came after the learner to the meta-optimizer."""
         trained = self._trained()
         known = {p for group in self.meta_optimizer.param_groups for p in group["params"]}
-        # Into the group that is there: a checkpoint then looks the same whenever the learner was built.
+        # Into the first group, where a learner that is built now has them: the checkpoints of both look the same.
         self.meta_optimizer.param_groups[0]["params"] += [p for p in trained if p not in known]
         return trained
 
@@ -400,7 +407,7 @@ class MetaLearner:
         gates = [encoder.feature_gates] if encoder.features.gating and encoder.feature_gates not in set(trained) else []
         outputs, starts = [total, scales], [torch.ones_like(total), of_scales]
         gradients = torch.autograd.grad(outputs, [*trained, *gates], starts, allow_unused=True)
-        # The one wait for the device. Undoing a step there instead is not possible for every optimizer: Adam counts on the host.
+        # The one wait for the device. The device could not undo a step instead: Adam counts its steps on the host.
         if not torch.cat([total.detach().reshape(1), *(g.flatten() for g in gradients if g is not None)]).isfinite().all():
             return
         for param, grad in zip(trained, gradients[: len(trained)], strict=True):
@@ -422,7 +429,7 @@ class MetaLearner:
         """
         self._adopt()
         return {
-            "log_vars": self.log_vars.detach().clone(),  # not the learner's own: a load that fails midway leaves it alone
+            "log_vars": self.log_vars.detach().clone(),  # a copy, since dcp.load writes into it, and may fail midway
             "meta_optimizer": with_adam_states(self.meta_optimizer),
             "updates": self.updates,
         }
@@ -436,8 +443,9 @@ class MetaLearner:
         """
         self._adopt()
         check_learner(self.meta_optimizer, self.log_vars, state_dict)
-        self.log_vars.data = self.log_vars.data.to(state_dict["log_vars"].dtype)  # torch casts the state to it
-        self.meta_optimizer.load_state_dict(copy.deepcopy(state_dict["meta_optimizer"]))  # torch would keep the tensors
+        # torch's load_state_dict casts moments to the parameters' dtypes, and keeps the caller's tensors where it need not cast.
+        self.log_vars.data = self.log_vars.data.to(state_dict["log_vars"].dtype)
+        self.meta_optimizer.load_state_dict(copy.deepcopy(state_dict["meta_optimizer"]))
         self.log_vars.data.copy_(state_dict["log_vars"])
         self.updates = int(state_dict["updates"])
 
@@ -457,13 +465,13 @@ def _unwrapped(optimizer: Any) -> MetaAdamW | None:
 
 
 class _Endless:
-    """Batches, begun again at their end; an error, each time, if there is none. (A generator ends with its first error.)"""
+    """Batches, begun again at their end; a ValueError, every time, if there are none. (A generator would raise it only once.)"""
 
     _END = object()
 
     def __init__(self, batches: Iterable[Any], name: str) -> None:
         self._batches, self._name = batches, name
-        self._rest = iter(())  # a loader's workers start with the first batch that is asked for
+        self._rest = iter(())  # iter() of a loader starts its workers: not before the first batch is asked for
 
     def __next__(self) -> Any:
         batch = next(self._rest, self._END)

@@ -50,8 +50,10 @@ class ModelState(Restoring):
 
     Args:
         model: the model.
-        params: frozen parameters that will be written. No other frozen ones are copied: they may be most of the model. All that are
-            trained are copied anyway: the forward pass of ``nn.Embedding(max_norm=...)`` writes its weight.
+        params: parameters that will be written, whether they are the model's or not. Those of the model that require a gradient may
+            be written by any forward pass: that of ``nn.Embedding(max_norm=...)`` does.
+        frozen: whether those of ``params`` that require no gradient will be written. If not, no frozen parameter is copied: most of
+            the model may be frozen.
 
     Attributes:
         values: the values of the parameters that were copied; of DTensors, of this rank's shards.
@@ -60,12 +62,12 @@ class ModelState(Restoring):
         RuntimeError: a torch in which unreduced gradients of FSDP2 are not found.
     """
 
-    def __init__(self, model: nn.Module, params: Iterable[Tensor]) -> None:
+    def __init__(self, model: nn.Module, params: Iterable[Tensor], *, frozen: bool) -> None:
         written = set(params)
         leaves = list(dict.fromkeys((*model.parameters(), *written)))
         modules = list(model.modules())
         self._unreduced = UnreducedGradients(model)
-        self.values = {p: local(p).detach().clone() for p in leaves if p.requires_grad or p in written}
+        self.values = {p: local(p).detach().clone() for p in leaves if p.requires_grad or (frozen and p in written)}
         self._data = [(p, p.data) for p in leaves if type(p) in (Tensor, nn.Parameter)]
         self._gradients = {p: p.grad for p in leaves}
         self._requires_grad = [(p, p.requires_grad) for p in leaves]

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from metaadamw_fast import MetaAdamW, MetaLearner
 
 from .cases import same_bits
-from .models import batch, conv_net, make, mse, one_thread, perceptron, seeded, train  # noqa: F401
+from .models import batch, conv_net, make, mse, noise, one_thread, perceptron, seeded, train  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # weight_norm
 
@@ -290,3 +290,46 @@ def test_a_teacher_that_follows_in_forward_passes():
     for p, (address, value) in zip(model.parameters(), before, strict=True):
         assert p.data_ptr() == address
         assert same_bits(p, value)
+
+
+# ----------------------------------------------------------------------------------------------------------- unusual buffers
+
+
+class Graph(nn.Module):
+    """Buffers that can be neither compared nor copied as dense numbers are, beside some that every forward pass writes."""
+
+    shape = (4, 6)
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("edges", torch.eye(4).to_sparse())
+        self.register_buffer("nowhere", torch.empty(3, device="meta"))
+        self.register_buffer("repeated", torch.ones(1).expand(4))
+        self.register_buffer("eighths", torch.zeros(4, dtype=torch.float8_e4m3fn))
+        self.register_buffer("complex", torch.full((2,), complex(0, float("nan"))))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.calls += 1
+        self.eighths.copy_(self.eighths.float() + 1)
+        self.complex[0] += 1
+        return torch.sparse.mm(self.edges, self.layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("build", [Graph, lambda: torch.jit.script(conv_net(batch_norm=True))], ids=["any", "scripted"])
+def test_unusual_buffers(build):
+    with torch.random.fork_rng():
+        model = build()
+    shape = getattr(model, "shape", (4, 3, 8, 8))
+    opt = MetaAdamW(model.named_parameters(), lr=1e-2, head_init="xavier")
+    data = [(noise(shape, i), noise((4, 3), 10 + i)) for i in range(4)]
+    mse(model, data[0]).backward()
+    opt.step()
+    before = [(x, taken_down(x)) for x in model.buffers() if not x.is_meta]
+    MetaLearner(opt, model, mse).update(*data[1:])
+    assert [id(x) for x in model.buffers() if not x.is_meta] == [id(x) for x, _ in before]
+    assert all(unchanged(taken_down(x), kept) for x, kept in before)
+    mse(model, data[0])
+    assert not all(unchanged(taken_down(x), kept) for x, kept in before)

@@ -317,6 +317,26 @@ def test_a_group_that_comes_after_the_learner():
     assert not any(torch.equal(p, x) for p, x in zip(opt.encoder.group_embeddings, start, strict=True))
 
 
+@pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_parameters_outside_the_model_and_frozen_ones(variant, hvp):
+    """A factor of the loss, in a group that came after the learner; a layer frozen after two steps, which the released θ′ moves."""
+    model, factor = perceptron(), nn.Parameter(torch.ones(()))
+    loss_fn = lambda m, data: factor * mse(m, data)  # noqa: E731
+    opt = make(model, variant=variant)
+    meta = MetaLearner(opt, model, loss_fn, gap_at="lookahead", hvp=hvp)
+    opt.add_param_group({"params": [("factor", factor)], "lr": 0.1})
+    for step in range(2):
+        opt.zero_grad()
+        loss_fn(model, batch(model, step)).backward()
+        opt.step()
+    model.layers[0].requires_grad_(False)
+    before, factor_before = everything(model, opt), [factor.detach().clone(), factor.grad.clone()]
+    meta.update(*(batch(model, 10 + i) for i in range(3)))
+    assert same(everything(model, opt), before)
+    assert same([factor.detach(), factor.grad], factor_before)
+
+
 # ------------------------------------------------------------------------------------------------------ where the scales go
 
 PULLS = {  # lr, weight decay, start, which scale moves up or down: half the squared distance to 1

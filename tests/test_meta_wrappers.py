@@ -64,7 +64,7 @@ WRAPPERS = {
 
 
 def trained(wrap):
-    """Six steps with meta-updates; the data of all parameters are replaced once. Returns model, optimizer and reports."""
+    """Six steps with three meta-updates, the data of all parameters replaced once; the model, the encoder and the reports."""
     model = perceptron()
     opt = make(model, total_steps=10)
     wrapper = wrap(opt)
