@@ -1,89 +1,43 @@
 """csrc/cuda.cu through nvcc, without a GPU: the registers its kernels take, the instructions they may and may not have."""
 
-import importlib.util
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from torch.utils.cpp_extension import include_paths
+
+from bench import loops
+from bench.compiled import ARCHITECTURES, compile_cuda, cuda_home
 
 ROOT = Path(__file__).parent.parent
-SETUP = runpy.run_path(str(ROOT / "setup.py"), run_name="setup") if (ROOT / "setup.py").exists() else None
-HOME = SETUP and SETUP["cuda_home"]()
-ARCHITECTURES = ("8.0", "9.0", "10.0")
-STATS = ("tensor_stats_kernelILb0", "tensor_stats_kernelILb1")  # as mangled: without and with counts
+STATS = ("tensor_stats_kernel<false>", "tensor_stats_kernel<true>")  # without and with counts
 # With the sums of what it finds (lagged mode) or without, rounding by chance or to the nearest.
-UPDATES = tuple(f"adamw_update_kernelILb{found}ELb{chance}" for found in (0, 1) for chance in (0, 1))
+UPDATES = (loops.UPDATE, loops.STOCHASTIC, loops.FOUND, loops.BOTH)
 KERNELS = STATS + UPDATES
 POLICY = (
-    "group_features_kernelIfE",
-    "group_features_kernelIdE",
-    "scaled_gradients_kernelIfE",
-    "scaled_gradients_kernelIdE",
-    "vectors_kernelINS_15ModulationInputE",
-    "vectors_kernelINS_19HyperparameterInputE",
+    "group_features_kernel<float>",
+    "group_features_kernel<double>",
+    "scaled_gradients_kernel<float>",
+    "scaled_gradients_kernel<double>",
+    "vectors_kernel<ModulationInput>",
+    "vectors_kernel<HyperparameterInput>",
 )  # a few numbers per tensor
 
-pytestmark = pytest.mark.skipif(not HOME, reason="there is no nvcc")
-
-
-class Compiled(NamedTuple):
-    """Texts by kernel: the PTX, the SASS, and what ptxas reports. Those on elements, and what ptxas says of the others."""
-
-    ptx: dict
-    sass: dict
-    report: dict
-    policy_report: dict
-
-
-def disassembler():
-    """nvdisasm of the toolkit, or Triton's; some packages of nvcc come without."""
-    triton = importlib.util.find_spec("triton")
-    directories = [HOME / "bin", *([Path(triton.origin).parent / "backends/nvidia/bin"] if triton else [])]
-    found = shutil.which("nvdisasm", path=":".join(map(str, directories))) or shutil.which("nvdisasm")
-    assert found, "there is an nvcc, but no nvdisasm"
-    return found
-
-
-def sections(text, start):
-    """The parts of a text that begin with a match of ``start``, by the kernel named there."""
-    parts = re.split(start, text)[1:]
-    return {next(k for k in KERNELS + POLICY if k in name): body for name, body in zip(parts[::2], parts[1::2], strict=True)}
-
-
-def compile_for(architecture, directory):
-    directory.mkdir()
-    command = SETUP["nvcc_command"](HOME, include_paths(), [architecture])
-    command[command.index("-c")] = "-cubin"
-    cubin = directory / "cuda.cubin"
-    keep = ["-o", str(cubin), "--keep", "--keep-dir", str(directory), "-Xptxas", "-v"]
-    run = subprocess.run([*command, *keep], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    (ptx,) = directory.glob("*.ptx")
-    sass = subprocess.run([disassembler(), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-    texts = [
-        sections(ptx.read_text(), r"\.entry (\w+)"),
-        sections(sass, r"\n\s*\.section\s+(\.text\.\w+)"),
-        sections(run.stderr, r"Compiling entry function '(\w+)'"),
-    ]
-    assert all(set(x) == set(KERNELS + POLICY) for x in texts)
-    on_elements = [{name: x[name] for name in KERNELS} for x in texts]
-    return Compiled(*on_elements, {name: texts[-1][name] for name in POLICY})
+pytestmark = pytest.mark.skipif(not cuda_home(), reason="there is no nvcc")
 
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
     directory = tmp_path_factory.mktemp("nvcc")
     with ThreadPoolExecutor(2) as pool:
-        jobs = {name: pool.submit(compile_for, name, directory / name) for name in ARCHITECTURES}
-    return {name: job.result() for name, job in jobs.items()}
+        jobs = {name: pool.submit(compile_cuda, name, directory / name) for name in ARCHITECTURES}
+    made = {name: job.result() for name, job in jobs.items()}
+    assert all(set(x) == set(KERNELS + POLICY) for x in made.values()), sorted(made["9.0"])
+    return made
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -104,19 +58,20 @@ def test_registers_and_no_spills(one):
         **dict.fromkeys(UPDATES[2:], budget("kUpdateBlocksWithFoundSums")),
     }
     assert [*budgets.values()] == [64, 80, 80, 80, 128, 128]
-    for kernel, report in one.report.items():
-        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, kernel
-        assert int(re.search(r"Used (\d+) registers", report)[1]) <= budgets[kernel], kernel
-        assert not re.search(r"\b(LDL|STL)\b", one.sass[kernel]), f"{kernel} uses local memory"
+    for kernel in KERNELS:
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in one[kernel].report, kernel
+        assert one[kernel].registers <= budgets[kernel], kernel
+        assert not re.search(r"\b(LDL|STL)\b", one[kernel].sass), f"{kernel} uses local memory"
 
 
 def test_kernels_around_the_encoder_spill_nothing(one):
-    for kernel, report in one.policy_report.items():
-        assert "0 bytes spill stores, 0 bytes spill loads" in report, kernel
+    for kernel in POLICY:
+        assert "0 bytes spill stores, 0 bytes spill loads" in one[kernel].report, kernel
 
 
 def test_accesses_of_16_bytes_to_global_memory(one):
-    for kernel, sass in one.sass.items():
+    for kernel in KERNELS:
+        sass = one[kernel].sass
         loads, stores = re.findall(r"\bLDG\.E[.\w]*", sass), re.findall(r"\bSTG\.E[.\w]*", sass)
         # Four tensors are read whatever the dtypes are; the update writes three, with amsgrad four.
         assert sum(".128" in x for x in loads) >= 4, kernel
@@ -125,19 +80,26 @@ def test_accesses_of_16_bytes_to_global_memory(one):
         assert not re.search(r"\b(LD|ST)\.E", sass), f"{kernel} does not know that an address is global"
 
 
+@pytest.mark.parametrize("case", [x for x in loops.cases() if x.whole], ids=lambda x: x.name)
+def test_all_operands_are_under_way_together(one, case):
+    """A thread waits for the loads of one group together, never for one after the other."""
+    loop = loops.cuda_loop(one[case.kernel], case)
+    assert loop.bytes_in_flight > 0.99 * loop.elements * sum(case.loads)
+
+
 def test_the_only_atomics_count_chunks(one):
-    for kernel, sass in one.sass.items():
-        atomics = re.findall(r"\b(?:ATOM|ATOMG|RED|REDG|ATOMS)\.[.\w]*", sass)
+    for kernel in KERNELS:
+        atomics = re.findall(r"\b(?:ATOM|ATOMG|RED|REDG|ATOMS)\.[.\w]*", one[kernel].sass)
         assert atomics, kernel
         assert not [x for x in atomics if re.search(r"\.B?F\d\d", x)], "float atomics: sums would not be repeatable"
 
 
 def test_no_fused_approximate_or_flushing_operation(one):
-    for kernel, ptx in one.ptx.items():
-        wrong = re.findall(r"\b(?:fma\.\S+|mad\.\S*f\d\d|\w+\.\S*(?:approx|ftz)\S*)", ptx)
+    for kernel in KERNELS:
+        wrong = re.findall(r"\b(?:fma\.\S+|mad\.\S*f\d\d|\w+\.\S*(?:approx|ftz)\S*)", one[kernel].ptx)
         assert not wrong, (kernel, set(wrong))
     for operation in ("div.rn.f32", "sqrt.rn.f32", "div.rn.f64", "sqrt.rn.f64"):
-        assert all(operation in one.ptx[kernel] for kernel in UPDATES)
+        assert all(operation in one[kernel].ptx for kernel in UPDATES)
 
 
 def test_an_extension_with_the_kernels_loads_where_there_is_no_gpu(tmp_path):

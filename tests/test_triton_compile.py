@@ -2,27 +2,20 @@
 
 import functools
 import re
-import subprocess
 
 import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is built for Linux only")
 
 from metaadamw_fast.kernels.adamw_update import adamw_update_kernel  # noqa: E402
-from metaadamw_fast.kernels.elements import STRIDED_KIND, WARPS  # noqa: E402
+from metaadamw_fast.kernels.elements import WARPS  # noqa: E402
 from metaadamw_fast.kernels.tensor_stats import tensor_stats_kernel  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+
+from bench.compiled import kind, ptxas_report, triton_assembly  # noqa: E402
 
 CUDA = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 TARGETS = {name: GPUTarget("cuda", number, 32) for name, number in CUDA.items()} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
-
-
-def kind(*codes, strided=False):
-    """Dtypes of gradient, momentum, parameter, second moment, maximum: 1 float32, 2 bfloat16, 3 float16, 4 float64."""
-    return sum(code << (4 * i) for i, code in enumerate(codes)) | STRIDED_KIND * strided
-
-
 FP32, BF16_FP32_STATES = kind(1, 1, 1, 1), kind(2, 1, 2, 1)
 MANY = (FP32, kind(2, 2, 2, 2, 2), kind(4, 1, 2, 3, 3), kind(4, 4, 4, 4, 4), kind(0, 1, 3, 1), kind(2, 1, 2, 1, strided=True))
 LEFT = {"found": False, "rounding_seed": None}
@@ -57,15 +50,7 @@ def _own_cache(tmp_path_factory):
 def compiled(variant, target, fusion=False):
     """The assembly of each stage."""
     kernel, constants = VARIANTS[variant]
-    types = {"table": "*i64", "tensors": "i32", "chunks": "i32", "tickets": "*i32", "out": "*fp32", "rounding_seed": "i64"}
-    signature = {name: "constexpr" if name in constants else types.get(name, "*fp64") for name in kernel.arg_names}
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in ("table", "partials", "tickets")},
-    )
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": WARPS, "enable_fp_fusion": fusion}).asm
+    return triton_assembly(kernel, constants, TARGETS[target], num_warps=WARPS, enable_fp_fusion=fusion).asm
 
 
 def inexact(ptx):
@@ -91,12 +76,7 @@ def test_contraction_would_be_seen():
 @ON_CUDA
 def test_cuda_resources(variant, target, tmp_path):
     """No spills, no local memory; registers for lists of one kind so that four programs fit a multiprocessor, else three."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    (tmp_path / "kernel.ptx").write_text(compiled(variant, target)["ptx"])
-    architecture = re.search(r"\.target (\w+)", compiled(variant, target)["ptx"])[1]
-    command = [get_ptxas(CUDA[target]).path, "-v", "--fmad=false", f"--gpu-name={architecture}", "kernel.ptx", "-o", "kernel.cubin"]
-    report = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
+    report, _ = ptxas_report(compiled(variant, target)["ptx"], CUDA[target], tmp_path)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     assert registers <= (255 if "many" in variant else 168 if "lagged" in variant or "chance" in variant else 128), report
