@@ -23,8 +23,8 @@ POLICY = (
     "group_features_kernel<double>",
     "scaled_gradients_kernel<float>",
     "scaled_gradients_kernel<double>",
-    "vectors_kernel<ModulationInput>",
-    "vectors_kernel<HyperparameterInput>",
+    "vectors_kernel<metaadamw::ModulationInput>",
+    "vectors_kernel<metaadamw::HyperparameterInput>",
 )  # a few numbers per tensor
 
 pytestmark = pytest.mark.skipif(not cuda_home(), reason="there is no nvcc")
