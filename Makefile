@@ -2,6 +2,7 @@
 #   make demo    train a small vision transformer with AdamW and with MetaAdamW (ARGS="--task etth1 --data DIR")
 #   make test    all tests (ARGS="tests/test_ops.py -k bf16")
 #   make bench   the measured tables (RESULTS=bench/results/MACHINE: where they go)
+#   make cuda-on-cpu   the CUDA kernels on the CPU: sanitizers, broken kernels, lines that no test reaches (ARGS="--cases 5000")
 #   make gpu-check   build, tests, sanitizer and tables on a machine with a GPU, with the torch that is there: no $(VENV), no network
 #   make lint    style, format and types
 # Another torch, 2.11 or later: make TORCH="torch==2.12.0".
@@ -14,7 +15,7 @@ RESULTS ?= bench/results/local
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*)
 
-.PHONY: demo test bench gpu-check lint clean
+.PHONY: demo test bench cuda-on-cpu gpu-check lint clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -30,6 +31,9 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.meta_update --json $(RESULTS)/meta_update.json
 	$(BIN)/python -m pytest bench --benchmark-only
 
+cuda-on-cpu: $(VENV)/.ready
+	$(BIN)/python -m tests.cuda_on_cpu $(ARGS)
+
 # Writes bench/results/<device>/. PYTHON is the one that has torch, triton, pytest.
 gpu-check:
 	$(PYTHON) -m bench.gpu_check $(ARGS)
@@ -38,7 +42,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info metaadamw_fast/_C*.so

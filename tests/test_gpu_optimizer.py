@@ -55,6 +55,12 @@ def test_twenty_steps(backend, options, dtype):
         assert torch.equal(x, y) or relative(x, y) <= bound
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu" and not EMULATED, reason="the op is one of the CUDA kernels'")
+def test_no_capture_has_the_number_zero():
+    launch = ops.resolve_backend("emulated" if EMULATED else "cpp", DEVICE).launch
+    assert launch.namespace.launch_capture.default(torch.zeros(1, device=DEVICE)) == 0
+
+
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="there is no GPU")
 def test_tensors_on_two_devices_are_refused():
     a, b = nn.Parameter(torch.ones(3, device="cuda")), nn.Parameter(torch.ones(3))

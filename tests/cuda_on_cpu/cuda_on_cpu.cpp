@@ -231,7 +231,8 @@ class Multiprocessor {
     const std::string name = "thread " + std::to_string(fiber.thread.index.x);
     if (fiber.state == State::kDone) return name + " has ended";
     const char* const what = fiber.state == State::kAtBarrier ? " waits at the barrier of " : " waits for lanes of its warp at ";
-    return name + what + fiber.place.file + ":" + std::to_string(fiber.place.line);
+    const std::string path = fiber.place.file;
+    return name + what + path.substr(path.rfind('/') + 1) + ":" + std::to_string(fiber.place.line);
   }
 
   // Two switches make a turn of a fiber: in here, and back in wait().
