@@ -90,7 +90,6 @@ THREADS = Tool(
 
 KERNELS, UTILS, POLICY, MAPPING = "cuda.cu", "cuda_utils.cuh", "cuda_policy.cuh", "mapping.h"
 BARRIER, FENCE = "__syncthreads();", "__threadfence();"
-BEGIN = "__device__ void begin(const Table& table, int64_t number) {"
 BROKEN = [
     ("no barrier after the row", TESTS, Edit(KERNELS, "base[i] = row.data[i] + chunk.first", BARRIER)),
     ("no barrier after the layout", TESTS, Edit(KERNELS, "&table.layouts[row.layout])[threadIdx.x]", BARRIER)),
@@ -104,7 +103,7 @@ BROKEN = [
     ("no fence before the ticket", THREADS, Edit(UTILS, "table.partials[chunk.number", FENCE)),
     ("no fence after the ticket", THREADS, Edit(UTILS, "if (!last) {", FENCE)),
     ("atomicInc with a bound one too large", TESTS, Edit(UTILS, "last = atomicInc(", ", others)", ", 1 + others)")),
-    ("coordinates that are not initialised", TESTS, Edit(KERNELS, BEGIN, "coordinates_of(", "if (false) coordinates_of(")),
+    ("coordinates that are not initialised", TESTS, Edit(KERNELS, "static_assert(kWords <= kThreads", "coordinates_of(", "if (false) coordinates_of(")),
     ("a group beyond the end, seen by the tests", TESTS, Edit(MAPPING, "      } else {", "first + V <= count", "first < count")),
     ("a group beyond the end", ADDRESSES, Edit(MAPPING, "      } else {", "first + V <= count", "first < count")),
     ("a group beyond the end, loaded ahead", ADDRESSES, Edit(MAPPING, "auto next = load(first);", "kStride + V <=", "kStride <")),
