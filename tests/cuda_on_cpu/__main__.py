@@ -103,7 +103,7 @@ BROKEN = [
     ("no fence before the ticket", THREADS, Edit(UTILS, "table.partials[chunk.number", FENCE)),
     ("no fence after the ticket", THREADS, Edit(UTILS, "if (!last) {", FENCE)),
     ("atomicInc with a bound one too large", TESTS, Edit(UTILS, "last = atomicInc(", ", others)", ", 1 + others)")),
-    ("coordinates that are not initialised", TESTS, Edit(KERNELS, "static_assert(kWords", "coordinates_of(", "if (false) coordinates_of(")),
+    ("coordinates not initialised", TESTS, Edit(KERNELS, "static_assert(kWords", "coordinates_of(", "if (0) coordinates_of(")),
     ("a group beyond the end, seen by the tests", TESTS, Edit(MAPPING, "      } else {", "first + V <= count", "first < count")),
     ("a group beyond the end", ADDRESSES, Edit(MAPPING, "      } else {", "first + V <= count", "first < count")),
     ("a group beyond the end, loaded ahead", ADDRESSES, Edit(MAPPING, "auto next = load(first);", "kStride + V <=", "kStride <")),
