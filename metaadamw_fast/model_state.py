@@ -128,14 +128,14 @@ class ModelState(Restoring):
         Unlike ``torch.autograd.grad``, such a pass also runs the hooks of a leaf's node in the graph.
         """
         for p in leaves:
+            hooks = [] if p in self._gradients else _hooks_of_tensor(p)
             if p not in self._reached and p.requires_grad:
-                hooks = list(_hooks_of_node(p))
-                hooks += [] if p in self._gradients else _hooks_of_tensor(p)
-                self._hooks += [(x, x.copy()) for x in hooks]
-                self._gradients.setdefault(p, p.grad)
+                hooks += _hooks_of_node(p)
                 self._reached.add(p)
-                for x in hooks:
-                    x.clear()
+            self._gradients.setdefault(p, p.grad)
+            self._hooks += [(x, x.copy()) for x in hooks]
+            for x in hooks:
+                x.clear()
             p.grad = None
 
     def rewind(self) -> None:
