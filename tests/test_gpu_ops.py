@@ -472,11 +472,17 @@ def test_what_may_not_be_written_is_refused(name):
         (lambda x: x.new_ones(4, 1).expand(4, 5), "expanded"),
         (lambda x: x.long(), "has dtype"),
         (lambda x: x.new_ones(4, 3), "differ in shape"),
-        (lambda _: lists.exp_avgs[1] if name != "exp_avgs" else lists.params[1], "share memory"),
+        (lambda _: lists.exp_avgs[0] if name != "exp_avgs" else lists.params[0], "differ in shape|share memory"),
     ):
         tensors = [getattr(lists, name)[0], spoil(getattr(lists, name)[1])]
         with pytest.raises(RuntimeError, match=message):
             launched(lists._replace(**{name: tensors}))
+
+
+def test_written_tensors_that_share_memory_are_refused():
+    there = random_lists([(3,), (4, 5)], "fp32").map(lambda x: to(DEVICE, x))
+    with pytest.raises(RuntimeError, match="share memory"):
+        launch_class(there.grads, there.exp_avgs, there.params, there.exp_avgs, written=True)
 
 
 def test_what_a_launch_was_not_made_for():

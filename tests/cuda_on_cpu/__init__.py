@@ -19,16 +19,15 @@ from torch.utils.cpp_extension import include_paths
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SOURCES = ROOT / "csrc"
-NAMESPACE = "metaadamw_emulated"
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 CUDA_HEADERS = ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h")
 FLAGS = [
-    "-std=c++17", "-g", "-fPIC", "-pthread", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing",
-    "-Wall", "-Wno-unknown-pragmas", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-    f"-Dmetaadamw_fast={NAMESPACE}", '-DMETAADAMW_CUDA="emulated"', '-DMETAADAMW_SOURCE_HASH=""',
+    "-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden",
+    "-ffp-contract=off",  # as nvcc's -fmad=false
+    "-fno-strict-aliasing",  # kernels read numbers of all types as words
+    "-Dmetaadamw_fast=metaadamw_emulated",  # the namespace of the ops
+    "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", '-DMETAADAMW_CUDA="emulated"', '-DMETAADAMW_SOURCE_HASH=""',
 ]  # fmt: skip
-
-
-COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 
 def unavailable() -> str | None:

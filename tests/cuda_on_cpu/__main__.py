@@ -65,12 +65,12 @@ def random_cases(*arguments: str) -> list[str]:
 
 
 TESTS = Tool("make test", pytest("-x", *TESTED))
-COVERAGE = Tool("gcov", pytest(*TESTED), flags=("-O0", "--coverage", "-fprofile-update=atomic"))
+COVERAGE = Tool("gcov", pytest(*TESTED), flags=("-O0", "-g", "--coverage", "-fprofile-update=atomic"))
 ADDRESSES = Tool(
     "ASan + UBSan",
     random_cases("--small"),
     r"(?:ERROR: AddressSanitizer: |runtime error: )(.{1,80})",
-    ("-O1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+    ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
     ("libasan.so", "libubsan.so"),
     (("ASAN_OPTIONS", "detect_leaks=0"),),
 )
@@ -79,7 +79,7 @@ THREADS = Tool(
     # It does not know every random layout of the address space.
     [*(["setarch", "-R"] if shutil.which("setarch") else []), *pytest(*TESTED, "-k", FEW)],
     r"^SUMMARY: ThreadSanitizer: (?:data race .*/)?(.{1,80})",
-    ("-O1", "-fsanitize=thread", "-fno-omit-frame-pointer"),
+    ("-O1", "-g", "-fsanitize=thread", "-fno-omit-frame-pointer"),
     ("libtsan.so",),
     (
         ("TSAN_OPTIONS", "ignore_noninstrumented_modules=1 report_signal_unsafe=0 exitcode=0"),
@@ -132,10 +132,10 @@ def unreached() -> list[str]:
         for number, line in enumerate(lines, 1):
             if not re.search(r"[;{}]\s*(//.*)?$", line):
                 continue  # gcov counts a statement at any of its lines
-            statement = [counts[str(path), n] for n in range(begin, number + 1) if (str(path), n) in counts]
+            statement = [n for n in range(begin, number + 1) if (str(path), n) in counts]
             # At a brace it counts exceptions that pass.
-            if statement and not any(statement) and line.strip() != "}":
-                missed.append(f"{path.name}:{begin}: {lines[begin - 1].strip()}")
+            if statement and not any(counts[str(path), n] for n in statement) and line.strip() != "}":
+                missed.append(f"{path.name}:{statement[0]}")
             begin = number + 1
     return missed
 
