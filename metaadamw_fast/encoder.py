@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch.nn.functional import linear
 
 from . import sync
 from .features import FeatureConfig, standardize
+from .threads import one_thread
+
+_FEW_GROUPS = 128  # more are worth waking threads for
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,10 @@ class _Attention(nn.Module):
         self.out_proj = _Affine(dim, dim)
 
 
-def _pair(module: nn.Module | None, prefix: str = "") -> list[Tensor]:
+def _pair(module: nn.Module | None, prefix: str = "") -> tuple[Tensor, Tensor]:
     """Weight and bias of a module, straight from its dictionary: nn.Module.__getattr__ takes a third of an operation's time."""
-    parameters = cast(nn.Module, module)._parameters
-    return [cast(Tensor, parameters[prefix + "weight"]), cast(Tensor, parameters[prefix + "bias"])]
+    parameters: dict[str, Tensor] = module._parameters  # type: ignore[union-attr, assignment]
+    return parameters[prefix + "weight"], parameters[prefix + "bias"]
 
 
 class EncoderLayer(nn.Module):
@@ -81,7 +85,8 @@ class EncoderLayer(nn.Module):
 
     def weights(self) -> list[Tensor]:
         """The parameters in the order in which :meth:`forward` uses them."""
-        attention, modules = cast(nn.Module, self._modules["self_attn"]), self._modules
+        modules = self._modules
+        attention: nn.Module = modules["self_attn"]  # type: ignore[assignment]
         return [
             *_pair(modules["norm1"]), *_pair(attention, "in_proj_"), *_pair(attention._modules["out_proj"]),
             *_pair(modules["norm2"]), *_pair(modules["linear1"]), *_pair(modules["linear2"]),
@@ -101,10 +106,13 @@ class EncoderLayer(nn.Module):
         groups, dim = x.shape
         y = torch.layer_norm(x, (dim,), scale1, shift1)
         qkv = linear(y, in_weight, in_bias)
-        q, k, v = qkv.view(groups, 3, self.heads, -1).permute(1, 2, 0, 3).unbind(0)  # [H, G, D/H] each
-        bias, beta = (x.new_empty(1, 1, 1), 0) if attention_bias is None else (attention_bias, 1)  # beta 0: the bias is not read
-        scores = torch.baddbmm(bias, q, k.transpose(1, 2), beta=beta, alpha=(self.heads / dim) ** 0.5)
-        mixed = torch.bmm(scores.softmax(-1), v).transpose(0, 1).reshape(groups, dim)
+        # [H, D/H, G] each, so that the heads' results lie one after the other as the rows of one matrix.
+        q, k, v = qkv.t().view(3, self.heads, -1, groups).unbind(0)
+        # beta 0: the bias is not read
+        bias, beta = (x.new_empty(1, 1, 1), 0) if attention_bias is None else (attention_bias.transpose(1, 2), 1)
+        # Keys before queries: on the CPU, torch's softmax in float64 takes a third of the time along any dimension but the last.
+        scores = torch.baddbmm(bias, k.transpose(1, 2), q, beta=beta, alpha=(self.heads / dim) ** 0.5)
+        mixed = torch.bmm(v, scores.softmax(1)).view(dim, groups).t()
         x = x + linear(mixed, out_weight, out_bias)
         y = torch.layer_norm(x, (dim,), scale2, shift2)
         y = linear(y, weight1, bias1).relu()
@@ -117,6 +125,11 @@ class EncoderStack(nn.Module):
     def __init__(self, layers: list[EncoderLayer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+
+
+def threads_for(groups: int, device: torch.device) -> AbstractContextManager[None]:
+    """Where an encoder's forward or backward pass over so many groups runs: few are encoded in the calling thread alone."""
+    return one_thread() if groups <= _FEW_GROUPS and device.type == "cpu" else nullcontext()
 
 
 class GroupEncoder(nn.Module):
@@ -250,6 +263,10 @@ class GroupEncoder(nn.Module):
             feature gets 1, 1, 0, 0, and the others are computed as if it did not exist: on the CPU without its row, the same bits;
             elsewhere masked, since the number of rows cannot depend on what only the device knows.
         """
+        with threads_for(len(features), features.device):
+            return self._scales(features)
+
+    def _scales(self, features: Tensor) -> Tensor:
         x, weights = features.double(), self._weights_in_float64()
         valid = self._valid(features)
         if valid is None:
@@ -264,10 +281,13 @@ class GroupEncoder(nn.Module):
         return scales.to(features.dtype)
 
     def weights(self) -> list[Tensor]:
-        """All parameters but the group embeddings: twelve of each layer, two of the head, then the gates if there are any."""
-        layers = cast(nn.ModuleList, self.encoder._modules["layers"])._modules.values()
-        found = [weight for layer in layers for weight in cast(EncoderLayer, layer).weights()] + _pair(self._modules["head"])
-        return [*found, self.feature_gates] if self.features.gating else found
+        """All parameters but the group embeddings: the gates if there are any, twelve of each layer, two of the head."""
+        found = [weight for layer in self._layers() for weight in layer.weights()]
+        found += _pair(self._modules["head"])
+        return [self.feature_gates, *found] if self.features.gating else found
+
+    def _layers(self) -> list[EncoderLayer]:
+        return list(self.encoder._modules["layers"]._modules.values())  # type: ignore[union-attr, arg-type]
 
     def kept(self) -> list[Tensor]:
         """The tensors besides its parameters that it keeps from step to step."""
@@ -294,13 +314,14 @@ class GroupEncoder(nn.Module):
         """Finite rows [G, D] to scales [4, G]; rows that are not ``valid`` [G] have no part in those of the others."""
         attention_bias = None if valid is None else torch.where(valid, self._seen, self._hidden).view(1, 1, -1)
         if self.features.gating:
-            x = x * torch.sigmoid(weights[-1])
+            gates, *weights = weights
+            x = x * torch.sigmoid(gates)
         if self.features.standardized_columns:
             x = standardize(x, self.features.standardized_columns, valid)
-        for number, layer in enumerate(self.encoder.layers):
+        for number, layer in enumerate(self._layers()):
             x = layer(x, attention_bias, weights[12 * number : 12 * number + 12])
-        weight, bias = weights[12 * self.config.layers :][:2]
-        return torch.addcmul(self._lowest, self._range, linear(x, weight, bias).t().sigmoid())
+        head_weight, head_bias = weights[-2:]
+        return torch.addcmul(self._lowest, self._range, linear(x, head_weight, head_bias).t().sigmoid())
 
     @staticmethod
     def _valid(features: Tensor) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import ops, sync
 from .checkpoint import check_learner, with_adam_states
+from .encoder import threads_for
 from .evaluation import Evaluation, Gradients, LossFn, MicroBatches, no_second_derivative, warn_of_differences, write
 from .features import NORM_FLOOR
 from .lookahead import look_ahead
@@ -246,7 +247,8 @@ class MetaLearner:
             if values:
                 factors = torch.autograd.grad(total, [value for value, _ in values.values()], retain_graph=True)
                 of_scales = sum((f * change for f, (_, change) in zip(factors, values.values(), strict=True)), of_scales)
-            self._descend(total, ahead.scales, of_scales)
+            with threads_for(ahead.scales.shape[1], ahead.scales.device):
+                self._descend(total, ahead.scales, of_scales)
         scales = ahead.scales
         return MetaReport(
             total.detach(),
