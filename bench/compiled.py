@@ -6,6 +6,7 @@ Shared by the tests (test_cuda_build.py, test_triton_compile.py) and by `python 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import os
 import re
@@ -67,6 +68,14 @@ class Kernel(NamedTuple):
 def build() -> dict[str, Any]:
     """The names in setup.py, which says how the extension is built."""
     return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+
+
+def sources_hash(csrc: Path = ROOT / "csrc") -> str:
+    """SHA-256 over the sources of all kernels, by which predictions tell whether they are of these."""
+    digest = hashlib.sha256()
+    for path in (*sorted(csrc.iterdir()), *sorted((ROOT / "kernels").glob("*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def cuda_home() -> Path | None:

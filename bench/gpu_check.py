@@ -1,7 +1,8 @@
 """Everything that needs a GPU, in one command: `make gpu-check`, or `python -m bench.gpu_check`.
 
 Builds the extension with its CUDA kernels, runs the tests, compute-sanitizer and the benchmark tables, and writes
-bench/results/<device>/report.md with report.json and the parts' whole output beside it. It uses what is installed (torch,
+bench/results/<device>/report.md with report.json and the parts' whole output beside it. Measured times stand beside those that
+bench/kernels.py predicted, and the whole steps of one model come with their profiles. It uses what is installed (torch,
 triton, nvcc, pytest) and no network. Each part is a process with a time limit of its own: one that fails does not hide the
 others. The exit status is 0 if every part passed and every figure was reached.
 
@@ -23,10 +24,12 @@ from typing import Any
 
 import torch
 
-from bench.gpu_step import markdown
+from bench.gpu_step import OFF, markdown, off
+from bench.predictions import are_current
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("resnet18-11.7m", "gpt2-124m", "gpt2-xl-1.56b", "2000x1", "10000x64")
+PROFILED = "gpt2-124m"  # in float32: one table with profiles is enough to read
 WITHOUT_GPU = ("test_cuda_build", "test_triton_compile", "test_triton_interpreter")  # proofs for machines that have none
 
 
@@ -56,6 +59,8 @@ def parts(options: argparse.Namespace, results: Path) -> list[Part]:
     python, device, gpu = options.python, options.device, options.device == "cuda"
     backends = ["--backends", *(("cpp", "triton") if gpu else ("cpp", "reference"))]
     build = {"METAADAMW_CUDA": "1" if gpu else "0"}
+    # Without a GPU nothing is measured: one thread, so that a busy machine does not hold up those that wait for each other.
+    threads = {} if gpu else {"OMP_NUM_THREADS": "1"}
     if gpu:
         build["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
@@ -63,16 +68,19 @@ def parts(options: argparse.Namespace, results: Path) -> list[Part]:
         Part("build", [python, "setup.py", "build_ext", "--inplace"], 150, build),
         Part("gpu tests", [*pytest, "-m", "gpu"], 150),
     ]
-    for model in options.models or MODELS:
+    models = options.models or MODELS
+    profiled = PROFILED if PROFILED in models else models[0]
+    for model in models:
         for dtype in ("float32", "bfloat16"):
             table = results / f"{model}-{dtype}.json"
             command = [python, "-m", "bench.gpu_step", "--model", model, "--dtype", dtype, "--device", device, *backends]
             command += ["--seconds", str(options.seconds), "--json", str(table)]
-            todo.append(Part(f"table {model} {dtype}", command, 60, table=table))
+            command += ["--profile"] * (model == profiled and dtype == "float32")
+            todo.append(Part(f"table {model} {dtype}", command, 60, threads, table))
     script = [python, "-m", "bench.sanitize", "--device", device, *backends]
     for tool in ("memcheck", "racecheck", "initcheck"):
         checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *script] if gpu else script
-        todo.append(Part(tool, checked, 90, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+        todo.append(Part(tool, checked, 90, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **threads}))
     ignored = [f"--ignore=tests/{name}.py" for name in WITHOUT_GPU]
     todo.append(Part("other tests", [*pytest, "-m", "not gpu", *ignored], 240))
     return [part for part in todo if not options.parts or any(part.name.startswith(x) for x in options.parts)]
@@ -129,6 +137,21 @@ def figures(tables: list[dict[str, Any]]) -> list[tuple[str, float, str, bool]]:
     return found
 
 
+def against_predictions(tables: list[dict[str, Any]]) -> list[str]:
+    """How the measured times compare with the predicted ones, in Markdown."""
+    known = [(table, row, by) for table in tables for row in table["rows"] if (by := off(row)) is not None]
+    if not known:
+        return ["", "Nothing was predicted for this GPU: bench/results/predictions.md has those of which it was."]
+    lines = ["", f"Of {len(known)} predicted times {sum(abs(by) <= OFF for *_, by in known)} are within {OFF:.0%}. The others:", ""]
+    lines += ["| model | dtype | side | measured ms | predicted ms | off by |", "|---|---|---|---|---|---|"]
+    for table, row, by in sorted(known, key=lambda x: -abs(x[2])):
+        if abs(by) > OFF:
+            cells = [table["model"], table["dtype"], row["side"]]
+            cells += [f"{row['device_seconds']['median'] * 1e3:.3f}", f"{row['predicted_seconds'] * 1e3:.3f}", f"{by:+.0%}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def report(outcomes: list[Outcome], tables: list[dict[str, Any]], about: dict[str, str]) -> str:
     """The report, in Markdown."""
     lines = [f"# {about['device']}", "", *(f"- {name}: {value}" for name, value in about.items() if name != "device"), ""]
@@ -139,6 +162,7 @@ def report(outcomes: list[Outcome], tables: list[dict[str, Any]], about: dict[st
     if tables:
         lines += ["", "| figure | measured | wanted | |", "|---|---|---|---|"]
         lines += [f"| {what} | {x:.2f} | {wanted} | {'reached' if ok else 'MISSED'} |" for what, x, wanted, ok in figures(tables)]
+        lines += against_predictions(tables)
     lines += [f"\n{markdown(table)}" for table in tables]
     for outcome in outcomes:
         if outcome.status != 0:
@@ -170,6 +194,7 @@ def main() -> int:
     outcomes: list[Outcome] = []
     tables: list[dict[str, Any]] = []
     about = {"device": name, "torch": torch.__version__, "Python": platform.python_version(), "CUDA": str(torch.version.cuda)}
+    about["predictions"] = "of these sources" if are_current() else "of other sources: `python -m bench.kernels` makes them anew"
     for part in parts(options, results):
         if part.table is not None:
             part.table.unlink(missing_ok=True)  # of an earlier run

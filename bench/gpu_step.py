@@ -1,12 +1,14 @@
 """The whole step on a GPU against torch.optim.AdamW: device time, host time, bytes, launches.
 
-    python -m bench.gpu_step --model gpt2-124m [--dtype bfloat16] [--backends cpp triton] [--seconds S] [--json FILE]
+    python -m bench.gpu_step --model gpt2-124m [--dtype bfloat16] [--backends cpp triton] [--seconds S] [--profile] [--json FILE]
 
 Device times are between CUDA events around one step, behind a kernel that keeps the GPU busy until the host has launched
 all of it: what the GPU takes, without waiting for Python. Host times are what the call itself takes. A round runs every side once
 in a random order; ratios are formed within a round and shown as their median and quartiles. Values are random, never zeros.
 Bytes are counted: 36 per float32 element for MetaAdamW against 28 for AdamW, and 40 with clip_grad_norm_ before it.
-With bfloat16, MetaAdamW keeps float32 states and torch's fused AdamW bfloat16 ones: it takes no others.
+With bfloat16, MetaAdamW keeps float32 states and torch's fused AdamW bfloat16 ones: it takes no others. Where bench/results has
+predictions for the GPU they stand beside the device times, and those that are off by more than 15 % are marked. With --profile the
+profiles of whole steps follow (bench/gpu_profile.py).
 
 `--device cpu` goes through the same code without a GPU, to test it; its figures mean nothing.
 """
@@ -14,6 +16,7 @@ With bfloat16, MetaAdamW keeps float32 states and torch's fused AdamW bfloat16 o
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import time
@@ -24,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bench import gpu_profile
+from bench.predictions import predicted
 from bench.shapes import MODELS, named_shapes
 from bench.timing import Spread
 
@@ -32,6 +37,9 @@ if TYPE_CHECKING:
 
 LR, WEIGHT_DECAY = 1e-4, 1e-2
 CAN_BE_HELD = 4e9  # bytes of parameters; above, the sides that only repeat others are left out
+OFF = 0.15  # a prediction that misses by more is marked
+# What is timed of MetaAdamW besides its default step, and what it moves.
+VARIANTS: dict[str, dict[str, Any]] = {"max_grad_norm": {"max_grad_norm": 0.1}, "lagged": {"statistics": "lagged"}}
 CLOCK = 1.5e9  # cycles of a GPU in a second, roughly: how long it is kept busy
 
 
@@ -62,13 +70,18 @@ class Clock:
         call()
         return time.perf_counter() - begin
 
+    def keep_busy(self, host_seconds: float) -> None:
+        """Gives the device work for longer than the host needs for a call that takes it ``host_seconds`` at most."""
+        if self.on_gpu:
+            torch.cuda._sleep(int(CLOCK * (2 * host_seconds + 1e-4)))
+
     def device(self, call: Callable[[], object], host_seconds: float) -> float:
         """Seconds that the device takes. ``host_seconds``: what the call takes on the host, at most."""
         if not self.on_gpu:
             return self.host(call)
         self.sync()
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(int(CLOCK * (2 * host_seconds + 1e-4)))
+        self.keep_busy(host_seconds)
         first.record()
         call()
         last.record()
@@ -137,9 +150,9 @@ def sides_of(workload: Workload, backends: list[str]) -> tuple[list[Side], dict[
 
         exact = optimizers[backend] = make()
         sides.append(Side(f"MetaAdamW {backend}", exact.step, update + statistics))
-        if everything:
-            sides.append(Side(f"MetaAdamW {backend}, max_grad_norm", make(max_grad_norm=0.1).step, update + statistics))
-            sides.append(Side(f"MetaAdamW {backend}, lagged", make(statistics="lagged").step, update))
+        for name, options in VARIANTS.items() if everything else ():
+            moved = update if "lagged" in name else update + statistics
+            sides.append(Side(f"MetaAdamW {backend}, {name}", make(**options).step, moved))
         exact.step()  # so that the states are not zero
         sides += parts_of(exact, backend, update, statistics)
     return sides, optimizers
@@ -178,8 +191,10 @@ def copy_bandwidth(clock: Clock, device: torch.device) -> Spread:
     return Spread.of([8 * elements / clock.device(lambda: target.copy_(source), 1e-3) for _ in range(20)])
 
 
-def measure(model: str, dtype: torch.dtype, device: torch.device, backends: list[str], seconds: float) -> dict[str, Any]:
-    """Times all sides on one model."""
+def measure(
+    model: str, dtype: torch.dtype, device: torch.device, backends: list[str], seconds: float, profiled: bool = False
+) -> dict[str, Any]:
+    """Times all sides on one model; also takes profiles of the whole steps if ``profiled``."""
     clock = Clock(device)
     workload = Workload(model, dtype, device)
     bandwidth = copy_bandwidth(clock, device)
@@ -197,6 +212,7 @@ def measure(model: str, dtype: torch.dtype, device: torch.device, backends: list
         for side in order:
             busy[side.name].append(clock.device(side.call, slowest[side.name]))
             host[side.name].append(clock.host(side.call))
+    expected = predicted(torch.cuda.get_device_name(device) if clock.on_gpu else "cpu", model, str(dtype).removeprefix("torch."))
     rows = []
     for side in sides:
         device_time = Spread.of(busy[side.name])
@@ -213,6 +229,11 @@ def measure(model: str, dtype: torch.dtype, device: torch.device, backends: list
         if side.bytes is not None:
             rate = side.bytes * workload.numel / device_time.median
             row |= {"bytes_per_element": side.bytes, "bytes_per_second": rate, "share_of_copy": rate / bandwidth.median}
+        if side.name in expected:
+            row["predicted_seconds"] = expected[side.name]
+        if profiled and side.name.startswith("MetaAdamW"):
+            busy_first = functools.partial(clock.keep_busy, 3 * slowest[side.name])  # the profiler takes its time
+            row["profile"] = gpu_profile.profile(side.call, busy_first, clock.sync, clock.on_gpu)
         rows.append(row)
     for name, opt in optimizers.items():
         if not all(bool(p.isfinite().all()) for group in opt.param_groups for p in group["params"]):
@@ -235,19 +256,34 @@ def markdown(table: dict[str, Any]) -> str:
         "",
         f"{table['rounds']} rounds; a copy moves {table['copy_bytes_per_second']['median'] / 1e9:.0f} GB/s.",
         "",
-        "| side | device ms | ratio | quartiles | B/element | GB/s | of copy | launches | host µs |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| side | device ms | predicted | ratio | quartiles | B/element | GB/s | of copy | launches | host µs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in table["rows"]:
         ratio = row["ratio"]
         counted = ["-"] * 3
         if "share_of_copy" in row:
             counted = [str(row["bytes_per_element"]), f"{row['bytes_per_second'] / 1e9:.0f}", f"{row['share_of_copy']:.0%}"]
-        cells = [row["side"], f"{row['device_seconds']['median'] * 1e3:.3f}", f"{ratio['median']:.2f}"]
+        cells = [row["side"], f"{row['device_seconds']['median'] * 1e3:.3f}", prediction(row), f"{ratio['median']:.2f}"]
         cells += [f"[{ratio['q1']:.2f}, {ratio['q3']:.2f}]", *counted, str(row.get("launches", "-"))]
         cells.append(f"{row['host_seconds']['median'] * 1e6:.0f}")
         lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"\n{gpu_profile.markdown(row['side'], row['profile'])}" for row in table["rows"] if "profile" in row]
     return "\n".join(lines)
+
+
+def off(row: dict[str, Any]) -> float | None:
+    """By how much a measured device time exceeds the predicted one; None without a prediction."""
+    return row["device_seconds"]["median"] / row["predicted_seconds"] - 1 if "predicted_seconds" in row else None
+
+
+def prediction(row: dict[str, Any]) -> str:
+    """The predicted milliseconds and how far the measured ones are off, marked if that is much."""
+    by = off(row)
+    if by is None:
+        return "-"
+    text = f"{row['predicted_seconds'] * 1e3:.3f} ({by:+.0%})"
+    return f"**{text}**" if abs(by) > OFF else text
 
 
 def main() -> None:
@@ -258,9 +294,11 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["cpp", "triton"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timing")
+    parser.add_argument("--profile", action="store_true", help="profiles of whole steps, too")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
-    table = measure(options.model, getattr(torch, options.dtype), torch.device(options.device), options.backends, options.seconds)
+    dtype, device = getattr(torch, options.dtype), torch.device(options.device)
+    table = measure(options.model, dtype, device, options.backends, options.seconds, options.profile)
     print(markdown(table))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.compiled import ARCHITECTURES, ROOT, Kernel, compile_cuda, compile_triton, cuda_home, kind
+from bench.compiled import ARCHITECTURES, ROOT, Kernel, compile_cuda, compile_triton, cuda_home, kind, sources_hash
 from bench.loops import BOTH, FOUND, UPDATE, Case, LoopNotFoundError, cases, cuda_loop, triton_loop
 from bench.predictions import RESULTS, Compiled, changes, markdown, predict
 
@@ -112,7 +112,7 @@ def main() -> int:
         compiled = compile_all_cuda(options.csrc, options.architectures, chunk, Path(directory))
         if "triton" in options.backends:
             compiled += compile_all_triton(options.architectures, Path(directory))
-    found = predict(compiled)
+    found = predict(compiled, sources_hash(options.csrc))
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / "predictions.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (options.results / "predictions.md").write_text(markdown(found), encoding="utf-8")

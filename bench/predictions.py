@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import model
-from bench.compiled import ROOT, Kernel
+from bench.compiled import ROOT, Kernel, sources_hash
 from bench.loops import TYPES, Case, fixed_cycles
 from bench.model import GPU, GPUS, Resources, Work
 from bench.shapes import named_shapes
@@ -103,8 +103,8 @@ def step_seconds(compiled: list[Compiled], gpu: GPU, name: str, dtype: str) -> d
     return seconds
 
 
-def predict(compiled: list[Compiled]) -> dict[str, Any]:
-    """Everything that is written."""
+def predict(compiled: list[Compiled], sources: str) -> dict[str, Any]:
+    """Everything that is written; ``sources`` is their hash."""
     architectures = {x.architecture for x in compiled}
     steps = [
         {"gpu": gpu.name, "device": gpu.device, "model": name, "dtype": dtype, "seconds": step_seconds(compiled, gpu, name, dtype)}
@@ -114,11 +114,17 @@ def predict(compiled: list[Compiled]) -> dict[str, Any]:
         for dtype in DTYPES
     ]
     return {
+        "sources": sources,
         "chunks": {x.backend: x.chunk for x in compiled},
         "between": BETWEEN,
         "rows": [row(x) for x in compiled],
         "steps": steps,
     }
+
+
+def are_current(file: Path = RESULTS / "predictions.json") -> bool:
+    """Whether there are predictions, of the sources as they are now."""
+    return file.exists() and json.loads(file.read_text(encoding="utf-8")).get("sources") == sources_hash()
 
 
 def predicted(device_name: str, name: str, dtype: str, file: Path = RESULTS / "predictions.json") -> dict[str, float]:

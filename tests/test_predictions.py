@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bench import kernels, loops, model, predictions, sass, warp
+from bench import compiled, kernels, loops, model, predictions, sass, warp
 from bench.compiled import Kernel
 
 # Two operands of 16 bytes, a branch by their type, a slow path, a loop.
@@ -232,8 +232,12 @@ def test_changes_between_two_files():
 def test_predictions_for_a_gpu(tmp_path):
     file = tmp_path / "predictions.json"
     step = {"gpu": "H200", "device": "NVIDIA H200", "model": "m", "dtype": "float32", "seconds": {"torch fused": 1.0}}
-    file.write_text(json.dumps({"steps": [step]}))
+    file.write_text(json.dumps({"steps": [step], "sources": compiled.sources_hash()}))
+    assert predictions.are_current(file)
     assert predictions.predicted("NVIDIA H200", "m", "float32", file) == {"torch fused": 1.0}
     assert predictions.predicted("NVIDIA H100 PCIe", "m", "float32", file) == {}
     assert predictions.predicted("NVIDIA H200", "m", "bfloat16", file) == {}
     assert predictions.predicted("NVIDIA H200", "m", "float32", tmp_path / "none.json") == {}
+    file.write_text(json.dumps({"steps": [], "sources": "others"}))
+    assert not predictions.are_current(file)
+    assert not predictions.are_current(tmp_path / "none.json")
