@@ -183,7 +183,7 @@ class GroupEncoder(nn.Module):
             self.feature_gates = nn.Parameter(torch.ones(dim, **_HOST_FLOAT32))
         self.group_embeddings = nn.ParameterList()
         self.add_groups(groups)
-        self._copies: list[Tensor] = []
+        self.float64_copies: list[Tensor] = []  # of the weights, where no gradients are wanted
         self.set_ranges(lr_scale_range, wd_scale_range)
 
     def description(self) -> dict[str, int | bool | str]:
@@ -229,7 +229,7 @@ class GroupEncoder(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A spawned process gets the file descriptors of tensors. Those of a tensor that is made here, as torch makes one when it
         # pickles a Generator, would be closed before the process starts. So the generator's state goes as bytes.
-        return {**self.__dict__, "_copies": [], "generator": bytes(self.generator.get_state().tolist())}
+        return {**self.__dict__, "float64_copies": [], "generator": bytes(self.generator.get_state().tolist())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = torch.Generator("cpu")
@@ -286,12 +286,31 @@ class GroupEncoder(nn.Module):
         found += _pair(self._modules["head"])
         return [self.feature_gates, *found] if self.features.gating else found
 
+    def read_in_place(self) -> list[Tensor]:
+        """The parameters that :meth:`embed` and :meth:`forward` read."""
+        return [*self.weights(), *self.group_embeddings._parameters.values()]  # type: ignore[list-item]
+
+    def constants(self) -> list[Any]:
+        """Whatever else they read: other objects, where something has changed."""
+        tensors = [self._lowest, self._range, self._masked, self._seen, self._hidden]
+        return [self.config, self.features, *self._layers(), *tensors]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether calling it runs what stands here and nothing else: no method of a subclass, no hook of a user."""
+        layers = self._layers()
+        return (
+            type(self) is GroupEncoder
+            and all(type(layer) is EncoderLayer for layer in layers)
+            and not any(x._forward_hooks or x._forward_pre_hooks or "forward" in x.__dict__ for x in (self, *layers))
+        )
+
     def _layers(self) -> list[EncoderLayer]:
         return list(self.encoder._modules["layers"]._modules.values())  # type: ignore[union-attr, arg-type]
 
     def kept(self) -> list[Tensor]:
         """The tensors besides its parameters that it keeps from step to step."""
-        return [*self._copies, self._lowest, self._range, self._masked, self._seen, self._hidden]
+        return [*self.float64_copies, self._lowest, self._range, self._masked, self._seen, self._hidden]
 
     def _weights_in_float64(self) -> list[Tensor]:
         """:meth:`weights` as they are now, with their graph if gradients are enabled.
@@ -304,11 +323,11 @@ class GroupEncoder(nn.Module):
             return [weight.double() for weight in weights]
         if all(weight.dtype == torch.float64 for weight in weights):
             return weights
-        if len(self._copies) != len(weights) or self._copies[0].device != weights[0].device:
+        if len(self.float64_copies) != len(weights) or self.float64_copies[0].device != weights[0].device:
             with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
-                self._copies = [torch.empty_like(weight, dtype=torch.float64, requires_grad=False) for weight in weights]
-        torch._foreach_copy_(self._copies, weights)
-        return self._copies
+                self.float64_copies = [torch.empty_like(weight, dtype=torch.float64, requires_grad=False) for weight in weights]
+        torch._foreach_copy_(self.float64_copies, weights)
+        return self.float64_copies
 
     def _scales_of(self, x: Tensor, valid: Tensor | None, weights: Sequence[Tensor]) -> Tensor:
         """Finite rows [G, D] to scales [4, G]; rows that are not ``valid`` [G] have no part in those of the others."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from . import checkpoint, rounding, sync
 from . import grouping as grouping_
 from .encoder import EncoderConfig, GroupEncoder
+from .encoder_graph import Decision, EncoderGraph, Sources
 from .features import FeatureConfig, FeatureTable, feature_table, of_scaled_gradient
 from .hyperparameters import Hyperparameters, HyperparameterTable, check_hyperparameters
 from .lists import StateLists
@@ -69,6 +70,9 @@ class MetaAdamW(Optimizer):
             ``skipped_steps``. Without it the affected group alone is masked out of the encoder.
         variant: ``paper``, or ``released`` for the arithmetic of the authors' code.
         backend: ``auto``, ``cpp``, ``triton`` or ``reference``; see :func:`metaadamw_fast.backend_report`.
+        encoder_graph: replay features, encoder and what the update takes of the scales as one CUDA graph, captured after the first
+            steps and again when something changes. The same numbers in fewer launches; a capture waits for the GPU once. Where
+            it is not possible, the logger ``metaadamw_fast`` says why.
 
     Raises:
         ValueError: a hyper-parameter out of range, parameters that are complex, not floating or on several devices, missing names
@@ -110,6 +114,7 @@ class MetaAdamW(Optimizer):
         skip_nonfinite: bool = False,
         variant: str = "paper",
         backend: str = "auto",
+        encoder_graph: bool = False,
     ) -> None:
         for name, value, choices in (
             ("statistics", statistics, ("exact", "lagged")),
@@ -157,6 +162,7 @@ class MetaAdamW(Optimizer):
         self._lagged: Tensor | None = None
         self._rank_sums = RankSums([])
         self._stream: torch.Stream | None = None  # of the last step
+        self._encoder_graph = EncoderGraph() if encoder_graph else None
         self._built = False
         super().__init__(params, defaults)
 
@@ -389,14 +395,12 @@ class MetaAdamW(Optimizer):
         loss_scale = getattr(self, "grad_scale", None)
         lists.set_gradients(lists.gradients())
         lists.take_up_copies()
-        features, scales, grad_norm = self._features, self._scales, None
-        if self.statistics_mode == "lagged" and self._lagged is not None:
-            features, scales = self._encode(self._lagged.to(self.encoder.head.weight.dtype), 0)
-            features = torch.where(self._lagged[0, 0] == _NO_SUM, self._features, features)
+        grad_norm = None
         if go is True and self._one_pass(lists):
             grad_scale, _ = gradient_factor(len(self._members), hyper.sign, self._loss_scale(loss_scale))
             sums = torch.empty(len(self._members), 5, dtype=torch.float64, device=lists.device)
-            self._update(lists, hyper, scales, grad_scale, sums, go)
+            features, scales, vectors = self._decide(lists, hyper, grad_scale, None, go)
+            self._update(lists, vectors, sums, go)
             sums = torch.cat([sums[:, :3], lists.exchange_sums(sums[:, 3:])], dim=1)
             statistics = of_scaled_gradient(self._rank_sums(sums).to(self._statistics.dtype), grad_scale)
         else:
@@ -406,9 +410,8 @@ class MetaAdamW(Optimizer):
                 if go is False:
                     return loss
             grad_scale, grad_norm, statistics = self._scaled(statistics, hyper.sign, loss_scale)
-            if self.statistics_mode == "exact":
-                features, scales = self._encode(statistics, 1)
-            self._update(lists, hyper, scales, grad_scale, lists.new_sums(sums, go), go)
+            features, scales, vectors = self._decide(lists, hyper, grad_scale, statistics, go)
+            self._update(lists, vectors, lists.new_sums(sums, go), go)
         lists.warm = True
         self._publish(go, _features=features, _scales=scales, _statistics=statistics)
         if grad_norm is not None:
@@ -530,30 +533,74 @@ class MetaAdamW(Optimizer):
     def _loss_scale(self, loss_scale: Tensor | None) -> Tensor | None:
         return None if loss_scale is None else loss_scale.to(self._done.device, torch.float32).reshape(())
 
-    def _encode(self, statistics: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
+    def _encode(self, statistics: Tensor, ahead: int, done: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features [G, D] and scales [4, G] when ``ahead`` more steps are taken; with their graph if gradients are enabled."""
-        if self._table is None or self._table.template.dtype != statistics.dtype:
-            self._table = feature_table(
-                self._members, self._group_ids, len(self.groups), self.encoder.features, self.encoder.dim, statistics
-            )
-        features = self._backend.group_features(statistics, self._table, self._done, ahead, self.total_steps)
+        table, done = self._feature_table(statistics.dtype), self._done if done is None else done
+        features = self._backend.group_features(statistics, table, done, ahead, self.total_steps)
         features = self.encoder.embed(features)
         return features, self.encoder(features)
+
+    def _feature_table(self, dtype: torch.dtype) -> FeatureTable:
+        if self._table is None or self._table.template.dtype != dtype:
+            like = torch.empty(0, dtype=dtype, device=self._group_of.device)
+            config, dim = self.encoder.features, self.encoder.dim
+            self._table = feature_table(self._members, self._group_ids, len(self.groups), config, dim, like)
+        return self._table
+
+    def _decide(
+        self,
+        lists: StateLists,
+        hyper: Hyperparameters,
+        grad_scale: Tensor | None,
+        statistics: Tensor | None,
+        go: Tensor | bool,
+    ) -> Decision:
+        """What this step makes of its ``statistics`` [T, S], in lagged mode of those of the step before.
+
+        The update multiplies the gradients with ``grad_scale``, float64 [T]; None is 1.
+        """
+        ahead, count = 1, go if isinstance(go, Tensor) else None
+        if self.statistics_mode == "lagged":
+            ahead, statistics = 0, None if self._lagged is None else self._lagged.to(self.encoder.head.weight.dtype)
+        if statistics is None:
+            vectors = self._modulation(self._scales, hyper, grad_scale, lists.steps, count)
+            return Decision(self._features, self._scales, vectors)
+
+        def decide(written: Sequence[Any], replaced: Sequence[Any]) -> Decision:
+            statistics, done, grad_scale, steps, count = written
+            features, scales = self._encode(statistics, ahead, done)
+            return Decision(features, scales, self._modulation(scales, Hyperparameters(*replaced), grad_scale, steps, count))
+
+        written = (statistics, self._done, grad_scale, lists.steps, count)
+        if self._encoder_graph is None:
+            decision = decide(written, hyper)
+        else:
+            objects = (self._feature_table(statistics.dtype), self._group_of, self._backend)
+            options = (ahead, self.total_steps, self.variant)
+            decision = self._encoder_graph(decide, Sources(written, hyper, self.encoder, objects, options))
+        if self.statistics_mode == "lagged" and self._lagged is not None:
+            known = self._lagged[0, 0] != _NO_SUM
+            decision = decision._replace(features=torch.where(known, decision.features, self._features))
+        return decision
+
+    def _modulation(
+        self, scales: Tensor, hyper: Hyperparameters, grad_scale: Tensor | None, steps: Tensor, go: Tensor | None
+    ) -> Tensor:
+        """The vectors of the update, [V, T], with step size lr·lr_scale and decay factor 1 - lr·lr_scale·wd_scale·λ."""
+        vectors: Tensor = self._backend.modulation(
+            scales, self._group_of, hyper.lr, hyper.weight_decay, hyper.beta1, hyper.beta2, hyper.eps, grad_scale, steps, go,
+            self.variant == "released",
+        )  # fmt: skip
+        return vectors
 
     def _update(
         self,
         lists: StateLists,
-        hyper: Hyperparameters,
-        scales: Tensor,
-        grad_scale: Tensor | None,
+        vectors: Tensor,
         new_sums: Tensor,
         go: Tensor | bool,
     ) -> None:
-        """The update with these scales [4, G]: step size lr·lr_scale, decay 1 - lr·lr_scale·wd_scale·λ."""
-        vectors = self._backend.modulation(
-            scales, self._group_of, hyper.lr, hyper.weight_decay, hyper.beta1, hyper.beta2, hyper.eps, grad_scale, lists.steps,
-            go if isinstance(go, Tensor) else None, self.variant == "released",
-        )  # fmt: skip
+        """The update with the vectors that :meth:`_decide` returned."""
         lists.launch.adamw_update_(vectors, new_sums, self._rounding_seed)
         lists.after_update(go)
         if any(group["capturable"] for group in self.param_groups):
