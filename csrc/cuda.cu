@@ -187,7 +187,7 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
   static_assert(kMaximum == kOperands - 1);
   const Row& row = work.row;
   T sums[kSums] = {};
-  for_each_group<V, found>(
+  for_each_group<V, found && kLoadsAhead>(
       threadIdx.x, work.chunk.count, has_whole_groups(row, (1 << kUsed) - 1),
       [&](int first) {
         forget_registers();
