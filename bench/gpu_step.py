@@ -39,7 +39,11 @@ LR, WEIGHT_DECAY = 1e-4, 1e-2
 CAN_BE_HELD = 4e9  # bytes of parameters; above, the sides that only repeat others are left out
 OFF = 0.15  # a prediction that misses by more is marked
 # What is timed of MetaAdamW besides its default step, and what it moves.
-VARIANTS: dict[str, dict[str, Any]] = {"max_grad_norm": {"max_grad_norm": 0.1}, "lagged": {"statistics": "lagged"}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "max_grad_norm": {"max_grad_norm": 0.1},
+    "lagged": {"statistics": "lagged"},
+    "encoder_graph": {"encoder_graph": True},
+}
 CLOCK = 1.5e9  # cycles of a GPU in a second, roughly: how long it is kept busy
 
 
