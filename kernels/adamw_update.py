@@ -37,19 +37,30 @@ from .table import LaunchTable
 
 @triton.jit
 def integer_power(base, exponent):
-    """base^exponent by repeated squaring in float64: the same bits as on every other machine, which no library's pow promises."""
-    result = tl.full([], 1.0, tl.float64)
+    """base^exponent by repeated squaring in float64: the same bits as on every other machine, which no library's pow promises.
+
+    Of numbers, or of lanes: then until the largest exponent is done.
+    """
+    result = base * 0 + 1.0
     bits = exponent.to(tl.int64)
-    while bits > 0:  # not `!= 0`: a step that is NaN or negative must not run forever
-        if bits & 1 != 0:
-            result *= base
+    while _largest(bits) > 0:  # not `!= 0`: a step that is NaN or negative must not run forever
+        result = tl.where(bits & 1 != 0, result * base, result)
         base *= base
         bits >>= 1
     return result
 
 
 @triton.jit
-def _square_root(x):
+def _largest(x):
+    if x.type.is_block():
+        return tl.max(x, axis=0)
+    else:
+        return x
+
+
+@triton.jit
+def square_root(x):
+    """Correctly rounded."""
     if x.dtype == tl.float64:  # always correctly rounded; sqrt_rn and div_rn exist for float32 only
         return tl.sqrt(x)
     else:
@@ -92,7 +103,7 @@ def _update_block(
     if amsgrad:
         old = load(maximum, begin, max_offsets, mask, MAXIMUM, kind, aligned)
         largest = tl.where((old >= v) | (old != old), old, v)  # NaN if either is, as torch.maximum
-    denominator = _square_root(largest) * inverse_sqrt_bias_correction2 + eps
+    denominator = square_root(largest) * inverse_sqrt_bias_correction2 + eps
     p = decay_factor * p - _quotient(step_size * m, denominator)
 
     if key is not None:

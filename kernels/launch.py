@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import policy
 from .adamw_update import adamw_update_
 from .elements import INTERPRETED
 from .table import LaunchTable
@@ -24,10 +25,16 @@ class TritonLaunch(LaunchTable):
 
 
 class TritonBackend:
-    """The same ops on lists: a table is built for each call, which costs the host more than the kernels take on small models."""
+    """The ops around the encoder, and those on elements with lists instead of a launch.
+
+    For lists a table is built at each call, which costs the host more than the kernels take on small models.
+    """
 
     name = "triton"
     launch = TritonLaunch
+    group_features = staticmethod(policy.group_features)
+    scaled_gradients = staticmethod(policy.scaled_gradients)
+    modulation = staticmethod(policy.modulation)
 
     @staticmethod
     def tensor_stats(

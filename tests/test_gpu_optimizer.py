@@ -1,4 +1,9 @@
-"""The whole optimizer on the device that is there, against the C++ backend on the CPU: all backends of a GPU, else `reference`."""
+"""The whole optimizer on the device that is there, against the C++ backend on the CPU: all backends of a GPU, else `reference`.
+
+test_triton_interpreter.py runs some of this with TRITON_INTERPRET=1, and so the Triton backend on the CPU.
+"""
+
+import os
 
 import pytest
 import torch
@@ -10,7 +15,8 @@ from .models import noise, one_thread, relative  # noqa: F401
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = ("cpp", "triton", "reference") if DEVICE.type == "cuda" else ("reference",)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ("triton",) if INTERPRETED else ("cpp", "triton", "reference") if DEVICE.type == "cuda" else ("reference",)
 OPTIONS = {
     "plain": {},
     "amsgrad, clipping": {"amsgrad": True, "max_grad_norm": 0.5},
@@ -34,7 +40,7 @@ def trained(device, backend, dtype, options, steps=20):
     return [x.detach().cpu() for x in (*tensors, opt.lr_scale, opt.wd_scale, opt.grad_norm)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_twenty_steps(backend, options, dtype):

@@ -7,6 +7,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is built for Linux only")
 
+from metaadamw_fast.kernels import policy  # noqa: E402
 from metaadamw_fast.kernels.adamw_update import adamw_update_kernel  # noqa: E402
 from metaadamw_fast.kernels.elements import WARPS  # noqa: E402
 from metaadamw_fast.kernels.tensor_stats import tensor_stats_kernel  # noqa: E402
@@ -35,6 +36,16 @@ VARIANTS = {
     "update, all fp16, by chance": (adamw_update_kernel, {"found": False, "kinds": (kind(3, 3, 3, 3),)}),
     "update, many kinds": (adamw_update_kernel, {**LEFT, "kinds": MANY}),
 }
+PLAIN = {"enhanced": False, "v_norm": True, "deviations": True, "time": 10, "lanes": 16}
+ENHANCED = {"enhanced": True, "v_norm": False, "deviations": False, "time": 9, "lanes": 16}
+POLICY = {
+    "features": (policy.group_features_kernel, PLAIN),
+    "features, enhanced": (policy.group_features_kernel, ENHANCED),
+    "clipping": (policy.scaled_gradients_kernel, {"clips": True}),
+    "no clipping": (policy.scaled_gradients_kernel, {"sign": None, "loss_scale": None, "clips": False}),
+    "modulation": (policy.modulation_kernel, {"go": None, "released": False}),
+    "modulation, released": (policy.modulation_kernel, {"released": True}),
+}  # a few numbers per tensor
 EVERY = pytest.mark.parametrize("variant", VARIANTS)
 ON_CUDA = pytest.mark.parametrize("target", CUDA)
 
@@ -49,7 +60,7 @@ def _own_cache(tmp_path_factory):
 @functools.cache
 def compiled(variant, target, fusion=False):
     """The assembly of each stage."""
-    kernel, constants = VARIANTS[variant]
+    kernel, constants = (VARIANTS | POLICY)[variant]
     return triton_assembly(kernel, constants, TARGETS[target], num_warps=WARPS, enable_fp_fusion=fusion).asm
 
 
@@ -80,6 +91,19 @@ def test_cuda_resources(variant, target, tmp_path):
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     assert registers <= (255 if "many" in variant else 168 if "lagged" in variant or "chance" in variant else 128), report
+
+
+@pytest.mark.parametrize("variant", POLICY)
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_around_the_encoder(variant, target, tmp_path):
+    """They spill nothing; the modulation is rounded as in C++ and in PyTorch, operation by operation."""
+    if target not in CUDA:
+        assert re.findall(r"\.private_segment_fixed_size:\s*(\d+)", compiled(variant, target)["amdgcn"]) == ["0"]
+        return
+    report, _ = ptxas_report(compiled(variant, target)["ptx"], CUDA[target], tmp_path)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
+    if "modulation" in variant:
+        assert not inexact(compiled(variant, target)["ptx"])
 
 
 @pytest.mark.parametrize(
