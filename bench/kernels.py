@@ -80,13 +80,17 @@ def triton_constants(case: Case) -> tuple[Any, dict[str, Any]]:
 
 def compile_all_triton(architectures: list[str], directory: Path) -> list[Compiled]:
     """The same cases in Triton, but for misaligned addresses."""
+    from metaadamw_fast.kernels.adamw_update import register_limit
     from metaadamw_fast.kernels.elements import BLOCK, CHUNK, WARPS
 
     made = []
     for case in cases():
         for a in architectures if case.whole else ():
             function, constants = triton_constants(case)
-            kernel = compile_triton(function, constants, int(a.replace(".", "")), directory / "triton", num_warps=WARPS)
+            limit = {}
+            if case.is_update:
+                limit = register_limit(constants["kinds"], constants["found"], "rounding_seed" not in constants)
+            kernel = compile_triton(function, constants, int(a.replace(".", "")), directory / "triton", num_warps=WARPS, **limit)
             renamed = case._replace(kernel=function.__name__)
             loop = triton_loop(kernel, renamed, BLOCK.value // kernel.threads)
             made.append(Compiled("triton", renamed, a, kernel, loop, CHUNK.value))

@@ -1,4 +1,4 @@
-"""The ops, and some of the optimizer, through Triton's interpreter: in other processes, since it is chosen when Triton is imported."""
+"""Ops and optimizer through Triton's interpreter, in other processes: it is chosen when Triton is imported."""
 
 import os
 import re
