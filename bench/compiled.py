@@ -156,22 +156,26 @@ def kind(*codes: int, strided: bool = False) -> int:
     return sum(code << (4 * i) for i, code in enumerate(codes)) | STRIDED_KIND * strided
 
 
+# Types of a launch, by the names of the kernels' arguments; whatever is not here is a vector of float64.
+TRITON_TYPES = dict.fromkeys(("table", "order", "begin", "group_of"), "*i64") | {"tickets": "*i32", "go": "*i1"}
+TRITON_TYPES |= dict.fromkeys(
+    ("out", "statistics", "template", "features", "numel", "done", "scales", "steps", "scaled", "norm"), "*fp32"
+)
+TRITON_TYPES |= dict.fromkeys(("tensors", "chunks", "width", "dim", "ahead", "total_steps", "row_stride", "group_stride"), "i32")
+TRITON_TYPES |= {"rounding_seed": "i64", "max_norm_bits": "i64", "loss_scale": "*fp32"}
+
+
 def triton_assembly(kernel: Any, constants: dict[str, Any], target: Any, **options: Any) -> Any:
-    """A Triton kernel compiled ahead of time; ``.asm`` has each stage. Other arguments than constants have a launch's types."""
+    """A Triton kernel compiled ahead of time, for arguments of the types above or ``constants``; ``.asm`` has each stage."""
     import triton
     from triton.compiler import ASTSource
 
-    types = {"table": "*i64", "tensors": "i32", "chunks": "i32", "tickets": "*i32", "out": "*fp32", "rounding_seed": "i64"}
-    signature = {name: "constexpr" if name in constants else types.get(name, "*fp64") for name in kernel.arg_names}
+    names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        attrs={
-            (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-            for name in ("table", "partials", "tickets")
-            if name in kernel.arg_names
-        },
+        signature={name: "constexpr" if name in constants else TRITON_TYPES.get(name, "*fp64") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ("table", "partials", "tickets") if name in names},
     )
     return triton.compile(source, target=target, options=options)
 

@@ -72,7 +72,7 @@ def triton_constants(case: Case) -> tuple[Any, dict[str, Any]]:
     if not case.is_update:
         everything = len(case.loads) == 4
         return tensor_stats_kernel, {"params": everything, "squares": everything, "counts": False, "kinds": kinds}
-    constants: dict[str, Any] = {"found": case.kernel in (FOUND, BOTH), "grad_scale": None, "kinds": kinds}
+    constants: dict[str, Any] = {"found": case.kernel in (FOUND, BOTH), "kinds": kinds}
     if case.kernel in (UPDATE, FOUND):
         constants["rounding_seed"] = None
     return adamw_update_kernel, constants
@@ -80,13 +80,17 @@ def triton_constants(case: Case) -> tuple[Any, dict[str, Any]]:
 
 def compile_all_triton(architectures: list[str], directory: Path) -> list[Compiled]:
     """The same cases in Triton, but for misaligned addresses."""
+    from metaadamw_fast.kernels.adamw_update import register_limit
     from metaadamw_fast.kernels.elements import BLOCK, CHUNK, WARPS
 
     made = []
     for case in cases():
         for a in architectures if case.whole else ():
             function, constants = triton_constants(case)
-            kernel = compile_triton(function, constants, int(a.replace(".", "")), directory / "triton", num_warps=WARPS)
+            limit = {}
+            if case.is_update:
+                limit = register_limit(constants["kinds"], constants["found"], "rounding_seed" not in constants)
+            kernel = compile_triton(function, constants, int(a.replace(".", "")), directory / "triton", num_warps=WARPS, **limit)
             renamed = case._replace(kernel=function.__name__)
             loop = triton_loop(kernel, renamed, BLOCK.value // kernel.threads)
             made.append(Compiled("triton", renamed, a, kernel, loop, CHUNK.value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,19 +38,30 @@ from .table import LaunchTable
 
 @triton.jit
 def integer_power(base, exponent):
-    """base^exponent by repeated squaring in float64: the same bits as on every other machine, which no library's pow promises."""
-    result = tl.full([], 1.0, tl.float64)
+    """base^exponent by repeated squaring in float64: the same bits as on every other machine, which no library's pow promises.
+
+    Of numbers, or of lanes: then until the largest exponent is done.
+    """
+    result = base * 0 + 1.0
     bits = exponent.to(tl.int64)
-    while bits > 0:  # not `!= 0`: a step that is NaN or negative must not run forever
-        if bits & 1 != 0:
-            result *= base
+    while _largest(bits) > 0:  # not `!= 0`: a step that is NaN or negative must not run forever
+        result = tl.where(bits & 1 != 0, result * base, result)
         base *= base
         bits >>= 1
     return result
 
 
 @triton.jit
-def _square_root(x):
+def _largest(x):
+    if x.type.is_block():
+        return tl.max(x, axis=0)
+    else:
+        return x
+
+
+@triton.jit
+def square_root(x):
+    """Correctly rounded."""
     if x.dtype == tl.float64:  # always correctly rounded; sqrt_rn and div_rn exist for float32 only
         return tl.sqrt(x)
     else:
@@ -92,7 +104,7 @@ def _update_block(
     if amsgrad:
         old = load(maximum, begin, max_offsets, mask, MAXIMUM, kind, aligned)
         largest = tl.where((old >= v) | (old != old), old, v)  # NaN if either is, as torch.maximum
-    denominator = _square_root(largest) * inverse_sqrt_bias_correction2 + eps
+    denominator = square_root(largest) * inverse_sqrt_bias_correction2 + eps
     p = decay_factor * p - _quotient(step_size * m, denominator)
 
     if key is not None:
@@ -115,8 +127,8 @@ def _update_block(
 
 @triton.jit
 def _update_chunk(
-    table, tensors, chunk, chunks, row, partials, tickets, new_sums,
-    step_size, decay_factor, step, beta1, beta2, eps, grad_scale, rounding_seed, found: tl.constexpr, kind: tl.constexpr,
+    table, tensors, chunk, chunks, row, partials, tickets, new_sums, vectors, rounding_seed, found: tl.constexpr,
+    kind: tl.constexpr,
 ):  # fmt: skip
     arithmetic: tl.constexpr = arithmetic_type(kind)
     begin, count, first_chunk, chunks_of_row = chunk_bounds(table, tensors, chunk, row)
@@ -132,28 +144,24 @@ def _update_chunk(
     pp = gg
     vv = gg
 
-    # Folded in float64 and rounded once, as `fold` in csrc/adamw.h.
-    beta1 = tl.load(beta1 + row)
-    beta2 = tl.load(beta2 + row)
-    step = tl.load(step + row)
-    bias_correction1 = 1.0 - integer_power(beta1, step)
-    bias_correction2 = 1.0 - integer_power(beta2, step)
+    # Rounded once, as `scalars_of` in csrc/adamw.h.
+    column = vectors + row
+    rows = tensors.to(tl.int64)
+    step_size = tl.load(column).to(arithmetic)
+    decay_factor = tl.load(column + rows).to(arithmetic)
+    beta1 = tl.load(column + 3 * rows)
+    beta2 = tl.load(column + 4 * rows)
     lerp_from_grad = beta1 < 0.5
     momentum_weight = tl.where(lerp_from_grad, beta1, 1.0 - beta1).to(arithmetic)
     beta2_complement = (1.0 - beta2).to(arithmetic)
     beta2 = beta2.to(arithmetic)
-    step_size = (tl.load(step_size + row) / bias_correction1).to(arithmetic)
-    decay_factor = tl.load(decay_factor + row).to(arithmetic)
-    inverse_sqrt_bias_correction2 = (1.0 / tl.sqrt(bias_correction2)).to(arithmetic)
-    eps = tl.load(eps + row).to(arithmetic)
+    inverse_sqrt_bias_correction2 = tl.load(column + 5 * rows).to(arithmetic)
+    eps = tl.load(column + 6 * rows).to(arithmetic)
+    scale = tl.load(column + 7 * rows).to(arithmetic)
     if rounding_seed is None:
         key = None
     else:
-        key = rounding_key(rounding_seed, step, row)
-    if grad_scale is None:
-        scale = tl.full([], 1.0, arithmetic)
-    else:
-        scale = tl.load(grad_scale + row).to(arithmetic)
+        key = rounding_key(rounding_seed, tl.load(column + 2 * rows), row)
 
     sums: tl.constexpr = new_sums is not None
     layout = table + tl.load(table + LAYOUT * tensors + row)
@@ -188,11 +196,10 @@ def _update_chunk(
 
 @triton.jit(
     do_not_specialize=["tensors", "chunks", "rounding_seed"],
-    do_not_specialize_on_alignment=["new_sums", "step_size", "decay_factor", "step", "beta1", "beta2", "eps", "grad_scale"],
+    do_not_specialize_on_alignment=["new_sums", "vectors"],
 )
 def adamw_update_kernel(
-    table, tensors, chunks, partials, tickets, new_sums, step_size, decay_factor, step, beta1, beta2, eps, grad_scale,
-    rounding_seed, found: tl.constexpr, kinds: tl.constexpr,
+    table, tensors, chunks, partials, tickets, new_sums, vectors, rounding_seed, found: tl.constexpr, kinds: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk; see `LaunchTable` for the table and the kinds."""
     # Backward through what the statistics went through forward: the first programs find the end of it in the cache.
@@ -200,13 +207,27 @@ def adamw_update_kernel(
     row = tl.load(table + FIELDS * tensors + chunk)
     kind_of_row = tl.load(table + KIND * tensors + row)
     has_gradient = (tl.load(table + GRAD * tensors + row) != 0) | (tl.load(table + NUMEL * tensors + row) == 0)
-    wanted = has_gradient & (tl.load(step + row) != 0)
+    wanted = has_gradient & (tl.load(vectors + 2 * tensors.to(tl.int64) + row) != 0)
     for i in tl.static_range(length(kinds)):
         if wanted & (kind_of_row == i):
             _update_chunk(
                 table, tensors, chunk, chunks, row, partials, tickets, new_sums,
-                step_size, decay_factor, step, beta1, beta2, eps, grad_scale, rounding_seed, found, element(kinds, i),
+                vectors, rounding_seed, found, element(kinds, i),
             )  # fmt: skip
+
+
+def register_limit(kinds: tuple[int, ...], found: bool, stochastic: bool) -> dict[str, int]:
+    """Triton's option that makes one more program fit a multiprocessor: 5 of 96 registers a thread, or 4 of 128.
+
+    Only where nothing spills then, which the tests read from ptxas for sm_80, sm_90 and sm_100: rows of one kind, in float32
+    arithmetic, walked flat, without a maximum. AMD's compiler knows no such option.
+    """
+    (kind, *others) = kinds
+    has_maximum_or_layout = kind >> (4 * MAXIMUM.value) != 0
+    is_double = any(kind >> (4 * operand) & 15 == 4 for operand in range(4))
+    if others or has_maximum_or_layout or is_double or (found and stochastic) or torch.version.hip is not None:
+        return {}
+    return {"maxnreg": 128 if found or stochastic else 96}
 
 
 def adamw_update_(
@@ -219,7 +240,7 @@ def adamw_update_(
 
     Args:
         launch: the T tensors, built with ``written=True``.
-        vectors: step_size, decay_factor, step, beta1, beta2, eps and grad_scale, contiguous float64 [7, T] on the tensors' device.
+        vectors: contiguous float64 [8, T] on the tensors' device, made by `kernels.policy`.
         new_sums: contiguous float64 [T, 2] or None; receives Σp², Σv² as stored, in the bits of a later pass of `tensor_stats`;
             with [T, 5], before them Σg², Σg·m, Σm² as found, in the bits of an earlier pass. Rows that stay as they are keep
             what it holds.
@@ -230,12 +251,13 @@ def adamw_update_(
     """
     if not launch.written:
         raise RuntimeError("the launch was not made for updates: written=False")
-    launch.check_vector("vectors", vectors, (7, launch.tensors))
+    launch.check_vector("vectors", vectors, (8, launch.tensors))
     found = new_sums is not None and new_sums.dim() == 2 and new_sums.shape[1] == 5
     launch.check_vector("new_sums", new_sums, (launch.tensors, 5 if found else 2))
     if launch.tensors:
         with launch.device_guard():
             adamw_update_kernel[(launch.chunks,)](
-                launch.table, launch.tensors, launch.chunks, launch.partials, launch.tickets, new_sums, *vectors.unbind(),
+                launch.table, launch.tensors, launch.chunks, launch.partials, launch.tickets, new_sums, vectors,
                 rounding_seed, found, launch.kinds, num_warps=WARPS, enable_fp_fusion=False,
+                **register_limit(launch.kinds, found, rounding_seed is not None),
             )  # fmt: skip

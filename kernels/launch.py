@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from . import policy
 from .adamw_update import adamw_update_
 from .elements import INTERPRETED
 from .table import LaunchTable
@@ -23,10 +24,17 @@ class TritonLaunch(LaunchTable):
 
 
 class TritonBackend:
-    """The same ops on lists: a table is built for each call, which costs the host more than the kernels take on small models."""
+    """The ops around the encoder, and those on elements with lists instead of a launch.
+
+    For lists a table is built at each call, which costs the host more than the kernels take on small models.
+    """
 
     name = "triton"
     launch = TritonLaunch
+    group_features = staticmethod(policy.group_features)
+    scaled_gradients = staticmethod(policy.scaled_gradients)
+    modulation = staticmethod(policy.modulation)
+    update_vectors = staticmethod(policy.update_vectors)
 
     @staticmethod
     def tensor_stats(
@@ -62,13 +70,8 @@ class TritonBackend:
         """The update, in place, with hyper-parameters [T] each; see `kernels.adamw_update`."""
         _refuse_capture()
         launch = TritonLaunch(grads, exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs, written=True)
-        hyper = {
-            "step_size": step_size, "decay_factor": decay_factor, "step": step, "beta1": beta1, "beta2": beta2, "eps": eps,
-            "grad_scale": torch.ones_like(step_size) if grad_scale is None else grad_scale,
-        }  # fmt: skip
-        for name, x in hyper.items():
-            launch.check_vector(name, x, (launch.tensors,))
-        launch.adamw_update_(torch.stack(list(hyper.values())), new_sums, rounding_seed)
+        vectors = policy.update_vectors(step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
+        launch.adamw_update_(vectors, new_sums, rounding_seed)
 
     @staticmethod
     def unavailable(device: torch.device) -> str | None:

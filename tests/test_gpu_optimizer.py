@@ -1,7 +1,10 @@
 """The whole optimizer on the device that is there, against the C++ backend on the CPU: all backends of a GPU, else `reference`.
 
-With CUDA_ON_CPU (test_cuda_emulated.py) the CUDA kernels on the CPU.
+With CUDA_ON_CPU (test_cuda_emulated.py) the CUDA kernels on the CPU; with TRITON_INTERPRET=1 (test_triton_interpreter.py) the
+Triton ones.
 """
+
+import os
 
 import pytest
 import torch
@@ -13,9 +16,10 @@ from . import emulated
 from .models import noise, one_thread, relative  # noqa: F401
 
 pytestmark = pytest.mark.gpu
-EMULATED = emulated.use()
+EMULATED, INTERPRETED = emulated.use(), os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not EMULATED else "cpu")
-BACKENDS = ["emulated"] if EMULATED else ["cpp", "triton", "reference"] if DEVICE.type == "cuda" else ["reference"]
+BACKENDS = ["cpp", "triton", "reference"] if DEVICE.type == "cuda" else ["reference"]
+BACKENDS = ["emulated"] if EMULATED else ["triton"] if INTERPRETED else BACKENDS
 OPTIONS = {
     "plain": {},
     "amsgrad, clipping": {"amsgrad": True, "max_grad_norm": 0.5},
@@ -39,7 +43,7 @@ def trained(device, backend, dtype, options, steps=20):
     return [x.detach().cpu() for x in (*tensors, opt.lr_scale, opt.wd_scale, opt.grad_norm)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_twenty_steps(backend, options, dtype):

@@ -1,5 +1,9 @@
-"""csrc/policy.h against the same in PyTorch: features of groups, and what the update takes of the scales of groups."""
+"""csrc/policy.h and kernels/policy.py against the same in PyTorch: features of groups, what the update takes of their scales.
 
+test_triton_interpreter.py runs this with TRITON_INTERPRET=1, and so the Triton kernels on the CPU.
+"""
+
+import os
 from dataclasses import fields, replace
 
 import pytest
@@ -16,16 +20,24 @@ from .models import noise
 
 F32, F64 = torch.float32, torch.float64
 
-pytestmark = pytest.mark.skipif(not hasattr(ops.CppBackend, "modulation"), reason="there is no C++ extension")
-no_gpu = ops._unavailable("cpp", torch.device("cuda"))
-ON_A_GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(bool(no_gpu), reason=str(no_gpu))])
-EMULATED = emulated.use()  # by test_cuda_emulated.py: the CUDA kernels on the CPU
+EMULATED, INTERPRETED = emulated.use(), os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.fixture(params=["cpu"] if EMULATED else ["cpu", ON_A_GPU])
+def place(backend, device):
+    """A backend on a device, skipped where it cannot run."""
+    reason = ops._unavailable(backend, torch.device(device))
+    marks = [pytest.mark.skipif(bool(reason), reason=str(reason)), *([pytest.mark.gpu] if device == "cuda" else [])]
+    return pytest.param((backend, device), marks=marks, id=f"{backend}, {device}")
+
+
+PLACES = [("cpp", "cpu"), ("cpp", "cuda"), ("triton", "cuda")]
+PLACES = [("emulated", "cpu")] if EMULATED else [("triton", "cpu")] if INTERPRETED else PLACES
+
+
+@pytest.fixture(params=[place(*x) for x in PLACES])
 def run(request):
-    """Calls an op of the C++ backend on copies of its arguments on the device; the results are on the CPU."""
-    backend = ops.BACKENDS["emulated" if EMULATED else "cpp"]()
+    """Calls an op of a backend on copies of its arguments on the device; the results are on the CPU."""
+    backend, device = request.param
 
     def there(x, device):
         if isinstance(x, FeatureTable):
@@ -33,7 +45,7 @@ def run(request):
         return x.to(device) if isinstance(x, torch.Tensor) else x
 
     def call(op, *arguments):
-        found = getattr(backend, op)(*(there(x, request.param) for x in arguments))
+        found = getattr(ops.resolve_backend(backend, torch.device(device)), op)(*(there(x, device) for x in arguments))
         return [there(x, "cpu") for x in found] if isinstance(found, (list, tuple)) else there(found, "cpu")
 
     return call

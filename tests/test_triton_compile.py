@@ -7,7 +7,8 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is built for Linux only")
 
-from metaadamw_fast.kernels.adamw_update import adamw_update_kernel  # noqa: E402
+from metaadamw_fast.kernels import policy  # noqa: E402
+from metaadamw_fast.kernels.adamw_update import adamw_update_kernel, register_limit  # noqa: E402
 from metaadamw_fast.kernels.elements import WARPS  # noqa: E402
 from metaadamw_fast.kernels.tensor_stats import tensor_stats_kernel  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -19,6 +20,7 @@ TARGETS = {name: GPUTarget("cuda", number, 32) for name, number in CUDA.items()}
 FP32, BF16_FP32_STATES = kind(1, 1, 1, 1), kind(2, 1, 2, 1)
 MANY = (FP32, kind(2, 2, 2, 2, 2), kind(4, 1, 2, 3, 3), kind(4, 4, 4, 4, 4), kind(0, 1, 3, 1), kind(2, 1, 2, 1, strided=True))
 LEFT = {"found": False, "rounding_seed": None}
+FOUND = {"found": True, "rounding_seed": None}
 SUMS = {"params": True, "squares": True, "counts": False}
 VARIANTS = {
     "stats, fp32": (tensor_stats_kernel, {**SUMS, "kinds": (FP32,)}),
@@ -26,15 +28,29 @@ VARIANTS = {
     "stats of g and m, counts": (tensor_stats_kernel, {"params": False, "squares": False, "counts": True, "kinds": (FP32,)}),
     "stats, many kinds": (tensor_stats_kernel, {**SUMS, "counts": True, "kinds": MANY}),
     "update, fp32": (adamw_update_kernel, {**LEFT, "kinds": (FP32,)}),
-    "update, fp32, lagged": (adamw_update_kernel, {"found": True, "rounding_seed": None, "kinds": (FP32,)}),
-    "update, fp32, no sums, no scale": (adamw_update_kernel, {**LEFT, "new_sums": None, "grad_scale": None, "kinds": (FP32,)}),
+    "update, fp32, lagged": (adamw_update_kernel, {**FOUND, "kinds": (FP32,)}),
+    "update, fp32, no sums": (adamw_update_kernel, {**LEFT, "new_sums": None, "kinds": (FP32,)}),
     "update, fp32, amsgrad": (adamw_update_kernel, {**LEFT, "kinds": (kind(1, 1, 1, 1, 1),)}),
     "update, bf16 with fp32 states": (adamw_update_kernel, {**LEFT, "kinds": (BF16_FP32_STATES,)}),
     "update, bf16 with fp32 states, by chance": (adamw_update_kernel, {"found": False, "kinds": (BF16_FP32_STATES,)}),
     "update, all bf16, by chance": (adamw_update_kernel, {"found": False, "kinds": (kind(2, 2, 2, 2),)}),
     "update, all fp16, by chance": (adamw_update_kernel, {"found": False, "kinds": (kind(3, 3, 3, 3),)}),
+    "update, all bf16": (adamw_update_kernel, {**LEFT, "kinds": (kind(2, 2, 2, 2),)}),
+    "update, bf16 with fp32 states, lagged": (adamw_update_kernel, {**FOUND, "kinds": (BF16_FP32_STATES,)}),
+    "update, all bf16, lagged": (adamw_update_kernel, {**FOUND, "kinds": (kind(2, 2, 2, 2),)}),
     "update, many kinds": (adamw_update_kernel, {**LEFT, "kinds": MANY}),
 }
+PLAIN = {"enhanced": False, "v_norm": True, "deviations": True, "time": 10, "lanes": 16}
+ENHANCED = {"enhanced": True, "v_norm": False, "deviations": False, "time": 9, "lanes": 16}
+POLICY = {
+    "features": (policy.group_features_kernel, PLAIN),
+    "features, enhanced": (policy.group_features_kernel, ENHANCED),
+    "clipping": (policy.scaled_gradients_kernel, {"clips": True}),
+    "no clipping": (policy.scaled_gradients_kernel, {"sign": None, "loss_scale": None, "clips": False}),
+    "modulation": (policy.modulation_kernel, {"go": None, "released": False}),
+    "modulation, released": (policy.modulation_kernel, {"released": True}),
+    "vectors": (policy.update_vectors_kernel, {"grad_scale": None}),
+}  # a few numbers per tensor
 EVERY = pytest.mark.parametrize("variant", VARIANTS)
 ON_CUDA = pytest.mark.parametrize("target", CUDA)
 
@@ -49,8 +65,11 @@ def _own_cache(tmp_path_factory):
 @functools.cache
 def compiled(variant, target, fusion=False):
     """The assembly of each stage."""
-    kernel, constants = VARIANTS[variant]
-    return triton_assembly(kernel, constants, TARGETS[target], num_warps=WARPS, enable_fp_fusion=fusion).asm
+    kernel, constants = (VARIANTS | POLICY)[variant]
+    limit = {}
+    if kernel is adamw_update_kernel and target in CUDA:
+        limit = register_limit(constants["kinds"], constants["found"], "rounding_seed" not in constants)
+    return triton_assembly(kernel, constants, TARGETS[target], num_warps=WARPS, enable_fp_fusion=fusion, **limit).asm
 
 
 def inexact(ptx):
@@ -75,11 +94,25 @@ def test_contraction_would_be_seen():
 @EVERY
 @ON_CUDA
 def test_cuda_resources(variant, target, tmp_path):
-    """No spills, no local memory; registers for lists of one kind so that four programs fit a multiprocessor, else three."""
+    """No spills, no local memory; registers of lists of one kind so that five programs fit a multiprocessor, or four."""
     report, _ = ptxas_report(compiled(variant, target)["ptx"], CUDA[target], tmp_path)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
     registers = int(re.search(r"Used (\d+) registers", report)[1])
-    assert registers <= (255 if "many" in variant else 168 if "lagged" in variant or "chance" in variant else 128), report
+    more = "lagged" in variant or "chance" in variant or "amsgrad" in variant
+    assert registers <= (255 if "many" in variant else 128 if more else 96), report
+
+
+@pytest.mark.parametrize("variant", POLICY)
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_around_the_encoder(variant, target, tmp_path):
+    """They spill nothing; the modulation is rounded as in C++ and in PyTorch, operation by operation."""
+    if target not in CUDA:
+        assert re.findall(r"\.private_segment_fixed_size:\s*(\d+)", compiled(variant, target)["amdgcn"]) == ["0"]
+        return
+    report, _ = ptxas_report(compiled(variant, target)["ptx"], CUDA[target], tmp_path)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
+    if "modulation" in variant:
+        assert not inexact(compiled(variant, target)["ptx"])
 
 
 @pytest.mark.parametrize(

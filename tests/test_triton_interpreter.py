@@ -1,4 +1,4 @@
-"""Runs test_gpu_ops.py through Triton's interpreter: in other processes, since it is chosen when Triton is imported."""
+"""Ops and optimizer through Triton's interpreter, in other processes: it is chosen when Triton is imported."""
 
 import os
 import re
@@ -10,24 +10,29 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is built for Linux only")
 
-PARTS = {"dtypes and sizes": "every_dtype", "everything else": "not every_dtype"}  # two processes, for two cores
+# A process each: the arguments of pytest, and how many tests pass at least.
+PARTS = {
+    "dtypes and sizes": (["test_gpu_ops.py", "-k", "every_dtype"], 30),
+    "everything else": (["test_gpu_ops.py", "-k", "not every_dtype"], 30),
+    "around the encoder": (["test_policy.py"], 100),
+    "the optimizer": (["test_gpu_optimizer.py", "-k", "float32 and (clipping or lagged or enhanced)"], 3),
+}
 
 
 @pytest.fixture(scope="module")
 def processes():
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    command.append(str(Path(__file__).with_name("test_gpu_ops.py")))
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     started = {
         part: subprocess.Popen(
-            [*command, "-k", chosen],
+            [*command, str(Path(__file__).with_name(file)), *chosen],
             cwd=Path(__file__).parent.parent,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for part, chosen in PARTS.items()
+        for part, ((file, *chosen), _) in PARTS.items()
     }
     yield started
     for process in started.values():
@@ -41,4 +46,4 @@ def test_interpreted(part, processes):
     assert processes[part].returncode == 0, output
     skipped = re.search(r"(\d+) skipped", output)
     assert skipped is None or int(skipped[1]) == 1, output  # CUDA graphs
-    assert int(re.search(r"(\d+) passed", output)[1]) > 30, output
+    assert int(re.search(r"(\d+) passed", output)[1]) >= PARTS[part][1], output
