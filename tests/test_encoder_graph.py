@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from bench.predictions import BETWEEN
 from metaadamw_fast import FeatureConfig, GroupEncoder, MetaAdamW, MetaLearner, encoder_graph, sync
 
 from . import ranks
@@ -483,9 +484,9 @@ class Launches(TorchDispatchMode):
         return out
 
 
-def launches_of_a_step(graph):
+def launches_of_a_step(**options):
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
-    opt = MetaAdamW(model.named_parameters(), encoder_graph=graph)
+    opt = MetaAdamW(model.named_parameters(), **options)
     for _ in range(5):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
@@ -496,9 +497,13 @@ def launches_of_a_step(graph):
 
 def test_operations_of_a_default_step_on_a_gpu(monkeypatch):
     monkeypatch.setattr(sync, "readable", lambda x: False)
-    launches = launches_of_a_step(graph=False)
+    launches = launches_of_a_step()
     assert launches.of_torch.total() <= BUDGET, launches.of_torch
     assert launches.of_ours.total() == 4  # statistics, features, modulation, update
+    assert launches.of_torch.total() + 2 == BETWEEN["exact"]  # what the predictions count on
+    launches = launches_of_a_step(statistics="lagged")
+    assert launches.of_ours.total() == 3
+    assert launches.of_torch.total() + 2 == BETWEEN["lagged"]
 
 
 def test_operations_of_a_step_beside_the_graph(captures, monkeypatch):
@@ -511,7 +516,7 @@ def test_operations_of_a_step_beside_the_graph(captures, monkeypatch):
         replays.append(recording)
 
     monkeypatch.setattr(Recording, "replay", replay)
-    launches = launches_of_a_step(graph=True)
+    launches = launches_of_a_step(encoder_graph=True)
     assert len(replays) == 3
     assert set(launches.of_torch) == {"aten._foreach_copy_.default", "aten.clone.default", "aten.add_.Tensor"}
     assert launches.of_torch.total() == 3
