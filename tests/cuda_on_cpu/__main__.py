@@ -106,7 +106,6 @@ BROKEN = [
     ("coordinates not initialised", TESTS, Edit(KERNELS, "static_assert(kWords", "coordinates_of(", "if (0) coordinates_of(")),
     ("a group beyond the end, seen by the tests", TESTS, Edit(MAPPING, "      } else {", "first + V <= count", "first < count")),
     ("a group beyond the end", ADDRESSES, Edit(MAPPING, "      } else {", "first + V <= count", "first < count")),
-    ("a group beyond the end, loaded ahead", TESTS, Edit(MAPPING, "auto next = load(first);", "kStride + V <=", "kStride <")),
     ("groups that are not aligned", ADDRESSES, Edit(MAPPING, "bool has_whole_groups(", "% group_bytes == 0", "% 1 == 0")),
 ]  # fmt: skip
 
