@@ -123,7 +123,7 @@ class FakeBackend(ReferenceBackend):
 
 @functools.cache
 def _triton_backend() -> Any:
-    """The Triton ops; what is no op on elements stays in eager PyTorch.
+    """The Triton ops, those around the encoder included; the encoder itself is eager PyTorch everywhere.
 
     Imported when they are asked for: importing Triton takes a good part of a second.
     """
