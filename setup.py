@@ -95,6 +95,18 @@ def nvcc_command(home: Path, includes: list[str], chosen: list[str]) -> list[str
     return [str(home / "bin" / "nvcc"), "-c", str(SOURCES / "cuda.cu"), *NVCC_FLAGS, macro, *targets, *directories]
 
 
+def cxx_library() -> list[str]:
+    """The libstdc++ that torch has loaded into this process, for the linker; nothing where there is none.
+
+    A compiler that comes with the archive of it only would put a second copy into the extension, half of whose symbols the loader
+    takes from the first: messages of errors are cut short, and throwing them crashes. A library that is named first goes before
+    the compiler's own.
+    """
+    maps = Path("/proc/self/maps")
+    found = re.search(r"/\S*/libstdc\+\+\.so\S*$", maps.read_text(), re.MULTILINE) if maps.exists() else None
+    return [found[0]] if found else []
+
+
 def extension():
     """The extension and its build command, or two empty values when the user asked for none."""
     if os.environ.get("METAADAMW_NO_EXTENSION") == "1":
@@ -157,6 +169,7 @@ def extension():
             f'-DMETAADAMW_SOURCE_HASH="{source_hash()}"',
             *([f'-DMETAADAMW_CUDA="{",".join(chosen)}"'] if with_cuda else []),
         ],
+        extra_link_args=cxx_library(),
         py_limited_api=True,
     )
     return [module], {"build_ext": Build.with_options(use_ninja=shutil.which("ninja") is not None)}

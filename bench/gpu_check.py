@@ -10,6 +10,7 @@ others. The exit status is 0 if every part passed and every figure was reached.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -63,7 +64,9 @@ def parts(options: argparse.Namespace, results: Path) -> list[Part]:
     threads = {} if gpu else {"OMP_NUM_THREADS": "1"}
     if gpu:
         build["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    # Compiling Triton's kernels takes most of the tests' time: processes side by side, where pytest-xdist is there.
+    workers = ["-n", "8"] if gpu and importlib.util.find_spec("xdist") else []
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, "tests"]
     todo = [
         Part("build", [python, "setup.py", "build_ext", "--inplace"], 150, build),
         Part("gpu tests", [*pytest, "-m", "gpu"], 150),

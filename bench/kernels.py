@@ -71,7 +71,7 @@ def triton_constants(case: Case) -> tuple[Any, dict[str, Any]]:
     kinds = (kind(*({4: 1, 2: 2}[size] for size in case.loads)),)
     if not case.is_update:
         everything = len(case.loads) == 4
-        return tensor_stats_kernel, {"params": everything, "squares": everything, "counts": False, "kinds": kinds}
+        return tensor_stats_kernel, {"parameters": everything, "squares": everything, "counts": False, "kinds": kinds}
     constants: dict[str, Any] = {"found": case.kernel in (FOUND, BOTH), "kinds": kinds}
     if case.kernel in (UPDATE, FOUND):
         constants["rounding_seed"] = None

@@ -102,6 +102,11 @@ class LaunchTable:
             numels.append(leader.numel())
             first_chunks.append(len(chunk_rows))
             chunk_rows += [t] * max(-(-leader.numel() // CHUNK.value), 1)
+        # A row without elements has no operands, so a kernel of its kind would have no types to be compiled for. All that is done
+        # for such a row is to write its sums, which the code for any kind does.
+        of_float32 = sum(DTYPE_CODES[torch.float32] << (4 * i) for i, tensors in enumerate(lists) if tensors is not None)
+        any_kind = max(kinds, default=0) or of_float32
+        kinds = [kind or any_kind for kind in kinds]
         self.kinds = tuple(sorted(set(kinds)))
         start_of_layouts = FIELDS.value * self.tensors + len(chunk_rows)
         fields = [list(column) for column in zip(*addresses, strict=True)]

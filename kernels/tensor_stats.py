@@ -34,7 +34,7 @@ from .table import LaunchTable
 def _accumulate(
     gg, gm, mm, pp, vv, g_count, m_count, grad, exp_avg, param, exp_avg_sq,
     begin, offsets, g_mask, mask, layout,
-    params: tl.constexpr, squares: tl.constexpr, counts: tl.constexpr,
+    parameters: tl.constexpr, squares: tl.constexpr, counts: tl.constexpr,
     kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
     """Adds one block to the lanes of every sum."""
@@ -44,7 +44,7 @@ def _accumulate(
     gg += g * g
     gm += g * m
     mm += m * m
-    if params:
+    if parameters:
         p = load(param, begin, p_offsets, mask, PARAM, kind, aligned)
         pp += p * p
     if squares:
@@ -59,7 +59,7 @@ def _accumulate(
 @triton.jit
 def _sum_chunk(
     table, tensors, chunk, chunks, row, partials, tickets, out,
-    params: tl.constexpr, squares: tl.constexpr, counts: tl.constexpr, kind: tl.constexpr,
+    parameters: tl.constexpr, squares: tl.constexpr, counts: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
     begin, count, first_chunk, chunks_of_row = chunk_bounds(table, tensors, chunk, row)
     grad = tl.load(table + GRAD * tensors + row)
@@ -76,7 +76,7 @@ def _sum_chunk(
     m_count = gg
 
     addresses = grad | exp_avg
-    if params:
+    if parameters:
         addresses |= param
     if squares:
         addresses |= exp_avg_sq
@@ -88,23 +88,23 @@ def _sum_chunk(
         for i in range(0, done, BLOCK):
             gg, gm, mm, pp, vv, g_count, m_count = _accumulate(
                 gg, gm, mm, pp, vv, g_count, m_count, grad, exp_avg, param, exp_avg_sq,
-                begin, i + lane, None, None, layout, params, squares, counts, kind, False, True,
+                begin, i + lane, None, None, layout, parameters, squares, counts, kind, False, True,
             )  # fmt: skip
     for i in range(done, count, BLOCK):
         mask = i + lane < count
         gg, gm, mm, pp, vv, g_count, m_count = _accumulate(
             gg, gm, mm, pp, vv, g_count, m_count, grad, exp_avg, param, exp_avg_sq,
-            begin, i + lane, mask & (grad != 0), mask, layout, params, squares, counts, kind, strided, False,
+            begin, i + lane, mask & (grad != 0), mask, layout, parameters, squares, counts, kind, strided, False,
         )  # fmt: skip
 
-    width: tl.constexpr = 3 + params + squares + 2 * counts
+    width: tl.constexpr = 3 + parameters + squares + 2 * counts
     store_sum(gg, 0, width, row, chunk, chunks, chunks_of_row, partials, out)
     store_sum(gm, 1, width, row, chunk, chunks, chunks_of_row, partials, out)
     store_sum(mm, 2, width, row, chunk, chunks, chunks_of_row, partials, out)
-    if params:
+    if parameters:
         store_sum(pp, 3, width, row, chunk, chunks, chunks_of_row, partials, out)
     if squares:
-        store_sum(vv, 3 + params, width, row, chunk, chunks, chunks_of_row, partials, out)
+        store_sum(vv, 3 + parameters, width, row, chunk, chunks, chunks_of_row, partials, out)
     if counts:
         store_sum(g_count, width - 2, width, row, chunk, chunks, chunks_of_row, partials, out)
         store_sum(m_count, width - 1, width, row, chunk, chunks, chunks_of_row, partials, out)
@@ -114,7 +114,7 @@ def _sum_chunk(
 @triton.jit(do_not_specialize=["tensors", "chunks"], do_not_specialize_on_alignment=["out"])
 def tensor_stats_kernel(
     table, tensors, chunks, partials, tickets, out,
-    params: tl.constexpr, squares: tl.constexpr, counts: tl.constexpr, kinds: tl.constexpr,
+    parameters: tl.constexpr, squares: tl.constexpr, counts: tl.constexpr, kinds: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk; see `LaunchTable` for the table and the kinds."""
     chunk = tl.program_id(0)
@@ -122,7 +122,7 @@ def tensor_stats_kernel(
     kind_of_row = tl.load(table + KIND * tensors + row)
     for i in tl.static_range(length(kinds)):
         if kind_of_row == i:
-            _sum_chunk(table, tensors, chunk, chunks, row, partials, tickets, out, params, squares, counts, element(kinds, i))
+            _sum_chunk(table, tensors, chunk, chunks, row, partials, tickets, out, parameters, squares, counts, element(kinds, i))
 
 
 def tensor_stats(

@@ -286,6 +286,8 @@ class MetaAdamW(Optimizer):
             setattr(self, name, like.new_zeros(shape) if old is None or old.shape != shape else old.to(like))
         if self.max_grad_norm is None:
             self._grad_norm = None
+        if self._skipped is not None:
+            self._skipped = self._skipped.to(device)
         if self._lagged is not None:  # a model that moved; other parameters make the statistics of the last step useless
             self._lagged = self._lagged.to(like) if self._lagged.shape[0] == len(self._members) else None
 
@@ -454,7 +456,6 @@ class MetaAdamW(Optimizer):
     def _count_skipped(self, go: Tensor | bool, statistics: Tensor) -> Tensor | bool:
         """``go``, unless the gradients are not finite; counts that. A step that GradScaler calls off is not counted here."""
         assert self._skipped is not None
-        self._skipped = self._skipped.to(statistics.device)
         finite = statistics[:, 0].sum().isfinite()
         self._skipped += ~finite & go
         go = finite & go

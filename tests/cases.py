@@ -68,12 +68,12 @@ def place(values, order=(0, 1, 2, 3, 4), step=1, gap=0, offset=0, expand=False):
 
 def memory_of(x):
     """Everything that lies in the storage of a tensor, as one-dimensional."""
-    return torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
 
 
 def clone(x):
     """A copy with the same strides, offset and surroundings."""
-    return torch.empty(0, dtype=x.dtype).set_(x.untyped_storage().clone(), x.storage_offset(), x.shape, x.stride())
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage().clone(), x.storage_offset(), x.shape, x.stride())
 
 
 def same_bits(x, y):

@@ -321,7 +321,7 @@ def test_no_tensors_at_all():
     launch, _ = launched(random_lists([], "fp32"))
     launch.set_gradients([])
     assert sums_of(launch).shape == (0, 7)
-    launch.adamw_update_(hyper_vectors(Hyper(), 0))
+    launch.adamw_update_(hyper_vectors(Hyper(), 0).cpu())  # without a tensor nothing tells of another device
 
 
 def test_columns():
@@ -506,7 +506,7 @@ def test_hyperparameters_that_do_not_fit_change_nothing(bad, position):
     lists = random_lists([(3,), (4, 5), (2, 2)], "fp32")
     there = lists.map(lambda x: to(DEVICE, x))
     arguments = [*Hyper(grad_scale=1.0).of_tensors(3, DEVICE), None]
-    arguments[position] = bad.to(DEVICE)
+    arguments[position] = to(DEVICE, bad)  # with its strides
     operands = there.params, there.grads, there.exp_avgs, there.exp_avg_sqs, None
     with pytest.raises(RuntimeError, match="must be a contiguous float64 tensor of shape"):
         ops.resolve_backend(backend_name, DEVICE).adamw_update_(*operands, *arguments)

@@ -92,3 +92,18 @@ def test_a_model_moved_after_the_optimizer_was_built():
             p.grad = torch.ones_like(p)
         opt.step()
     assert all(x.device.type == "cuda" for state in opt.state.values() for x in state.values())
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="there is no GPU")
+@pytest.mark.parametrize("options", [{}, {"skip_nonfinite": True}, {"statistics": "lagged"}, {"max_grad_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_first_step_on_another_stream(backend, options):
+    """Every tensor that the optimizer keeps is on the GPU by then: torch takes no stream for one of the CPU's."""
+    p = nn.Parameter(torch.ones(5, device="cuda"))
+    opt = MetaAdamW([p], lr=0.1, backend=backend, **options)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    torch.cuda.synchronize()
+    assert opt.steps_done == 1
+    assert p[0].item() == pytest.approx(0.899, abs=1e-5)

@@ -1,5 +1,12 @@
 """Bad input to the multi-tensor ops raises RuntimeError and says what is wrong; nothing, no version counter either, has changed."""
 
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -96,3 +103,16 @@ def test_hyperparameters_and_dtypes_of_the_public_ops(backend):
     for dtype in (torch.bfloat16, torch.int64):
         with pytest.raises(RuntimeError, match="float32 or float64"):
             lists.stats(backend, dtype=dtype)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="libstdc++ and g++ of Linux")
+def test_a_compiler_with_the_archive_of_libstdcxx_only_links_torchs_library(tmp_path):
+    """Two copies of libstdc++ in one process cut messages short and crash where one throws what the other catches."""
+    source, plain, ours = tmp_path / "x.cpp", tmp_path / "plain.so", tmp_path / "ours.so"
+    source.write_text("#include <stdexcept>\nvoid f(const char* x) { throw std::runtime_error(x); }\n")
+    cxx_library = runpy.run_path(str(Path(__file__).parent.parent / "setup.py"), run_name="setup")["cxx_library"]()
+    assert Path(cxx_library[0]).exists()
+    for library, more in ((plain, []), (ours, cxx_library)):
+        subprocess.run(["g++", "-shared", "-fPIC", "-static-libstdc++", source, *more, "-o", library], check=True)
+    symbols = [subprocess.run(["nm", "-D", x], capture_output=True, text=True, check=True).stdout for x in (plain, ours)]
+    assert [re.search(r"(\w) _ZNSt13runtime_errorC1EPKc", x)[1] for x in symbols] == ["T", "U"]  # defined, taken from outside

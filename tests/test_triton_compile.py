@@ -4,14 +4,18 @@ import functools
 import re
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="Triton is built for Linux only")
 
 from metaadamw_fast.kernels import policy  # noqa: E402
 from metaadamw_fast.kernels.adamw_update import adamw_update_kernel, register_limit  # noqa: E402
 from metaadamw_fast.kernels.elements import WARPS  # noqa: E402
+from metaadamw_fast.kernels.table import LaunchTable  # noqa: E402
 from metaadamw_fast.kernels.tensor_stats import tensor_stats_kernel  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from bench.compiled import kind, ptxas_report, triton_assembly  # noqa: E402
 
@@ -21,11 +25,11 @@ FP32, BF16_FP32_STATES = kind(1, 1, 1, 1), kind(2, 1, 2, 1)
 MANY = (FP32, kind(2, 2, 2, 2, 2), kind(4, 1, 2, 3, 3), kind(4, 4, 4, 4, 4), kind(0, 1, 3, 1), kind(2, 1, 2, 1, strided=True))
 LEFT = {"found": False, "rounding_seed": None}
 FOUND = {"found": True, "rounding_seed": None}
-SUMS = {"params": True, "squares": True, "counts": False}
+SUMS = {"parameters": True, "squares": True, "counts": False}
 VARIANTS = {
     "stats, fp32": (tensor_stats_kernel, {**SUMS, "kinds": (FP32,)}),
     "stats, bf16 with fp32 states": (tensor_stats_kernel, {**SUMS, "kinds": (BF16_FP32_STATES,)}),
-    "stats of g and m, counts": (tensor_stats_kernel, {"params": False, "squares": False, "counts": True, "kinds": (FP32,)}),
+    "stats of g and m, counts": (tensor_stats_kernel, {"parameters": False, "squares": False, "counts": True, "kinds": (FP32,)}),
     "stats, many kinds": (tensor_stats_kernel, {**SUMS, "counts": True, "kinds": MANY}),
     "update, fp32": (adamw_update_kernel, {**LEFT, "kinds": (FP32,)}),
     "update, fp32, lagged": (adamw_update_kernel, {**FOUND, "kinds": (FP32,)}),
@@ -70,6 +74,35 @@ def compiled(variant, target, fusion=False):
     if kernel is adamw_update_kernel and target in CUDA:
         limit = register_limit(constants["kinds"], constants["found"], "rounding_seed" not in constants)
     return triton_assembly(kernel, constants, TARGETS[target], num_warps=WARPS, enable_fp_fusion=fusion, **limit).asm
+
+
+@pytest.mark.parametrize("variant", VARIANTS | POLICY)
+def test_a_launch_finds_its_kernel_by_its_arguments(variant):
+    """Triton makes the function that binds a launch's arguments from source text with local names of its own: `params`, `options`.
+
+    An argument of such a name would be hidden by the local one. The ahead-of-time compilation does not go through it.
+    """
+    kernel, constants = (VARIANTS | POLICY)[variant]
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS["sm_90"]))
+    arguments = {name: constants.get(name, 7) for name in kernel.arg_names}
+    bound, specialization, _ = bind(**arguments)
+    assert bound == arguments
+    constant = [p.name for p in kernel.params if p.is_constexpr]
+    assert {name: value for name, (kind, value) in zip(bound, specialization, strict=True) if name in constant} == {
+        name: arguments[name] for name in constant
+    }
+    hash(tuple(specialization))  # the key under which Triton keeps the compiled kernel
+
+
+@pytest.mark.parametrize("sizes", [[0], [0, 5], [5, 0, 0]])
+def test_kinds_of_lists_with_empty_tensors_compile(sizes):
+    """A row without elements is of a kind that has types for all operands."""
+    lists = [[torch.zeros(n, dtype=dtype) for n in sizes] for dtype in (torch.bfloat16, *[torch.float32] * 3)]
+    launch = LaunchTable(*lists, written=True)
+    assert len(launch.kinds) == 1
+    for found in (False, True):
+        constants = {"found": found, "rounding_seed": None, "kinds": launch.kinds}
+        assert triton_assembly(adamw_update_kernel, constants, TARGETS["sm_90"], num_warps=WARPS).asm["ptx"]
 
 
 def inexact(ptx):

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,7 @@ def _compile(directory: Path, flags: tuple[str, ...]) -> Path:
         if process.returncode != 0:
             raise RuntimeError(f"g++ failed:\n{errors}")
     unfinished = directory / "unfinished.so"
-    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    shared = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["cxx_library"]()
+    libraries = [*shared, f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     subprocess.run([COMPILER, "-shared", "-pthread", *flags, *map(str, objects), *libraries, "-o", str(unfinished)], check=True)
     return unfinished
