@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from metaadamw_fast.launch import resolved
+from metaadamw_fast.launch import Operands, resolved
 
 from .checks import OpList, check_distinct, check_lists
 from .elements import CHUNK, DTYPE_CODES, FIELDS, STRIDED_KIND
@@ -32,8 +32,8 @@ class LaunchTable:
     The elements of a row are walked in the order of the last given of params, else of exp_avgs, in memory. Where all operands are
     dense in that order they are walked flat, else through sizes and strides in the table.
 
-    The table, the tensors and what the kernels write between programs belong to this object: keep it as long as a CUDA graph that
-    captured a launch, and use it on one stream at a time.
+    The table, the tensors until `let_go`, and what the kernels write between programs belong to this object: keep it as long as a
+    CUDA graph that captured a launch, and use it on one stream at a time.
 
     Raises:
         RuntimeError: lists of different lengths, tensors of different shapes or devices, sparse or non-floating tensors, an
@@ -51,14 +51,18 @@ class LaunchTable:
         written: bool,
     ) -> None:
         self.written = written
-        self.exp_avgs = list(exp_avgs)
-        self.params = None if params is None else list(params)
-        self.exp_avg_sqs = None if exp_avg_sqs is None else list(exp_avg_sqs)
-        self.max_exp_avg_sqs = None if max_exp_avg_sqs is None else list(max_exp_avg_sqs)
-        if written and (self.params is None or self.exp_avg_sqs is None):
+        exp_avgs = list(exp_avgs)
+        self.with_params, self.with_squares = params is not None, exp_avg_sqs is not None
+        if written and not (self.with_params and self.with_squares):
             raise RuntimeError("the update needs params and exp_avg_sqs")
-        self.tensors = len(self.exp_avgs)
-        self.device = self.exp_avgs[0].device if self.exp_avgs else torch.device("cpu")
+        self.tensors = len(exp_avgs)
+        self.device = exp_avgs[0].device if exp_avgs else torch.device("cpu")
+        empty = torch.empty(0, device=self.device)
+        maxima = None if max_exp_avg_sqs is None else [empty if x is None else x for x in max_exp_avg_sqs]
+        operands = Operands(
+            exp_avgs, None if params is None else list(params), None if exp_avg_sqs is None else list(exp_avg_sqs), maxima
+        )
+        self._operands: Callable[[], Operands] = lambda: operands
         self._on_gpu = self.device.type != "cpu"
         self._captured: list[Tensor] = []  # what CUDA graphs copy from at every replay
         # Memory to capture an upload from, allocated now: not every torch can while it captures.
@@ -70,24 +74,23 @@ class LaunchTable:
 
     def _fill(self, grads: list[Tensor | None]) -> None:
         """Checks everything, then describes it."""
-        empty = torch.empty(0, device=self.device)
-        present = [[empty if x is None else x for x in tensors or ()] for tensors in (grads, self.max_exp_avg_sqs)]
-        leaders = [OpList("params", self.params, self.written), OpList("exp_avgs", self.exp_avgs, self.written)]
+        empty, mine = torch.empty(0, device=self.device), self._operands()
+        leaders = [OpList("params", mine.params, self.written), OpList("exp_avgs", mine.exp_avgs, self.written)]
         check = (
-            *leaders[self.params is None :],
-            OpList("grads", present[0], optional=True),
-            OpList("exp_avg_sqs", self.exp_avg_sqs, self.written),
-            OpList("max_exp_avg_sqs", None if self.max_exp_avg_sqs is None else present[1], self.written, optional=True),
+            *leaders[mine.params is None :],
+            OpList("grads", [empty if x is None else x for x in grads], optional=True),
+            OpList("exp_avg_sqs", mine.exp_avg_sqs, self.written),
+            OpList("max_exp_avg_sqs", mine.max_exp_avg_sqs, self.written, optional=True),
         )
         check_lists(*check)
         check_distinct(*check)
-        lists = (grads, self.exp_avgs, self.params, self.exp_avg_sqs, self.max_exp_avg_sqs)
+        lists = (grads, mine.exp_avgs, mine.params, mine.exp_avg_sqs, mine.max_exp_avg_sqs)
         rows = [[None if tensors is None else tensors[t] for tensors in lists] for t in range(self.tensors)]
         if any(x is not None and x.is_neg() for row in rows for x in row):
             raise RuntimeError("a tensor is a negative view of its memory: resolve_neg() makes it one of its own")
         # Without elements: either absent, or all of the row is empty and no address matters.
         rows = [[None if x is None or not x.numel() else x for x in row] for row in rows]
-        leading = self.exp_avgs if self.params is None else self.params
+        leading = mine.exp_avgs if mine.params is None else mine.params
 
         addresses = [[0 if x is None else x.data_ptr() for x in row] for row in rows]
         layouts: list[int] = [1, 2**62] + [1] * OPERANDS  # the one of all rows that are walked flat: offset = index
@@ -128,6 +131,10 @@ class LaunchTable:
             raise RuntimeError(f"{name} must be a contiguous float64 tensor of shape {list(shape)} on {self.device}")
 
     # ---------------------------------------------------------------------------------------------------------- from step to step
+
+    def let_go(self, operands: Callable[[], Operands]) -> None:
+        """Holds its tensors no longer; see :meth:`metaadamw_fast.launch.CppLaunch.let_go`."""
+        self._operands = operands
 
     def kept(self) -> list[Tensor]:
         """The tensors on the device that it keeps from step to step."""

@@ -149,7 +149,7 @@ def tensor_stats(
     """
     if dtype not in (torch.float32, torch.float64):
         raise RuntimeError(f"the statistics are float32 or float64, not {dtype}")
-    if (params and launch.params is None) or (exp_avg_sqs and launch.exp_avg_sqs is None):
+    if (params and not launch.with_params) or (exp_avg_sqs and not launch.with_squares):
         raise RuntimeError("the launch was made without the lists of these columns")
     out = torch.empty(launch.tensors, 3 + params + exp_avg_sqs + 2 * count_nonzero, dtype=dtype, device=launch.device)
     if launch.tensors:

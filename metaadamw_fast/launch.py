@@ -19,7 +19,8 @@ of the same names in :mod:`metaadamw_fast.ops`; nothing has changed then.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,17 @@ from .checks import OpList, check_distinct, check_lists
 
 Tensors = Iterable[Tensor]
 OptionalTensors = Iterable[Tensor | None]
+
+
+class Operands(NamedTuple):
+    """The lists of a launch that stay from call to call; as the arguments of the same names."""
+
+    exp_avgs: list[Tensor]
+    params: list[Tensor] | None
+    exp_avg_sqs: list[Tensor] | None
+    max_exp_avg_sqs: list[Tensor] | None
+    low_precision_params: list[Tensor] | None = None
+
 
 _MAX_DIMS = 16  # csrc/chunks.h
 _SAME, _OTHER_ADDRESSES, _OTHER_TABLE, _NEGATIVES = range(4)  # what launch_set_gradients returns; csrc/ops.cpp
@@ -130,13 +142,19 @@ class CppLaunch:
         exp_avgs = list(exp_avgs)
         self._absent = exp_avgs[0].new_empty(0) if exp_avgs else torch.empty(0, device="cpu")
         maxima = None if max_exp_avg_sqs is None else _filled(max_exp_avg_sqs, self._absent)
-        self._lists = (exp_avgs, _listed(params), _listed(exp_avg_sqs), maxima)
-        if any(x.is_neg() for xs in self._lists for x in xs or ()):
+        operands = Operands(exp_avgs, _listed(params), _listed(exp_avg_sqs), maxima)
+        self._operands: Callable[[], Operands] = lambda: operands
+        if any(x.is_neg() for xs in operands for x in xs or ()):
             raise RuntimeError("a tensor is a negative view of its memory: resolve_neg() makes it one of its own")
         self._written = written
         self._in_graphs: list[tuple[Tensor, Tensor]] = []
-        leaders = exp_avgs if self._lists[1] is None else self._lists[1]
-        self._many_dims = [(t, x) for t, x in enumerate(leaders) if x.dim() > _MAX_DIMS]
+        leaders = exp_avgs if operands.params is None else operands.params
+        # Stand-ins without memory: of a leader only its shape and strides are asked.
+        self._many_dims = [
+            (t, torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
+            for t, x in enumerate(leaders)
+            if x.dim() > _MAX_DIMS
+        ]
         whole, self._copies = resolved(list(grads))
         self._copies += self._copy_many_dims(whole)
         self._make_table(_filled(whole, self._absent))
@@ -153,13 +171,21 @@ class CppLaunch:
             if grad is None or grad.layout is not torch.strided or grad.shape != leader.shape:
                 continue  # absent, or refused later
             if grad.stride() != leader.stride():
-                grads[t] = copy = torch.empty_like(leader, dtype=grad.dtype, device=grad.device).copy_(grad)
+                copy = torch.empty_strided(leader.shape, leader.stride(), dtype=grad.dtype, device=grad.device)
+                grads[t] = copy.copy_(grad)
                 copies.append(copy)
         return copies
 
     def _make_table(self, grads: list[Tensor]) -> None:
-        self._table: Tensor = self.namespace.launch_table.default(grads, *self._lists, self._written, self.chunk_size)
+        self._table: Tensor = self.namespace.launch_table.default(grads, *self._operands()[:4], self._written, self.chunk_size)
         self._device_copy = DeviceCopy(self._table, self._absent.device, self._in_graphs) if self.on_gpu else None
+
+    def let_go(self, operands: Callable[[], Operands]) -> None:
+        """Holds its tensors no longer, but asks ``operands`` for them when it needs them: by addresses alone it goes on.
+
+        Whoever takes the tensors over must notice when one of them is replaced, and make another launch then.
+        """
+        self._operands = operands
 
     @property
     def on_gpu(self) -> bool:
@@ -234,11 +260,13 @@ class ReferenceLaunch:
         *,
         written: bool,
     ) -> None:
-        self._exp_avgs, self._params, self._exp_avg_sqs = list(exp_avgs), _listed(params), _listed(exp_avg_sqs)
-        self._absent = self._exp_avgs[0].new_empty(0) if self._exp_avgs else torch.empty(0, device="cpu")
-        self._maxima = None if max_exp_avg_sqs is None else _filled(max_exp_avg_sqs, self._absent)
+        exp_avgs = list(exp_avgs)
+        self._absent = exp_avgs[0].new_empty(0) if exp_avgs else torch.empty(0, device="cpu")
+        maxima = None if max_exp_avg_sqs is None else _filled(max_exp_avg_sqs, self._absent)
+        operands = Operands(exp_avgs, _listed(params), _listed(exp_avg_sqs), maxima)
+        self._operands: Callable[[], Operands] = lambda: operands
         self._written = written
-        if written and (self._params is None or self._exp_avg_sqs is None):
+        if written and (operands.params is None or operands.exp_avg_sqs is None):
             raise RuntimeError("the update needs params and exp_avg_sqs")
         self.set_gradients(grads)
 
@@ -248,16 +276,20 @@ class ReferenceLaunch:
         Raises:
             RuntimeError: as the constructor; the launch then keeps the gradients that it had.
         """
-        grads = _filled(grads, self._absent)
-        leaders = [OpList("params", self._params, self._written), OpList("exp_avgs", self._exp_avgs, self._written)]
+        grads, mine = _filled(grads, self._absent), self._operands()
+        leaders = [OpList("params", mine.params, self._written), OpList("exp_avgs", mine.exp_avgs, self._written)]
         others = (
-            OpList("exp_avg_sqs", self._exp_avg_sqs, self._written),
-            OpList("max_exp_avg_sqs", self._maxima, self._written, optional=True),
+            OpList("exp_avg_sqs", mine.exp_avg_sqs, self._written),
+            OpList("max_exp_avg_sqs", mine.max_exp_avg_sqs, self._written, optional=True),
         )
-        lists = (*leaders[self._params is None :], OpList("grads", grads, optional=True), *others)
+        lists = (*leaders[mine.params is None :], OpList("grads", grads, optional=True), *others)
         check_lists(*lists)
         check_distinct(*lists)
         self._grads = grads
+
+    def let_go(self, operands: Callable[[], Operands]) -> None:
+        """As :meth:`CppLaunch.let_go`. The gradients of the last call stay until the next."""
+        self._operands = operands
 
     def kept(self) -> list[Tensor]:
         """As :meth:`CppLaunch.kept`."""
@@ -267,13 +299,14 @@ class ReferenceLaunch:
         self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype, carried: Tensor | None = None
     ) -> Tensor:
         """As :meth:`CppLaunch.tensor_stats`."""
-        if (params and self._params is None) or (exp_avg_sqs and self._exp_avg_sqs is None):
+        mine = self._operands()
+        if (params and mine.params is None) or (exp_avg_sqs and mine.exp_avg_sqs is None):
             raise RuntimeError("the launch was made without the lists of these columns")
-        chosen = (self._params if params else None, self._exp_avg_sqs if exp_avg_sqs else None)
-        lists = (self._grads, self._exp_avgs, self._params, self._exp_avg_sqs)
+        chosen = (mine.params if params else None, mine.exp_avg_sqs if exp_avg_sqs else None)
+        lists = (self._grads, mine.exp_avgs, mine.params, mine.exp_avg_sqs)
         rows = zip(*(x for x in lists if x is not None), strict=True)
         arithmetic = [reference.arithmetic_dtype(*row) for row in rows]  # also of the columns that are not read now
-        read = reference.tensor_stats(self._grads, self._exp_avgs, *chosen, count_nonzero, dtype, arithmetic)
+        read = reference.tensor_stats(self._grads, mine.exp_avgs, *chosen, count_nonzero, dtype, arithmetic)
         return reference.beside(read, carried)
 
     def adamw_update_(
@@ -283,9 +316,10 @@ class ReferenceLaunch:
         rounding_seed: int | None = None,
     ) -> None:
         """As :meth:`CppLaunch.adamw_update_`."""
-        if not self._written or self._params is None or self._exp_avg_sqs is None:
+        mine = self._operands()
+        if not self._written or mine.params is None or mine.exp_avg_sqs is None:
             raise RuntimeError("the launch was not made for updates: written=False")
-        lists = (self._params, self._grads, self._exp_avgs, self._exp_avg_sqs, self._maxima)
+        lists = (mine.params, self._grads, mine.exp_avgs, mine.exp_avg_sqs, mine.max_exp_avg_sqs)
         step_size, decay_factor, step, beta1, beta2, eps, grad_scale = vectors.unbind()
         reference.adamw_update_(*lists, step_size, decay_factor, step, beta1, beta2, eps, grad_scale, new_sums, rounding_seed)
 
@@ -308,6 +342,9 @@ class FakeLaunch:
 
     def set_gradients(self, grads: OptionalTensors) -> None:
         """As :meth:`CppLaunch.set_gradients`."""
+
+    def let_go(self, operands: Callable[[], Operands]) -> None:
+        """As :meth:`CppLaunch.let_go`."""
 
     def tensor_stats(
         self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype, carried: Tensor | None = None

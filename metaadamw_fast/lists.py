@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import sync
 from .grouping import Member
-from .ops import listed_objects, mark_written, same_objects
+from .ops import addresses_of, expected_objects, listed_objects, mark_written
 from .sharding import is_sharded, local, local_gradient
 
 MASTER = "master_param"
@@ -100,6 +100,7 @@ class StateLists:
         )
         self._state, self._param_groups = state, param_groups
         self._found = listed_objects(self._containers())
+        self._addresses = addresses_of(self._found)
         self._outlined = self._outline()
         # DTensors with their shards: a write through the one or the other changes the version of that one only.
         self._outer = [x for x in self._found if isinstance(x, Tensor) and is_sharded(x)]
@@ -127,7 +128,7 @@ class StateLists:
         return (
             state is not self._state
             or param_groups is not self._param_groups
-            or not same_objects(self._containers(), self._found)
+            or expected_objects(self._containers(), self._addresses) is None
             or self._outline() != self._outlined
             or self._where() != self._places
             or not all(map(is_, map(_local_of, self._outer), self._shards))

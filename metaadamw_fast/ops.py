@@ -12,9 +12,9 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,23 @@ def listed_objects(containers: list[Any]) -> list[Any]:
     return list(chain.from_iterable(lists))
 
 
-def _same_objects(containers: list[Any], found: list[Any]) -> bool:
-    """Whether :func:`listed_objects` are the very objects of ``found``."""
-    now = listed_objects(containers)
-    return len(now) == len(found) and all(map(is_, now, found))
+def addresses_of(objects: Sequence[Any]) -> bytes:
+    """What :func:`expected_objects` recognises these objects by, without holding them."""
+    return array("Q", map(id, objects)).tobytes()
 
 
-same_objects: Callable[[list[Any], list[Any]], bool] = _same_objects
+def _expected_objects(containers: list[Any], expected: bytes) -> list[Any] | None:
+    """:func:`listed_objects`, if they are the very objects of which ``expected`` has the addresses; else None.
+
+    An object that was freed may have left its address to another. Whoever asks must learn of that by other means.
+    """
+    found = listed_objects(containers)
+    return found if addresses_of(found) == expected else None
+
+
+expected_objects: Callable[[list[Any], bytes], list[Any] | None] = _expected_objects
 if _NO_EXTENSION is None:
-    same_objects = importlib.import_module("metaadamw_fast._C").same_objects
+    expected_objects = importlib.import_module("metaadamw_fast._C").expected_objects
 
 
 class CppBackend:

@@ -3,6 +3,8 @@
 import copy
 import pickle
 import random
+import sys
+import weakref
 
 import pytest
 import torch
@@ -419,10 +421,25 @@ def test_carried_sums_are_those_of_a_full_pass_whatever_happens_between_steps(de
     torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("same_objects", [ops.same_objects, ops._same_objects])
-def test_same_objects_are_told_by_identity_in_their_order(same_objects):
+@pytest.mark.parametrize("expected_objects", [ops.expected_objects, ops._expected_objects])
+def test_expected_objects_are_told_by_identity_in_their_order(expected_objects):
     a, b, c = torch.ones(2), torch.ones(2), 1.0
-    assert same_objects([[a], {"x": b, "y": c}, [], {}], [a, b, c])
-    assert same_objects([], [])
+    expected = ops.addresses_of([a, b, c])
+    found = expected_objects([[a], {"x": b, "y": c}, [], {}], expected)
+    assert all(x is y for x, y in zip(found, [a, b, c], strict=True))
+    assert expected_objects([], ops.addresses_of([])) == []
     for containers in ([[b], {"x": a}, [c]], [[a, b]], [[a], [b], [c], [c]], [[a.clone()], [b], [c]], [{"x": a, "y": b, "z": 2.0}]):
-        assert not same_objects(containers, [a, b, c])
+        assert expected_objects(containers, expected) is None
+
+
+@pytest.mark.parametrize("expected_objects", [ops.expected_objects, ops._expected_objects])
+def test_expected_objects_hold_nothing_alive(expected_objects):
+    a = torch.ones(2)
+    alive, before = weakref.ref(a), sys.getrefcount(a)
+    expected = ops.addresses_of([a])
+    for _ in range(10):
+        expected_objects([[a]], expected)
+        expected_objects([[a, 1]], expected)
+    assert sys.getrefcount(a) == before
+    del a
+    assert alive() is None
