@@ -25,7 +25,7 @@ TESTED = [f"tests/{name}.py" for name in ("test_policy", "test_gpu_random", "tes
 OTHERS = [
     "-p", "tests.emulated", "tests", "--deselect=tests/test_checkpoint.py::test_save_kill_load_continue",
     "--deselect=tests/test_ops_errors.py::test_lists",  # on the meta device, where the emulated ops do not run
-    *(f"--ignore-glob=tests/test_{x}*" for x in ("cuda", "triton", "gpu", "memory", "distributed", "*sharding", "killed")),
+    *(f"--ignore-glob=tests/test_{x}*" for x in ("bits", "cuda", "triton", "gpu", "memory", "distributed", "*sharding", "killed")),
 ]  # fmt: skip
 # For ThreadSanitizer, which takes fifty times as long: launches with several chunks, strided and of 16 bits, and of the other ops.
 FEW = "strided_chunks or more_tensors_than_a_block or (also_sums and emulated-bf16) or (by_chance and order1 and fp16)"
