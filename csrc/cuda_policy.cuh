@@ -13,7 +13,7 @@ namespace {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     group_features_kernel(const FeatureColumns columns, const T* statistics, const int64_t width, const GroupedTensors grouped,
-                          const T* numel, const float* done, const int64_t ahead, const double total_steps, const int64_t dim,
+                          const T* numel, const StepCounts done, const int64_t ahead, const double total_steps, const int64_t dim,
                           T* features) {
   __shared__ double totals[kMaxValues];
   const auto total = [&](double (&x)[kMaxValues]) {
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       x[k] = totals[k];
     }
   };
-  const double progress = training_progress(*done + static_cast<double>(ahead), total_steps);
+  const double progress = training_progress(done[0] + static_cast<double>(ahead), total_steps);
   feature_row(columns, statistics, width, grouped, numel, blockIdx.x, progress, threadIdx.x, kThreads, total,
               features + blockIdx.x * dim);
 }
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 Tensor group_features(Tensor statistics, Tensor order, Tensor begin, Tensor numel, Tensor constants, bool enhanced, bool v_norm,
                       bool deviations, int64_t time, Tensor done, int64_t ahead, double total_steps) {
   const FeatureColumns columns{enhanced, v_norm, deviations, static_cast<int>(time)};
-  check_features(columns, statistics, order, begin, numel, constants, done);
+  const StepCounts count = check_features(columns, statistics, order, begin, numel, constants, done);
   const torch::stable::accelerator::DeviceGuard guard(device_of(statistics));
   const cudaStream_t stream = current_stream(device_of(statistics));
   Tensor features = torch::stable::clone(constants);
@@ -42,9 +42,9 @@ Tensor group_features(Tensor statistics, Tensor order, Tensor begin, Tensor nume
   const GroupedTensors grouped{static_cast<const int64_t*>(order.data_ptr()), static_cast<const int64_t*>(begin.data_ptr())};
   const auto fill = [&](auto zero) {
     using T = decltype(zero);
-    group_features_kernel<T><<<groups, kThreads, 0, stream>>>(
-        columns, static_cast<const T*>(statistics.data_ptr()), statistics.size(1), grouped, static_cast<const T*>(numel.data_ptr()),
-        static_cast<const float*>(done.data_ptr()), ahead, total_steps, dim, static_cast<T*>(features.data_ptr()));
+    group_features_kernel<T><<<groups, kThreads, 0, stream>>>(columns, static_cast<const T*>(statistics.data_ptr()),
+                                                              statistics.size(1), grouped, static_cast<const T*>(numel.data_ptr()),
+                                                              count, ahead, total_steps, dim, static_cast<T*>(features.data_ptr()));
   };
   if (groups != 0) {
     statistics.scalar_type() == ScalarType::Double ? fill(0.0) : fill(0.0f);

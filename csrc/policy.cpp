@@ -10,8 +10,8 @@ namespace {
 Tensor group_features(Tensor statistics, Tensor order, Tensor begin, Tensor numel, Tensor constants, bool enhanced, bool v_norm,
                       bool deviations, int64_t time, Tensor done, int64_t ahead, double total_steps) {
   const FeatureColumns columns{enhanced, v_norm, deviations, static_cast<int>(time)};
-  check_features(columns, statistics, order, begin, numel, constants, done);
-  const double progress = training_progress(*static_cast<const float*>(done.data_ptr()) + static_cast<double>(ahead), total_steps);
+  const StepCounts count = check_features(columns, statistics, order, begin, numel, constants, done);
+  const double progress = training_progress(count[0] + static_cast<double>(ahead), total_steps);
   Tensor features = torch::stable::clone(constants);
   const GroupedTensors grouped{static_cast<const int64_t*>(order.data_ptr()), static_cast<const int64_t*>(begin.data_ptr())};
   const auto fill = [&](auto zero) {

@@ -17,8 +17,25 @@ inline void check_vector(const Tensor& x, const char* name, ScalarType dtype, in
                   device_name(device_of(like)));
 }
 
-inline void check_features(const FeatureColumns& columns, const Tensor& statistics, const Tensor& order, const Tensor& begin,
-                           const Tensor& numel, const Tensor& constants, const Tensor& done) {
+// Counts of steps on one device: float64, or float32 as torch's optimizers keep them.
+struct StepCounts {
+  const void* data;
+  bool is_double;
+
+  METAADAMW_INLINE double operator[](int64_t t) const {
+    return is_double ? static_cast<const double*>(data)[t] : static_cast<const float*>(data)[t];
+  }
+};
+
+inline StepCounts step_counts(const Tensor& x, const char* name, int64_t length, const Tensor& like) {
+  const bool is_double = x.scalar_type() == ScalarType::Double;
+  check_vector(x, name, is_double ? ScalarType::Double : ScalarType::Float, length, like);
+  return {x.data_ptr(), is_double};
+}
+
+// Returns the optimizer's own count.
+inline StepCounts check_features(const FeatureColumns& columns, const Tensor& statistics, const Tensor& order, const Tensor& begin,
+                                 const Tensor& numel, const Tensor& constants, const Tensor& done) {
   const ScalarType dtype = statistics.scalar_type();
   METAADAMW_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, "statistics are float32 or float64, not ",
                   torch::headeronly::toString(dtype));
@@ -32,7 +49,7 @@ inline void check_features(const FeatureColumns& columns, const Tensor& statisti
   check_vector(numel, "numel", dtype, statistics.size(0), statistics);
   check_vector(order, "order", ScalarType::Long, statistics.size(0), statistics);
   check_vector(begin, "begin", ScalarType::Long, constants.size(0) + 1, statistics);
-  check_vector(done, "done", ScalarType::Float, 1, statistics);
+  return step_counts(done, "done", 1, statistics);
 }
 
 // The arguments and results of `scaled_gradients`, on the host or on a device.
@@ -133,7 +150,7 @@ struct ModulationInput {
   const double* beta2;
   const double* eps;
   const double* grad_scale;  // null for 1
-  const float* steps;        // done so far
+  StepCounts steps;          // done so far
   const bool* go;            // null: this step counts
   bool released;
 
@@ -143,7 +160,7 @@ struct ModulationInput {
   }
 
   METAADAMW_INLINE Hyperparameters operator[](int64_t t) const {
-    const double step = go == nullptr || *go ? static_cast<double>(steps[t]) + 1.0 : 0.0;
+    const double step = go == nullptr || *go ? steps[t] + 1.0 : 0.0;
     const Modulation x = modulate(lr[t], weight_decay[t], beta1[t], scale(0, t), scale(1, t), step, released);
     return {x.step_size, x.decay_factor, step, beta1[t], beta2[t], eps[t], grad_scale != nullptr ? grad_scale[t] : 1.0};
   }
@@ -158,7 +175,6 @@ inline ModulationInput modulation_input(const Tensor& scales, const Tensor& grou
                   "scales must be [4, G], float32 or float64");
   const int64_t tensors = group_of.numel(), device = device_of(scales);
   check_vector(group_of, "group_of", ScalarType::Long, tensors, scales);
-  check_vector(steps, "steps", ScalarType::Float, tensors, scales);
   if (go) {
     check_vector(*go, "go", ScalarType::Bool, 1, scales);
   }
@@ -174,7 +190,7 @@ inline ModulationInput modulation_input(const Tensor& scales, const Tensor& grou
           hyperparameter(beta2, "beta2", tensors, device),
           hyperparameter(eps, "eps", tensors, device),
           grad_scale ? hyperparameter(*grad_scale, "grad_scale", tensors, device) : nullptr,
-          static_cast<const float*>(steps.data_ptr()),
+          step_counts(steps, "steps", tensors, scales),
           go ? static_cast<const bool*>(go->data_ptr()) : nullptr,
           released};
 }

@@ -19,13 +19,15 @@ METAADAMW_INLINE uint32_t scrambled(uint32_t x) {
 }
 
 // What makes the random bits of one operand of one tensor in one step. Elements are counted in 32 bits within it, so those from
-// 2^32 on have another key.
+// 2^32 on have another key. So have steps from 2^32 on; below, the high half of their number changes nothing.
+constexpr uint32_t kRoundedOperands = 5;  // not kOperands: the bits stay what they are when an operand is added
 METAADAMW_INLINE uint32_t rounding_key(int64_t seed, double step, int64_t tensor, int operand, int64_t first_element) {
   uint32_t key = scrambled(static_cast<uint32_t>(seed));
   key = scrambled(key ^ static_cast<uint32_t>(seed >> 32));
-  key = scrambled(key ^ static_cast<uint32_t>(static_cast<int64_t>(step)));
+  const auto whole_step = static_cast<int64_t>(step);
+  key = scrambled(key ^ static_cast<uint32_t>(whole_step) ^ static_cast<uint32_t>(whole_step >> 32) * 0x9e3779b9u);
   key = scrambled(key ^ static_cast<uint32_t>(tensor));
-  return scrambled(key ^ (static_cast<uint32_t>(first_element >> 32) * kOperands + operand));
+  return scrambled(key ^ (static_cast<uint32_t>(first_element >> 32) * kRoundedOperands + operand));
 }
 
 METAADAMW_INLINE uint32_t random_bits(uint32_t key, uint32_t element) { return scrambled(element ^ key); }

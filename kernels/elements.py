@@ -191,7 +191,8 @@ def rounding_key(seed, step, row):
     low = tl.full([], 0xFFFFFFFF, tl.int64)
     key = _scrambled((seed & low).to(tl.uint32))
     key = _scrambled(key ^ ((seed >> 32) & low).to(tl.uint32))
-    key = _scrambled(key ^ (step.to(tl.int64) & low).to(tl.uint32))
+    whole = step.to(tl.int64)
+    key = _scrambled(key ^ (whole & low).to(tl.uint32) ^ ((whole >> 32) & low).to(tl.uint32) * 0x9E3779B9)
     return _scrambled(key ^ (row & low).to(tl.uint32))
 
 

@@ -334,7 +334,7 @@ def modulation(
     numbers = {"lr": lr, "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2, "eps": eps, "grad_scale": grad_scale}
     for name, x in numbers.items():
         _check(name, x, torch.float64, (tensors,))
-    _check("steps", steps, torch.float32, (tensors,))
+    _check("steps", steps, torch.float64 if steps.dtype == torch.float64 else torch.float32, (tensors,))
     vectors = torch.empty(8, tensors, dtype=torch.float64, device=scales.device)
     if tensors:
         with _device_guard(scales):

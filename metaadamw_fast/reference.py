@@ -134,7 +134,7 @@ def modulation(
         scales: [4, G], of which lr_scale and wd_scale are used.
         group_of: int64 [T].
         lr, weight_decay, beta1, beta2, eps, grad_scale: float64 [T]; grad_scale None for 1.
-        steps: float32 [T], the step counts so far.
+        steps: float64 or float32 [T], the step counts so far.
         go: 0-dim bool, whether this step counts; None if it does.
         released: divide the decay, too, by the bias correction 1 - beta1^k, as the authors' code.
 

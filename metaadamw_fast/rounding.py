@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-OPERANDS = 5  # of a row, in the order of csrc/table.h
+OPERANDS = 5  # csrc/rounding.h
 MOMENTUM, PARAM, SECOND_MOMENT = 1, 2, 3
 _LOW = 0xFFFFFFFF
 
@@ -26,7 +26,8 @@ def random_bits(seed: int, step: Tensor, tensor: int, operand: int, element: Ten
     """32 bits for each ``element`` (numbers of elements as the kernels walk a tensor, int64), whatever the device."""
     key = scrambled(torch.tensor(seed & _LOW, device=element.device))
     key = scrambled(key ^ (seed >> 32 & _LOW))
-    key = scrambled(key ^ (step.to(torch.int64) & _LOW))
+    whole = step.to(torch.int64)
+    key = scrambled(key ^ (whole & _LOW) ^ ((whole >> 32 & _LOW) * 0x9E3779B9 & _LOW))
     key = scrambled(key ^ tensor)
     key = scrambled(key ^ ((element >> 32) * OPERANDS + operand & _LOW))
     return scrambled(element & _LOW ^ key)
