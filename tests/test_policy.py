@@ -202,7 +202,7 @@ def test_arguments_that_do_not_fit_are_refused(run):
         with pytest.raises(RuntimeError, match=r"statistics|elements"):
             run("group_features", wrong, table, done, 1, None)
     arguments = modulation_arguments()
-    changes = {0: lambda x: x[:2], 1: torch.Tensor.int, 2: lambda x: x[1:], 7: lambda x: x[1:], 8: torch.Tensor.double}
+    changes = {0: lambda x: x[:2], 1: torch.Tensor.int, 2: lambda x: x[1:], 7: lambda x: x[1:], 8: torch.Tensor.half}
     for position, change in changes.items():
         wrong = change(arguments[position])
         with pytest.raises(RuntimeError, match=r"scales|elements|contiguous"):
