@@ -158,9 +158,7 @@ def kind(*codes: int, strided: bool = False) -> int:
 
 # Types of a launch, by the names of the kernels' arguments; whatever is not here is a vector of float64.
 TRITON_TYPES = dict.fromkeys(("table", "order", "begin", "group_of"), "*i64") | {"tickets": "*i32", "go": "*i1"}
-TRITON_TYPES |= dict.fromkeys(
-    ("out", "statistics", "template", "features", "numel", "done", "scales", "steps", "scaled", "norm"), "*fp32"
-)
+TRITON_TYPES |= dict.fromkeys(("out", "statistics", "template", "features", "numel", "scales", "scaled", "norm"), "*fp32")
 TRITON_TYPES |= dict.fromkeys(("tensors", "chunks", "width", "dim", "ahead", "total_steps", "row_stride", "group_stride"), "i32")
 TRITON_TYPES |= {"rounding_seed": "i64", "max_norm_bits": "i64", "loss_scale": "*fp32"}
 

@@ -154,6 +154,7 @@ def group_features(statistics: Tensor, table: FeatureTable, done: Tensor, ahead:
     config = table.config
     groups, dim = table.template.shape
     _check("statistics", statistics, table.template.dtype, (len(table.order), 7 if config.enhanced else 5), at_least=True)
+    _check_counts("done", done, ())
     features = torch.empty_like(table.template)
     with _device_guard(statistics):
         group_features_kernel[(groups,)](
@@ -334,7 +335,7 @@ def modulation(
     numbers = {"lr": lr, "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2, "eps": eps, "grad_scale": grad_scale}
     for name, x in numbers.items():
         _check(name, x, torch.float64, (tensors,))
-    _check("steps", steps, torch.float64 if steps.dtype == torch.float64 else torch.float32, (tensors,))
+    _check_counts("steps", steps, (tensors,))
     vectors = torch.empty(8, tensors, dtype=torch.float64, device=scales.device)
     if tensors:
         with _device_guard(scales):
@@ -353,6 +354,11 @@ def _check(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ..
     if x.dtype != dtype or not fits or not x.is_contiguous():
         kind = str(dtype).removeprefix("torch.")
         raise RuntimeError(f"{name} must be a contiguous {kind} tensor of shape {list(shape)}, not {x.dtype} {list(x.shape)}")
+
+
+def _check_counts(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Counts of steps: float64, or float32 as torch's optimizers keep them."""
+    _check(name, x, torch.float64 if x.dtype == torch.float64 else torch.float32, shape)
 
 
 def _device_guard(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -1,11 +1,17 @@
-"""Step counts beyond 2^24, where float32 stands still: features, vectors and the dice of stochastic rounding take exact ones."""
+"""Step counts beyond 2^24, where float32 stands still: features, vectors and the dice of stochastic rounding take exact ones.
+
+test_triton_interpreter.py and test_cuda_emulated.py run this with their kernels.
+"""
 
 import pytest
 import torch
 
-from metaadamw_fast import FeatureConfig, ops, rounding
+from metaadamw_fast import FeatureConfig, ops, reference, rounding
 from metaadamw_fast.features import feature_table, training_progress
 from metaadamw_fast.grouping import Member
+
+from .cases import BF16, F32, F64, same_bits
+from .test_policy import PLACES, modulation_arguments, place, run, statistics_of, table_of  # noqa: F401
 
 BACKENDS = ["cpp", "reference"]
 LARGE = 2**24
@@ -73,3 +79,92 @@ def test_steps_of_equal_low_halves_round_differently():
 def test_small_steps_keep_their_dice():
     step, element = torch.tensor(5.0, dtype=torch.float64), torch.arange(3)
     assert rounding.random_bits(1, step, 2, rounding.PARAM, element).tolist() == [1866730436, 1174881390, 2047555486]
+
+
+COUNTS = [0, 1, 2**24 - 1, 2**24, 2**24 + 1, 2**24 + 2, 2**31, 2**32 - 2, 2**32 - 1, 2**32, 2**40 + 3, 2**53 - 2]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_features_know_the_exact_progress(run, count):  # noqa: F811
+    config = FeatureConfig("basic")
+    statistics = statistics_of(6, config, F64)
+    table = table_of(config, [0, 1, 2, 1, 0, 2], statistics)
+    found = run("group_features", statistics, table, torch.tensor(float(count), dtype=F64), 1, 2**25)
+    assert (found[:, config.time_column] == (count + 1) / 2**25).all()
+    narrow = torch.tensor(float(count))
+    if narrow.double() == count:
+        assert same_bits(found, run("group_features", statistics, table, narrow, 1, 2**25))
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_vectors_of_an_update_have_the_exact_count(run, released):  # noqa: F811
+    tensors = len(COUNTS)
+    scales, group_of, *hyper, _ = modulation_arguments(tensors)
+    counts = torch.tensor(COUNTS, dtype=F64)
+    found = run("modulation", scales, group_of, *hyper, counts, None, released)
+    assert found[2].tolist() == [x + 1 for x in COUNTS]
+    plain = reference.modulation(scales, group_of, *hyper, counts, None, released)
+    torch.testing.assert_close(found, run("update_vectors", *plain.unbind()), rtol=1e-12, atol=0, equal_nan=True)
+    exact = counts.float().double() == counts
+    narrow = run("modulation", scales, group_of, *hyper, counts.float(), None, released)
+    assert same_bits(found[:, exact], narrow[:, exact])
+    assert narrow[2, COUNTS.index(2**24 + 1)] == 2**24 + 1  # rounded to the count before
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16])
+def test_counts_are_of_float32_or_float64(run, dtype):  # noqa: F811
+    config = FeatureConfig("basic")
+    statistics = statistics_of(6, config, F32)
+    table = table_of(config, [0, 1, 2, 1, 0, 2], statistics)
+    with pytest.raises(RuntimeError, match=r"done must"):
+        run("group_features", statistics, table, torch.tensor(3, dtype=dtype), 1, None)
+    *arguments, steps = modulation_arguments(6)
+    with pytest.raises(RuntimeError, match=r"steps must"):
+        run("modulation", *arguments, steps.to(dtype), None, False)
+
+
+@pytest.fixture(params=[place(*x) for x in [("reference", "cpu"), *PLACES]])
+def throw(request):
+    """One roll of the dice: a parameter of ones that an update brings to 1.003."""
+    backend, device = request.param
+
+    def throw(step, seed=7):
+        lists = [[torch.ones(3000, dtype=BF16, device=device)], *([torch.zeros(3000, device=device)] for _ in range(3))]
+        ops.adamw_update_(*lists, 0.0, 1.003, step=float(step), rounding_seed=seed, backend=backend)
+        return lists[0][0].cpu()
+
+    return throw
+
+
+def test_every_count_throws_the_dice_anew(throw):
+    thrown = [throw(count + 1) for count in COUNTS]
+    for i, x in enumerate(thrown):
+        step = torch.tensor(COUNTS[i] + 1.0, dtype=F64)
+        random = rounding.random_bits(7, step, 0, rounding.PARAM, torch.arange(3000))
+        assert same_bits(x, rounding.round_stochastically(torch.full((3000,), 1.003), BF16, random).to(BF16))
+        rate = 1 - 0.003 / 2**-7  # of landing on 1
+        for y in thrown[:i]:
+            assert abs((x != y).float().mean() - 2 * rate * (1 - rate)) < 0.05
+
+
+# As of the time when counts were float32 and a row had five operands.
+DICE = {
+    (1, 1): [3378948736, 270927722, 1203375014, 3273213949, 2533454034],
+    (1, 2): [1608670130, 2969323141, 3764363525, 1073290461, 680357469],
+    (1, 3): [536496400, 1153765614, 3960184235, 1234671776, 3162758720],
+    (16777217, 1): [2650829013, 2766058158, 1296345127, 3185049764, 3271697289],
+    (16777217, 2): [668671421, 1733010403, 877868515, 1580574616, 1627710874],
+    (16777217, 3): [3720831683, 3844506307, 1472356476, 3359611353, 4060392960],
+    (4294967295, 1): [1482831577, 2686277827, 3367764525, 3464105500, 2490717164],
+    (4294967295, 2): [1214128185, 3730084646, 3240401101, 701985512, 3385470430],
+    (4294967295, 3): [1791163191, 1949734242, 2990924298, 3971200204, 1051810392],
+}
+
+
+def test_the_dice_of_counts_below_2_32_and_of_large_tensors_stay():
+    element = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**33 + 5])
+    drawn = {
+        (step, operand): rounding.random_bits(2**40 + 5, torch.tensor(float(step), dtype=F64), 3, operand, element).tolist()
+        for step, operand in DICE
+    }
+    assert drawn == DICE
