@@ -1,4 +1,4 @@
-"""Parameters to groups, from names and modules. Pure functions: algorithm.md's section on groups, MetaAdamW section 3.1.
+"""Parameters to groups, from names and modules. Pure functions: docs/algorithm.md section 1, MetaAdamW section 3.1.
 
 A *group* shares one learning-rate scale and one weight-decay scale. It is independent of the entries of
 ``optimizer.param_groups``, which keep their own lr, betas, eps and weight decay.

@@ -1,4 +1,4 @@
-"""Small models with their batches, and features and scales written from the text of algorithm.md in plain float64 torch."""
+"""Small models with their batches, and features and scales written from the text of docs/algorithm.md in plain float64 torch."""
 
 import functools
 import math
@@ -196,7 +196,7 @@ def assert_same_bits(a, b):
         assert torch.equal(value, opt_b.encoder.state_dict()[name]), name
 
 
-# ------------------------------------------------------------------------------------------------- algorithm.md, section 2 and 3
+# -------------------------------------------------------------------------------------------- docs/algorithm.md, section 2 and 3
 
 
 def cosine(x, y):
@@ -236,7 +236,7 @@ def population_variance(x):
     return ((x - x.mean()) ** 2).mean()
 
 
-# ----------------------------------------------------------------------------------------------------- algorithm.md, section 4
+# ------------------------------------------------------------------------------------------------ docs/algorithm.md, section 4
 
 
 def expected_scales(encoder, features, *, heads, standardised=0, ranges=(1.0, 1.0)):

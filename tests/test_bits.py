@@ -86,3 +86,19 @@ def test_a_dump_refuses_code_from_elsewhere(tmp_path, monkeypatch):
         bits.main(["--dump", str(tmp_path / "hashes"), "--tree", str(tmp_path)])
     assert bits.main(["--dump", str(tmp_path / "hashes")]) == 0
     assert (tmp_path / "hashes").read_text() == "{}"
+
+
+def test_writing_keeps_the_checkpoints_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(bits, "GOLDEN", tmp_path / "bits.json")
+    monkeypatch.setattr(bits, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(bits, "PORTABLE", {"a": lambda: {"x": torch.zeros(2)}})
+    monkeypatch.setattr(bits, "CHECKPOINT_KINDS", {"amsgrad": bits.CHECKPOINT_KINDS["amsgrad"]})
+    assert bits.main(["--write"]) == 0
+    first = bits.golden()
+    assert first["portable"] == {"a": bits.hashed({"x": torch.zeros(2)})}
+    assert first["continued, ranges 0"].keys() == first["continued, values"].keys() == {"amsgrad"}
+    before = (tmp_path / "checkpoints" / "amsgrad.pt").read_bytes()
+    monkeypatch.setitem(bits.CHECKPOINT_KINDS, "amsgrad", ({"amsgrad": True, "lr": 0.5}, {}))  # another would be written now
+    assert bits.main(["--write"]) == 0
+    assert (tmp_path / "checkpoints" / "amsgrad.pt").read_bytes() == before
+    assert bits.golden() == first  # lr is the checkpoint's

@@ -1,4 +1,4 @@
-"""algorithm.md section 4: features of groups to scales. The oracle is torch.nn.TransformerEncoder itself."""
+"""docs/algorithm.md section 4: features of groups to scales. The oracle is torch.nn.TransformerEncoder itself."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""algorithm.md sections 2 and 3: statistics of tensors to features of groups."""
+"""docs/algorithm.md sections 2 and 3: statistics of tensors to features of groups."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""algorithm.md section 1: parameters to groups. Every expected value is read off that section by hand."""
+"""docs/algorithm.md section 1: parameters to groups. Every expected value is read off that section by hand."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""algorithm.md section 6: the meta-update against a double backward in float64, written here from that section."""
+"""docs/algorithm.md section 6: the meta-update against a double backward in float64, written here from that section."""
 
 import copy
 import math

@@ -35,7 +35,7 @@ BACKENDS = ("cpp", "reference")
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_a_step_is_the_formula(variant):
-    """algorithm.md sections 3 to 5 and 9, in float64, with scales that differ from group to group."""
+    """docs/algorithm.md sections 3 to 5 and 9, in float64, with scales that differ from group to group."""
     model = perceptron(torch.float64)
     opt = make(model, variant=variant, features="norm_basic", lr_scale_range=1.5)
     opt.encoder.double()

@@ -1,4 +1,4 @@
-"""algorithm.md section 11: the paper's settings by task name."""
+"""docs/algorithm.md section 11: the paper's settings by task name."""
 
 import pytest
 import torch
