@@ -54,16 +54,17 @@ _UNITS = torch.tensor([2.0**-k for k in range(10, 18)], dtype=F64)
 
 
 def numbers(shape, seed):
-    """Float64 numbers n·2^-k with integers -1024 <= n < 1024 and 10 <= k < 18, from a hash of seed and position: exact everywhere.
+    """Float64 numbers n·2^-k / 3 with integers -1024 <= n < 1024 and 10 <= k < 18, from a hash of seed and position.
 
-    Some are 0. They fit float32 and float16; the conversion to bfloat16 rounds, as IEEE says.
+    IEEE division and conversions give the same bits everywhere. Some numbers are 0. The others fill the mantissa: sums of short
+    numbers would be exact in float64, and the net blind to their order.
     """
     count = torch.Size(shape).numel()
     x = (torch.arange(count, dtype=torch.int64) + seed * 0x9E3779B1) & _MASK
     for shift, factor in ((16, 0x7FEB352D), (15, 0x6C078965)):  # below 2^31: the products fit 63 bits
         x = ((x ^ (x >> shift)) * factor) & _MASK
     x = x ^ (x >> 16)
-    return (((x & 2047) - 1024).double() * _UNITS[(x >> 11) & 7]).reshape(shape)
+    return (((x & 2047) - 1024).double() * _UNITS[(x >> 11) & 7] / 3).reshape(shape)
 
 
 # One element, sizes around 16 lanes and a block of 1024, none at all, and the last longer than a chunk of 32768.
@@ -335,6 +336,7 @@ ENCODER_RUNS = {
     "norm_basic_plus, no v_norm": {"features": FeatureConfig("norm_basic_plus", v_norm=False), "encoder": EncoderConfig(3, 3, 16)},
     "ranges 1.5 and 0.5": {"lr_scale_range": 1.5, "wd_scale_range": 0.5},
     "float64": {"dtype": F64},
+    "float64, strong decay": {"dtype": F64, "lr": 0.9, "weight_decay": 0.8},  # the last bits of the decay are seen beside 1
     "float64 encoder": {"double": True},
     "bfloat16, master_weights": {"dtype": BF16, "master_weights": True},
     "float16, stochastic_rounding": {"dtype": F16, "stochastic_rounding": True},
