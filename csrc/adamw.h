@@ -144,6 +144,14 @@ METAADAMW_INLINE V nan_maximum(V a, V b) {
   return (a >= b) | (a != a) ? a : b;
 }
 
+// A parameter of bfloat16 or float16 that has a float32 master is the master's rounding to nearest, unless somebody wrote it since:
+// then what was written is what the update starts from. Versions do not tell, since `p.data` has a counter of its own: the numbers
+// are compared. `rounded` is the master so rounded, `low` the parameter, both as numbers of T.
+template <typename T>
+METAADAMW_INLINE T start_of_update(T master, T rounded, T low) {
+  return (rounded == low) | ((rounded != rounded) & (low != low)) ? master : low;
+}
+
 template <typename V>
 METAADAMW_INLINE V square_root(V x) {
   if constexpr (std::is_floating_point_v<V>) {

@@ -46,13 +46,14 @@ struct Lists {
   bool written;                         // all but the gradients will be
 
   static const char* name(int operand) {
-    constexpr const char* kNames[kOperands] = {"grads", "exp_avgs", "params", "exp_avg_sqs", "max_exp_avg_sqs"};
+    constexpr const char* kNames[kOperands] = {"grads",       "exp_avgs",        "params",
+                                               "exp_avg_sqs", "max_exp_avg_sqs", "low_precision_params"};
     return kNames[operand];
   }
   // The list whose shapes rule and whose memory is walked in order: the parameters, if they are given.
   int leader() const { return tensors[kParam] ? kParam : kMomentum; }
   // Lists in which a tensor without elements says that this row has no such operand.
-  static bool may_be_absent(int operand) { return operand == kGrad || operand == kMaximum; }
+  static bool may_be_absent(int operand) { return operand == kGrad || operand == kMaximum || operand == kLowPrecision; }
 };
 
 // Of the device that the tensor is on: -1 for the CPU, the number of a GPU, -2 for anything else.
@@ -89,6 +90,16 @@ inline void check_tensor(const Tensor& x, int operand, size_t index, const Lists
                   Lists::name(lists.leader()), "[0] on ", device_name(device));
   METAADAMW_CHECK(is_supported(x.scalar_type()), list, "[", index, "] has dtype ", torch::headeronly::toString(x.scalar_type()),
                   ": only float32, float64, bfloat16, float16 are supported");
+}
+
+// A parameter of 16 bits, and its master in place of the parameter.
+inline void check_low_precision(const Tensor& low, const Tensor& master, size_t index) {
+  const ScalarType dtype = low.scalar_type(), of_master = master.scalar_type();
+  METAADAMW_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, Lists::name(kLowPrecision), "[", index,
+                  "] has dtype ", torch::headeronly::toString(dtype), ": only bfloat16, float16 have a master");
+  METAADAMW_CHECK(of_master == ScalarType::Float, Lists::name(kParam), "[", index, "] has dtype ",
+                  torch::headeronly::toString(of_master), ": the master of ", Lists::name(kLowPrecision), "[", index,
+                  "] must be float32");
 }
 
 // Sizes and strides of the dimensions with more than one element, the smallest stride first.
@@ -212,6 +223,9 @@ inline std::optional<Layout> make_row(const Lists& lists, size_t t, int64_t devi
     METAADAMW_CHECK(std::equal(x.sizes().begin(), x.sizes().end(), leader.sizes().begin(), leader.sizes().end()), Lists::name(i),
                     "[", t, "] and ", Lists::name(lists.leader()), "[", t, "] differ in shape: ", shape_name(x), ", ",
                     shape_name(leader));
+    if (i == kLowPrecision) {
+      check_low_precision(x, leader, t);
+    }
     if (lists.written && i != kGrad && row.numel != 0) {
       extents.push_back(written_extent(x, i, t));
     }
@@ -242,6 +256,8 @@ inline std::vector<int64_t> make_table(const Lists& lists, int64_t chunk_size) {
   }
   METAADAMW_CHECK(!lists.written || (lists.tensors[kParam] && lists.tensors[kSecondMoment]),
                   "the update needs params and exp_avg_sqs");
+  METAADAMW_CHECK(!lists.tensors[kLowPrecision] || lists.tensors[kParam],
+                  "low_precision_params need params, which are their masters");
   Header header{};
   header.tensors = leaders.size();
   header.written = lists.written;
@@ -260,6 +276,7 @@ inline std::vector<int64_t> make_table(const Lists& lists, int64_t chunk_size) {
   std::vector<Extent> extents;
   for (size_t t = 0; t < leaders.size(); ++t) {
     const auto layout = make_row(lists, t, header.device, rows[t], extents);
+    header.masters |= rows[t].data[kLowPrecision] != nullptr;
     rows[t].layout = layout ? static_cast<int64_t>(layouts.size()) : -1;
     if (layout) {
       layouts.push_back(*layout);

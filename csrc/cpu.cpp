@@ -142,13 +142,13 @@ METAADAMW_INLINE void update_block(const Scalars<T>& scalars, const T* g, T* p, 
     accumulate_left(sums, x, y);
   }
   if (i < n) {  // the tail, padded with zeros
-    T* const streams[kOperands] = {const_cast<T*>(g), m, p, v, v_max};
-    Vector x[kOperands] = {}, left[kOperands] = {};
-    for (int k = 0; k < kOperands; ++k) {
+    T* const streams[kComputed] = {const_cast<T*>(g), m, p, v, v_max};
+    Vector x[kComputed] = {}, left[kComputed] = {};
+    for (int k = 0; k < kComputed; ++k) {
       std::memcpy(&x[k], streams[k] + i, (n - i) * sizeof(T));
     }
     element(x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum]);
-    for (int k = kGrad + 1; k < (amsgrad ? kOperands : kMaximum); ++k) {
+    for (int k = kGrad + 1; k < (amsgrad ? kComputed : kMaximum); ++k) {
       std::memcpy(streams[k] + i, &x[k], (n - i) * sizeof(T));
       std::memcpy(&left[k], &x[k], (n - i) * sizeof(T));  // what became of the padding does not count
     }
@@ -187,13 +187,34 @@ METAADAMW_ROUND_BLOCK(float)
 METAADAMW_ROUND_BLOCK(double)
 #undef METAADAMW_ROUND_BLOCK
 
+#define METAADAMW_START_BLOCK(T)                                                            \
+  METAADAMW_CLONES void start_block(T* master, const T* rounded, const T* low, int n) {     \
+    for (int i = 0; i < n; ++i) master[i] = start_of_update(master[i], rounded[i], low[i]); \
+  }
+METAADAMW_START_BLOCK(float)
+METAADAMW_START_BLOCK(double)
+#undef METAADAMW_START_BLOCK
+
+// What the update of n <= kBlock elements starts from, in place of their masters.
+template <typename T>
+void take_up(const Operand& low_precision, int64_t first, int n, T* master) {
+  T buffer[kBlock], rounded[kBlock];
+  const auto choose = [&](auto zero) {
+    decltype(zero) bits[kBlock];
+    store(master, 1, n, bits);
+    load(bits, 1, n, rounded);
+    start_block(master, rounded, read<T>(low_precision, first, n, buffer), n);
+  };
+  low_precision.type == ElementType::kBFloat16 ? choose(BFloat16()) : choose(Half());
+}
+
 // The keys of stochastic rounding of one chunk; without, no key is used.
 struct RoundingKeys {
   bool used;
-  uint32_t of[kOperands];
+  uint32_t of[kComputed];
 
   RoundingKeys(const Update& update, int64_t t, int64_t first) : used(update.stochastic) {
-    for (int i = 0; i < kOperands && used; ++i) {
+    for (int i = 0; i < kComputed && used; ++i) {
       of[i] = rounding_key(update.rounding_seed, update.at(kStep, t), t, i, first);
     }
   }
@@ -203,8 +224,9 @@ struct RoundingKeys {
 template <typename T>
 void update_chunk(const std::array<Operand, kOperands>& operands, const Scalars<T>& scalars, const RoundingKeys& keys,
                   int64_t first, int64_t count, int first_sum, double* totals) {
-  T buffers[kOperands][kBlock];
-  T* x[kOperands];
+  T buffers[kComputed][kBlock];
+  T* x[kComputed];
+  const Operand& low_precision = operands[kLowPrecision];
   const bool amsgrad = operands[kMaximum].data != nullptr;
   // Otherwise elements are rounded on their way out of a buffer, and summed up after that.
   const bool as_stored = in_place<T>(operands[kParam]) && in_place<T>(operands[kSecondMoment]);
@@ -212,17 +234,21 @@ void update_chunk(const std::array<Operand, kOperands>& operands, const Scalars<
   ChunkSums sums(count, first_sum, kUpdateSums);
   for (int64_t done = 0; done < count; done += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
-    for (int i = 0; i < kOperands; ++i) {
+    for (int i = 0; i < kComputed; ++i) {
       x[i] = i == kMaximum && !amsgrad ? buffers[i] : read<T>(operands[i], first + done, n, buffers[i]);
+    }
+    if (low_precision.data != nullptr) {
+      take_up(low_precision, first + done, n, x[kParam]);
     }
     LaneSums& of_block = sums.of_block(done);
     update(scalars, x[kGrad], x[kParam], x[kMomentum], x[kSecondMoment], x[kMaximum], n, amsgrad, first_sum, end_sum, of_block);
-    for (int i = kGrad + 1; i < kOperands; ++i) {
+    for (int i = kGrad + 1; i < kComputed; ++i) {
       if (keys.used && is_rounded_stochastically(i) && itemsize(operands[i].type) == 2) {
         round_block(x[i], n, operands[i].type, keys.of[i], static_cast<uint32_t>(first + done));
       }
       write<T>(operands[i], first + done, n, x[i]);
     }
+    write<T>(low_precision, first + done, n, x[kParam]);
     if (totals != nullptr && !as_stored) {
       const T* p = read<T>(operands[kParam], first + done, n, buffers[kParam]);
       const T* v = read<T>(operands[kSecondMoment], first + done, n, buffers[kSecondMoment]);
@@ -240,9 +266,9 @@ void adamw_update_(const Table& table, const Update& update, const NewSums& new_
     if (row.lacks_gradient() || update.skips(t)) {
       return;
     }
-    static_assert(kOperands == 5);
+    static_assert(kOperands == 6);
     const std::array<Operand, kOperands> operands{Operand(table, row, 0), Operand(table, row, 1), Operand(table, row, 2),
-                                                  Operand(table, row, 3), Operand(table, row, 4)};
+                                                  Operand(table, row, 3), Operand(table, row, 4), Operand(table, row, 5)};
     double* totals = new_sums.data != nullptr ? partials[chunk].data() : nullptr;
     const RoundingKeys keys(update, t, first);
     if (row.is_double) {
@@ -298,11 +324,11 @@ Tensor list_tensor_stats(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs
 void list_adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                         std::vector<Tensor> exp_avg_sqs, List max_exp_avg_sqs, Tensor step_size, Tensor decay_factor, Tensor step,
                         Tensor beta1, Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale, std::optional<Tensor> new_sums,
-                        std::optional<int64_t> rounding_seed) {
-  auto memory = make_table(
-      Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs)},
-            /*written=*/true},
-      kChunkOnCpu);
+                        std::optional<int64_t> rounding_seed, List low_precision_params) {
+  auto memory = make_table(Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs),
+                                  std::move(max_exp_avg_sqs), std::move(low_precision_params)},
+                                 /*written=*/true},
+                           kChunkOnCpu);
   const HostTable host(memory.data());
   const Tensor vectors = vectors_on_cpu(
       hyperparameter_input(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, host.header.tensors, host.header.device));

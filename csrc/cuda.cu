@@ -179,39 +179,50 @@ __global__ void __launch_bounds__(kThreads, counts ? kMeasureBlocksWithCounts : 
 // ------------------------------------------------------------------------------------------------------------ adamw_update_
 
 // Also returns the thread's sums of p and v as they were stored, and before them, if `found`, those of g and m as they were: all in
-// the order in which sum_chunk adds them up.
-template <int V, bool found, bool stochastic, bool amsgrad, typename T>
+// the order in which sum_chunk adds them up. With `master` the row has a low-precision parameter.
+template <int V, bool found, bool stochastic, bool amsgrad, bool master, typename T>
 __device__ __forceinline__ void update_chunk(const Table& table, const Work& work, const Scalars<T>& scalars,
-                                             const uint32_t (&keys)[kOperands], double (&totals)[found ? kUpdateSums : 2]) {
-  constexpr int kUsed = amsgrad ? kOperands : kOperands - 1;
-  static_assert(kMaximum == kOperands - 1);
+                                             const uint32_t (&keys)[kComputed], double (&totals)[found ? kUpdateSums : 2]) {
+  constexpr int kUsed = amsgrad ? kComputed : kComputed - 1;
+  static_assert(kMaximum == kComputed - 1);
+  constexpr int kMoved = kUsed + master;  // behind those that are used, the low-precision parameter
+  const auto operand_of = [](int i) constexpr { return i < kUsed ? i : static_cast<int>(kLowPrecision); };
   const Row& row = work.row;
   T sums[kSums] = {};
   for_each_group<V, found && kLoadsAhead>(
-      threadIdx.x, work.chunk.count, has_whole_groups(row, (1 << kUsed) - 1),
+      threadIdx.x, work.chunk.count, has_whole_groups(row, (1 << kUsed) - 1 | master << kLowPrecision),
       [&](int first) {
         forget_registers();
-        Groups<kUsed> groups;
+        Groups<kMoved> groups;
         if constexpr (V > 1) {
 #pragma unroll
-          for (int i = 0; i < kUsed; ++i) {
-            const int size = itemsize(row.type[i]);
-            groups.bits[i] = load_group<V>(work.base[i] + first * size, size);
+          for (int i = 0; i < kMoved; ++i) {
+            const int size = itemsize(row.type[operand_of(i)]);
+            groups.bits[i] = load_group<V>(work.base[operand_of(i)] + first * size, size);
           }
         }
         return groups;
       },
-      [&](int first, Groups<kUsed> groups) {
+      [&](int first, Groups<kMoved> groups) {
         if constexpr (V > 1) {
-          Bits(&bits)[kUsed] = groups.bits;
+          Bits(&bits)[kMoved] = groups.bits;
           const Scalars<T> s = scalars;
 #pragma unroll
           for (int part = 0; part < V; part += kPart) {
-            float x[kOperands][kPart] = {};
+            float x[kComputed][kPart] = {};
             T of_part[kSums] = {};
 #pragma unroll
             for (int i = 0; i < kUsed; ++i) {
               unpack<V>(bits[i], row.type[i], part, x[i]);
+            }
+            if constexpr (master) {
+              const ElementType type = row.type[kLowPrecision];
+              float low[kPart];
+              unpack<V>(bits[kUsed], type, part, low);
+#pragma unroll
+              for (int k = 0; k < kPart; ++k) {
+                x[kParam][k] = start_of_update(x[kParam][k], rounded_to_half(type, x[kParam][k]), low[k]);
+              }
             }
 #pragma unroll
             for (int k = 0; k < kPart; ++k) {
@@ -235,6 +246,9 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
               pack<V>(bits[i], row.type[i], part, x[i]);
             }
             unpack<V>(bits[kParam], row.type[kParam], part, x[kParam]);
+            if constexpr (master) {
+              pack<V>(bits[kUsed], row.type[kLowPrecision], part, x[kParam]);
+            }
             unpack<V>(bits[kSecondMoment], row.type[kSecondMoment], part, x[kSecondMoment]);
 #pragma unroll
             for (int k = 0; k < kPart; ++k) {
@@ -243,9 +257,9 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
             add(sums, of_part);
           }
 #pragma unroll
-          for (int i = kGrad + 1; i < kUsed; ++i) {
-            const int size = itemsize(row.type[i]);
-            store_group<V>(work.base[i] + first * size, size, bits[i]);
+          for (int i = kGrad + 1; i < kMoved; ++i) {
+            const int size = itemsize(row.type[operand_of(i)]);
+            store_group<V>(work.base[operand_of(i)] + first * size, size, bits[i]);
           }
         }
       },
@@ -255,12 +269,18 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
 #pragma unroll 1
         for (int index = begin; index < end; ++index) {
           forget_registers();
-          char* address[kUsed];
-          T x[kOperands] = {};
+          char* address[kMoved];
+          T x[kComputed] = {};
 #pragma unroll
           for (int i = 0; i < kUsed; ++i) {
             address[i] = work.address(table, i, index);
             x[i] = load_element<T>(address[i], row.type[i]);
+          }
+          if constexpr (master) {
+            const ElementType type = row.type[kLowPrecision];
+            address[kUsed] = work.address(table, kLowPrecision, index);
+            const T rounded = rounded_to_half(type, static_cast<float>(x[kParam]));
+            x[kParam] = start_of_update(x[kParam], rounded, load_element<T>(address[kUsed], type));
           }
           if constexpr (found) {
             accumulate_found<T>(of_part, x[kGrad], x[kMomentum]);
@@ -276,6 +296,9 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
             }
             x[i] = store_element<T>(address[i], row.type[i], x[i]);
           }
+          if constexpr (master) {
+            store_element<T>(address[kUsed], row.type[kLowPrecision], x[kParam]);
+          }
           accumulate_left<T>(of_part, x[kParam], x[kSecondMoment]);
         }
         add(sums, of_part);
@@ -286,13 +309,13 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
   }
 }
 
-template <int V, bool found, bool stochastic, typename T>
+template <int V, bool found, bool stochastic, bool master, typename T>
 __device__ __forceinline__ void update_chunk(const Table& table, const Work& work, const Scalars<T>& scalars,
-                                             const uint32_t (&keys)[kOperands], double (&totals)[found ? kUpdateSums : 2]) {
+                                             const uint32_t (&keys)[kComputed], double (&totals)[found ? kUpdateSums : 2]) {
   if (work.row.data[kMaximum] != nullptr) {
-    update_chunk<V, found, stochastic, true, T>(table, work, scalars, keys, totals);
+    update_chunk<V, found, stochastic, true, master, T>(table, work, scalars, keys, totals);
   } else {
-    update_chunk<V, found, stochastic, false, T>(table, work, scalars, keys, totals);
+    update_chunk<V, found, stochastic, false, master, T>(table, work, scalars, keys, totals);
   }
 }
 
@@ -301,7 +324,7 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
 struct Numbers {
   Scalars<float> in_float32;
   Scalars<double> in_float64;
-  uint32_t keys[kOperands];
+  uint32_t keys[kComputed];
   bool skipped;
 
   // By all threads of the block; a barrier must follow.
@@ -314,7 +337,7 @@ struct Numbers {
       in_float64 = scalars_of<double>(update, tensor);
     } else if (threadIdx.x == 3 * kWarp) {
       skipped = update.skips(tensor);
-    } else if (stochastic && threadIdx.x > 3 * kWarp && threadIdx.x <= 3 * kWarp + kOperands) {
+    } else if (stochastic && threadIdx.x > 3 * kWarp && threadIdx.x <= 3 * kWarp + kComputed) {
       const int operand = threadIdx.x - 3 * kWarp - 1;
       const int64_t first = (number - table.first_chunk[tensor]) * table.chunk_size;
       keys[operand] = rounding_key(update.rounding_seed, update.at(kStep, tensor), tensor, operand, first);
@@ -322,9 +345,8 @@ struct Numbers {
   }
 };
 
-template <bool found, bool stochastic>
-__global__ void __launch_bounds__(kThreads, found ? kUpdateBlocksWithFoundSums : kUpdateBlocks)
-    adamw_update_kernel(const Table table, const Update update, const NewSums new_sums) {
+template <bool found, bool stochastic, bool masters>
+__device__ __forceinline__ void update_chunk_of_block(const Table& table, const Update& update, const NewSums& new_sums) {
   __shared__ Work work;
   __shared__ Numbers numbers;
   // Backward through what the statistics went through forward: the last chunks may still be in the second-level cache.
@@ -335,17 +357,45 @@ __global__ void __launch_bounds__(kThreads, found ? kUpdateBlocksWithFoundSums :
     return;
   }
   double totals[found ? kUpdateSums : 2];
-  if (work.row.is_double) {
-    update_chunk<1, found, stochastic>(table, work, numbers.in_float64, numbers.keys, totals);
+  if (masters && work.row.data[kLowPrecision] != nullptr) {  // next to a float32 master, so never in groups of 8
+    if constexpr (masters) {
+      if (work.row.is_double) {
+        update_chunk<1, found, stochastic, true>(table, work, numbers.in_float64, numbers.keys, totals);
+      } else {
+        update_chunk<4, found, stochastic, true>(table, work, numbers.in_float32, numbers.keys, totals);
+      }
+    }
+  } else if (work.row.is_double) {
+    update_chunk<1, found, stochastic, false>(table, work, numbers.in_float64, numbers.keys, totals);
   } else if (work.row.vector == 4) {
-    update_chunk<4, found, stochastic>(table, work, numbers.in_float32, numbers.keys, totals);
+    update_chunk<4, found, stochastic, false>(table, work, numbers.in_float32, numbers.keys, totals);
   } else {
-    update_chunk<8, found, stochastic>(table, work, numbers.in_float32, numbers.keys, totals);
+    update_chunk<8, found, stochastic, false>(table, work, numbers.in_float32, numbers.keys, totals);
   }
   if (new_sums.data != nullptr) {
     tensor_sums(table, work.chunk, totals,
                 [&](int sum, double value) { new_sums.at(work.chunk.tensor, found ? sum : sum + kParamSquared) = value; });
   }
+}
+
+template <bool found, bool stochastic>
+__global__ void __launch_bounds__(kThreads, found ? kUpdateBlocksWithFoundSums : kUpdateBlocks)
+    adamw_update_kernel(const Table table, const Update update, const NewSums new_sums) {
+  update_chunk_of_block<found, stochastic, false>(table, update, new_sums);
+}
+
+// Where some row has a low-precision parameter. A kernel of its own, so that the other keeps its registers.
+template <bool found, bool stochastic>
+__global__ void __launch_bounds__(kThreads, kUpdateBlocksWithMasters)
+    adamw_update_masters_kernel(const Table table, const Update update, const NewSums new_sums) {
+  update_chunk_of_block<found, stochastic, true>(table, update, new_sums);
+}
+
+using UpdateKernel = void (*)(Table, Update, NewSums);
+
+template <bool found, bool stochastic>
+UpdateKernel update_kernel(bool masters) {
+  return masters ? adamw_update_masters_kernel<found, stochastic> : adamw_update_kernel<found, stochastic>;
 }
 
 // --------------------------------------------------------------------------------------- as ops of torch (see ops.cpp)
@@ -379,8 +429,9 @@ void adamw_update_(const Header& header, const Table& table, const Update& updat
   const torch::stable::accelerator::DeviceGuard guard(header.device);
   if (header.chunks != 0) {
     const bool found = new_sums.found();
-    const auto kernel = update.stochastic ? (found ? adamw_update_kernel<true, true> : adamw_update_kernel<false, true>)
-                                          : (found ? adamw_update_kernel<true, false> : adamw_update_kernel<false, false>);
+    const UpdateKernel kernel =
+        (update.stochastic ? (found ? update_kernel<true, true> : update_kernel<false, true>)
+                           : (found ? update_kernel<true, false> : update_kernel<false, false>))(header.masters);
     kernel<<<header.chunks, kThreads, 0, current_stream(header.device)>>>(table, update, new_sums);
     check_cuda(cudaGetLastError(), "adamw_update_");
   }
@@ -451,10 +502,10 @@ Tensor list_tensor_stats(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs
 void list_adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                         std::vector<Tensor> exp_avg_sqs, List max_exp_avg_sqs, Tensor step_size, Tensor decay_factor, Tensor step,
                         Tensor beta1, Tensor beta2, Tensor eps, std::optional<Tensor> grad_scale, std::optional<Tensor> new_sums,
-                        std::optional<int64_t> rounding_seed) {
-  const CopiedTable copied(
-      Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs)},
-            /*written=*/true});
+                        std::optional<int64_t> rounding_seed, List low_precision_params) {
+  const CopiedTable copied(Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs),
+                                  std::move(max_exp_avg_sqs), std::move(low_precision_params)},
+                                 /*written=*/true});
   const Header& header = copied.header();
   const Tensor vectors = vectors_on_cuda(
       hyperparameter_input(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, header.tensors, header.device),

@@ -57,6 +57,8 @@ __device__ __forceinline__ uint32_t to_half(ElementType type, float value) {
                                         : __half_as_ushort(__float2half_rn(value));
 }
 
+__device__ __forceinline__ float rounded_to_half(ElementType type, float value) { return from_half(type, to_half(type, value)); }
+
 // The elements [part, part + kPart) of a group of V = 4 or 8. With V = 8 all types are of 16 bits.
 template <int V>
 __device__ __forceinline__ void unpack(const Bits& bits, ElementType type, int part, float (&x)[kPart]) {

@@ -12,11 +12,11 @@ namespace metaadamw {
 namespace {
 
 Tensor launch_table(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, List params, List exp_avg_sqs, List max_exp_avg_sqs,
-                    bool written, int64_t chunk_size) {
-  const auto memory = make_table(
-      Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::move(max_exp_avg_sqs)},
-            written},
-      chunk_size);
+                    List low_precision_params, bool written, int64_t chunk_size) {
+  const auto memory = make_table(Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs),
+                                        std::move(max_exp_avg_sqs), std::move(low_precision_params)},
+                                       written},
+                                 chunk_size);
   Tensor table = torch::stable::empty({static_cast<int64_t>(memory.size())}, ScalarType::Long);
   std::memcpy(table.data_ptr(), memory.data(), memory.size() * sizeof(int64_t));
   return table;
@@ -80,12 +80,13 @@ STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
   m.def(
       "adamw_update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
       " Tensor(d!)[]? max_exp_avg_sqs, Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1, Tensor beta2, Tensor eps,"
-      " Tensor? grad_scale, Tensor(e!)? new_sums=None, int? rounding_seed=None) -> ()");
+      " Tensor? grad_scale, Tensor(e!)? new_sums=None, int? rounding_seed=None,"
+      " Tensor(f!)[]? low_precision_params=None) -> ()");
   // The same on a launch table. They reach the tensors through addresses that no schema can tell of, so they are not for
   // torch.compile. `copy` is the GPU's part of the table, None on the CPU.
   m.def(
-      "launch_table(Tensor[] grads, Tensor[] exp_avgs, Tensor[]? params, Tensor[]? exp_avg_sqs, Tensor[]? max_exp_avg_sqs, bool "
-      "written, int chunk_size=0) -> Tensor");
+      "launch_table(Tensor[] grads, Tensor[] exp_avgs, Tensor[]? params, Tensor[]? exp_avg_sqs, Tensor[]? max_exp_avg_sqs,"
+      " Tensor[]? low_precision_params, bool written, int chunk_size=0) -> Tensor");
   m.def("launch_capture(Tensor like) -> int");  // CUDA only
   m.def("launch_set_gradients(Tensor(a!) table, Tensor[] grads) -> int");
   m.def(

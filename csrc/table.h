@@ -20,7 +20,9 @@ METAADAMW_INLINE int itemsize(ElementType type) {
   return type == ElementType::kFloat64 ? 8 : type == ElementType::kFloat32 ? 4 : 2;
 }
 
-enum { kGrad, kMomentum, kParam, kSecondMoment, kMaximum, kOperands };
+// Where a row has a low-precision parameter, of bfloat16 or float16, kParam is its float32 master (see start_of_update).
+enum { kGrad, kMomentum, kParam, kSecondMoment, kMaximum, kLowPrecision, kOperands };
+constexpr int kComputed = kMaximum + 1;  // the first operands: those of adamw_element
 
 // One position of all lists: tensors of the same shape, walked together.
 struct Row {
@@ -36,7 +38,7 @@ struct Row {
   // The update leaves such a row alone. (A tensor without elements has no address either, and is not meant.)
   METAADAMW_INLINE bool lacks_gradient() const { return data[kGrad] == nullptr && numel != 0; }
 };
-static_assert(sizeof(Row) == 64, "rows are copied to a GPU as they are");
+static_assert(sizeof(Row) == 80, "rows are copied to a GPU as they are");
 
 // How a row with strided operands is walked. Rows that are dense throughout, the usual case, have none.
 struct Layout {
@@ -57,6 +59,7 @@ struct Header {
   int64_t device;  // of every tensor: -1 for the CPU, else the number of the GPU
   uint8_t given;   // bit i: the table was made with a list of operand i
   bool written;    // it was made for updates too
+  bool masters;    // some row has a low-precision parameter
 
   METAADAMW_INLINE bool has(int operand) const { return given >> operand & 1; }
 };

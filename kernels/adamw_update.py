@@ -15,6 +15,7 @@ from .elements import (
     GRAD,
     KIND,
     LAYOUT,
+    LOW_PRECISION,
     MAXIMUM,
     NUMEL,
     PARAM,
@@ -29,6 +30,7 @@ from .elements import (
     operand_offsets,
     round_stochastically,
     rounding_key,
+    start_of_update,
     storage_type,
     store,
     store_sum,
@@ -78,17 +80,20 @@ def _quotient(x, y):
 
 @triton.jit
 def _update_block(
-    gg, gm, mm, pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, offsets, mask, layout,
+    gg, gm, mm, pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, low_precision, begin, offsets, mask, layout,
     grad_scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor,
     inverse_sqrt_bias_correction2, eps, key, sums: tl.constexpr, found: tl.constexpr,
     kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
     """Updates one block, and adds what it finds in g and m and what it stores in p and v to the lanes of the sums."""
-    g_offsets, m_offsets, p_offsets, v_offsets, max_offsets = operand_offsets(layout, begin, offsets, strided)
+    g_offsets, m_offsets, p_offsets, v_offsets, max_offsets, low_offsets = operand_offsets(layout, begin, offsets, strided)
     unscaled = load(grad, begin, g_offsets, mask, GRAD, kind, aligned)
     m = load(exp_avg, begin, m_offsets, mask, EXP_AVG, kind, aligned)
     v = load(exp_avg_sq, begin, v_offsets, mask, EXP_AVG_SQ, kind, aligned)
     p = load(param, begin, p_offsets, mask, PARAM, kind, aligned)
+    has_master: tl.constexpr = storage_type(kind, LOW_PRECISION) is not None
+    if has_master:
+        p = start_of_update(p, load(low_precision, begin, low_offsets, mask, LOW_PRECISION, kind, aligned), kind)
 
     if found:
         gg += unscaled * unscaled
@@ -116,6 +121,8 @@ def _update_block(
     store(exp_avg, begin, m_offsets, mask, m, EXP_AVG, kind, aligned)
     v = store(exp_avg_sq, begin, v_offsets, mask, v, EXP_AVG_SQ, kind, aligned)
     p = store(param, begin, p_offsets, mask, p, PARAM, kind, aligned)
+    if has_master:
+        store(low_precision, begin, low_offsets, mask, p, LOW_PRECISION, kind, aligned)
     if sums:
         if mask is not None:
             v = tl.where(mask, v, 0.0)
@@ -137,6 +144,7 @@ def _update_chunk(
     param = tl.load(table + PARAM * tensors + row)
     exp_avg_sq = tl.load(table + EXP_AVG_SQ * tensors + row)
     maximum = tl.load(table + MAXIMUM * tensors + row)
+    low_precision = tl.load(table + LOW_PRECISION * tensors + row)
     lane = tl.arange(0, BLOCK)
     gg = tl.zeros([BLOCK], arithmetic)
     gm = gg
@@ -167,18 +175,18 @@ def _update_chunk(
     layout = table + tl.load(table + LAYOUT * tensors + row)
     strided: tl.constexpr = is_strided(kind)
     done = 0
-    if ((grad | exp_avg | param | exp_avg_sq | maximum) % 16 == 0) & (not strided):
+    if ((grad | exp_avg | param | exp_avg_sq | maximum | low_precision) % 16 == 0) & (not strided):
         done = count // BLOCK * BLOCK
         for i in range(0, done, BLOCK):
             gg, gm, mm, pp, vv = _update_block(
-                gg, gm, mm, pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, None, layout,
+                gg, gm, mm, pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, low_precision, begin, i + lane, None, layout,
                 scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor,
                 inverse_sqrt_bias_correction2, eps, key, sums, found, kind, False, True,
             )  # fmt: skip
     for i in range(done, count, BLOCK):
         mask = i + lane < count
         gg, gm, mm, pp, vv = _update_block(
-            gg, gm, mm, pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, begin, i + lane, mask, layout,
+            gg, gm, mm, pp, vv, grad, exp_avg, param, exp_avg_sq, maximum, low_precision, begin, i + lane, mask, layout,
             scale, momentum_weight, lerp_from_grad, beta2, beta2_complement, step_size, decay_factor,
             inverse_sqrt_bias_correction2, eps, key, sums, found, kind, strided, False,
         )  # fmt: skip
@@ -220,12 +228,12 @@ def register_limit(kinds: tuple[int, ...], found: bool, stochastic: bool) -> dic
     """Triton's option that makes one more program fit a multiprocessor: 5 of 96 registers a thread, or 4 of 128.
 
     Only where nothing spills then, which the tests read from ptxas for sm_80, sm_90 and sm_100: rows of one kind, in float32
-    arithmetic, walked flat, without a maximum. AMD's compiler knows no such option.
+    arithmetic, walked flat, without a maximum and a master. AMD's compiler knows no such option.
     """
     (kind, *others) = kinds
-    has_maximum_or_layout = kind >> (4 * MAXIMUM.value) != 0
+    has_more = kind >> (4 * MAXIMUM.value) != 0  # a maximum, a master, a layout
     is_double = any(kind >> (4 * operand) & 15 == 4 for operand in range(4))
-    if others or has_maximum_or_layout or is_double or (found and stochastic) or torch.version.hip is not None:
+    if others or has_more or is_double or (found and stochastic) or torch.version.hip is not None:
         return {}
     return {"maxnreg": 128 if found or stochastic else 96}
 

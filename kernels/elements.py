@@ -19,18 +19,20 @@ CHUNK = tl.constexpr(16 * 2**10)
 WARPS = 4
 
 # The table: int64. First these fields, T entries each; then the row of each chunk; then the layouts.
-ADDRESSES = tl.constexpr(0)  # five fields, in the order of the operands; 0: the row has no such operand
-GRAD, EXP_AVG, PARAM, EXP_AVG_SQ, MAXIMUM = (tl.constexpr(i) for i in range(5))
-NUMEL = tl.constexpr(5)
-FIRST_CHUNK = tl.constexpr(6)  # the number of chunks before the row; an empty row has one, too, which writes its sums
-KIND = tl.constexpr(7)  # which of the kinds of rows it is, see `LaunchTable.kinds`
-LAYOUT = tl.constexpr(8)  # where in the table the row's layout lies: dims, then for each, innermost first, size and five strides
-FIELDS = tl.constexpr(9)
+ADDRESSES = tl.constexpr(0)  # six fields, in the order of the operands; 0: the row has no such operand
+# Where a row has a low-precision parameter, of bfloat16 or float16, PARAM is its float32 master.
+GRAD, EXP_AVG, PARAM, EXP_AVG_SQ, MAXIMUM, LOW_PRECISION = (tl.constexpr(i) for i in range(6))
+NUMEL = tl.constexpr(6)
+FIRST_CHUNK = tl.constexpr(7)  # the number of chunks before the row; an empty row has one, too, which writes its sums
+KIND = tl.constexpr(8)  # which of the kinds of rows it is, see `LaunchTable.kinds`
+LAYOUT = tl.constexpr(9)  # where in the table the row's layout lies: dims, then for each, innermost first, size and six strides
+FIELDS = tl.constexpr(10)
 
 # A kind says what rows have in common that the kernels are compiled for: four bits for the dtype of each operand (0: none of the
 # rows has it), then one for rows that are not walked flat. A kernel has one branch for each kind that occurs, around everything.
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
-STRIDED_KIND = 1 << 20
+OPERANDS = 6
+STRIDED_KIND = 1 << (4 * OPERANDS)
 
 
 @triton.constexpr_function
@@ -42,7 +44,7 @@ def storage_type(kind, operand):
 @triton.constexpr_function
 def arithmetic_type(kind):
     """float64 if any operand is, else float32."""
-    return tl.float64 if any(kind >> (4 * operand) & 15 == 4 for operand in range(5)) else tl.float32
+    return tl.float64 if any(kind >> (4 * operand) & 15 == 4 for operand in range(6)) else tl.float32
 
 
 @triton.constexpr_function
@@ -52,13 +54,13 @@ def vector_bytes(kind, operand):
     With 16 bytes of bfloat16 a thread would hold more of its elements than of float32, and they would change hands in every block.
     """
     sizes = (0, 4, 2, 2, 8)
-    return 16 * sizes[kind >> (4 * operand) & 15] // max(sizes[kind >> (4 * each) & 15] for each in range(5))
+    return 16 * sizes[kind >> (4 * operand) & 15] // max(sizes[kind >> (4 * each) & 15] for each in range(6))
 
 
 @triton.constexpr_function
 def is_strided(kind):
     """Whether the elements of these rows are found through their layout."""
-    return kind >> 20 != 0
+    return kind >> 24 != 0
 
 
 @triton.constexpr_function
@@ -98,12 +100,12 @@ def chunk_bounds(table, tensors, chunk, row):
 
 @triton.jit
 def operand_offsets(layout, begin, offsets, strided: tl.constexpr):
-    """Where the elements begin + offsets of the row lie in each of the five operands, in elements after its element ``begin``.
+    """Where the elements begin + offsets of the row lie in each of the six operands, in elements after its element ``begin``.
 
     For rows that are walked flat that is ``offsets`` itself; others go through ``layout`` in 64 bits, dimension by dimension.
     """
     if not strided:
-        return offsets, offsets, offsets, offsets, offsets
+        return offsets, offsets, offsets, offsets, offsets, offsets
     else:
         index = begin + offsets
         grad = offsets * 0 - begin
@@ -111,6 +113,7 @@ def operand_offsets(layout, begin, offsets, strided: tl.constexpr):
         param = grad
         exp_avg_sq = grad
         maximum = grad
+        low_precision = grad
         for _ in range(tl.load(layout)):
             size = tl.load(layout + 1)
             coordinate = index % size
@@ -119,9 +122,10 @@ def operand_offsets(layout, begin, offsets, strided: tl.constexpr):
             param += coordinate * tl.load(layout + 4)
             exp_avg_sq += coordinate * tl.load(layout + 5)
             maximum += coordinate * tl.load(layout + 6)
+            low_precision += coordinate * tl.load(layout + 7)
             index = index // size
-            layout += 6
-        return grad, exp_avg, param, exp_avg_sq, maximum
+            layout += 7
+        return grad, exp_avg, param, exp_avg_sq, maximum, low_precision
 
 
 @triton.jit
@@ -164,6 +168,13 @@ def _rounded(x, storage: tl.constexpr):
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(storage)
+
+
+@triton.jit
+def start_of_update(master, low, kind: tl.constexpr):
+    """What the update of a low-precision parameter starts from, element by element; csrc/adamw.h has the reasons."""
+    rounded = _widened(_rounded(master, storage_type(kind, LOW_PRECISION)), master.dtype)
+    return tl.where((rounded == low) | ((rounded != rounded) & (low != low)), master, low)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import policy
 from .adamw_update import adamw_update_
 from .elements import INTERPRETED
-from .table import LaunchTable
+from .table import LaunchTable, MaybeTensors
 from .tensor_stats import tensor_stats
 
 Tensors = Iterable[Tensor]
@@ -66,10 +66,11 @@ class TritonBackend:
         grad_scale: Tensor | None,
         new_sums: Tensor | None = None,
         rounding_seed: int | None = None,
+        low_precision_params: MaybeTensors | None = None,
     ) -> None:
         """The update, in place, with hyper-parameters [T] each; see `kernels.adamw_update`."""
         _refuse_capture()
-        launch = TritonLaunch(grads, exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs, written=True)
+        launch = TritonLaunch(grads, exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs, low_precision_params, written=True)
         vectors = policy.update_vectors(step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
         launch.adamw_update_(vectors, new_sums, rounding_seed)
 

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from metaadamw_fast.checks import check_low_precision
 from metaadamw_fast.launch import Operands, resolved
 
 from .checks import OpList, check_distinct, check_lists
-from .elements import CHUNK, DTYPE_CODES, FIELDS, STRIDED_KIND
+from .elements import CHUNK, DTYPE_CODES, FIELDS, OPERANDS, STRIDED_KIND
 
 Tensors = Iterable[Tensor]
 MaybeTensors = Iterable[Tensor | None]
-OPERANDS = 5  # gradient, first moment, parameter, second moment, maximum: in this order everywhere
 
 
 class LaunchTable:
@@ -27,6 +27,9 @@ class LaunchTable:
         exp_avgs: T first moments.
         params, exp_avg_sqs: T tensors each, or None for an op that does without.
         max_exp_avg_sqs: T running maxima or None; an entry may be absent as a gradient may: plain AdamW then.
+        low_precision_params: T parameters of bfloat16 or float16 whose float32 masters stand in ``params``, or None; an entry may
+            be absent as a maximum may. The update starts from the master where the parameter is its rounding, else from the
+            parameter.
         written: everything but the gradients will be updated, so their elements must not share memory.
 
     The elements of a row are walked in the order of the last given of params, else of exp_avgs, in memory. Where all operands are
@@ -47,6 +50,7 @@ class LaunchTable:
         params: Tensors | None = None,
         exp_avg_sqs: Tensors | None = None,
         max_exp_avg_sqs: MaybeTensors | None = None,
+        low_precision_params: MaybeTensors | None = None,
         *,
         written: bool,
     ) -> None:
@@ -58,9 +62,12 @@ class LaunchTable:
         self.tensors = len(exp_avgs)
         self.device = exp_avgs[0].device if exp_avgs else torch.device("cpu")
         empty = torch.empty(0, device=self.device)
-        maxima = None if max_exp_avg_sqs is None else [empty if x is None else x for x in max_exp_avg_sqs]
+        maxima, low = (
+            None if tensors is None else [empty if x is None else x for x in tensors]
+            for tensors in (max_exp_avg_sqs, low_precision_params)
+        )
         operands = Operands(
-            exp_avgs, None if params is None else list(params), None if exp_avg_sqs is None else list(exp_avg_sqs), maxima
+            exp_avgs, None if params is None else list(params), None if exp_avg_sqs is None else list(exp_avg_sqs), maxima, low
         )
         self._operands: Callable[[], Operands] = lambda: operands
         self._on_gpu = self.device.type != "cpu"
@@ -81,10 +88,12 @@ class LaunchTable:
             OpList("grads", [empty if x is None else x for x in grads], optional=True),
             OpList("exp_avg_sqs", mine.exp_avg_sqs, self.written),
             OpList("max_exp_avg_sqs", mine.max_exp_avg_sqs, self.written, optional=True),
+            OpList("low_precision_params", mine.low_precision_params, self.written, optional=True),
         )
         check_lists(*check)
+        check_low_precision(mine.params, mine.low_precision_params)
         check_distinct(*check)
-        lists = (grads, mine.exp_avgs, mine.params, mine.exp_avg_sqs, mine.max_exp_avg_sqs)
+        lists = (grads, mine.exp_avgs, mine.params, mine.exp_avg_sqs, mine.max_exp_avg_sqs, mine.low_precision_params)
         rows = [[None if tensors is None else tensors[t] for tensors in lists] for t in range(self.tensors)]
         if any(x is not None and x.is_neg() for row in rows for x in row):
             raise RuntimeError("a tensor is a negative view of its memory: resolve_neg() makes it one of its own")
@@ -202,7 +211,7 @@ class LaunchTable:
 
 
 def _layout(row: list[Tensor | None], leader: Tensor) -> list[tuple[int, ...]] | None:
-    """Size and five strides of each dimension, outermost first in the leader's memory; None where the row is walked flat.
+    """Size and six strides of each dimension, outermost first in the leader's memory; None where the row is walked flat.
 
     Dimensions of size 1 are dropped, and neighbours merged where every operand allows it: tensors that are transposed or
     channels_last all alike are flat, too.

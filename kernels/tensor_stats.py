@@ -38,7 +38,7 @@ def _accumulate(
     kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
     """Adds one block to the lanes of every sum."""
-    g_offsets, m_offsets, p_offsets, v_offsets, _ = operand_offsets(layout, begin, offsets, strided)
+    g_offsets, m_offsets, p_offsets, v_offsets, _, _ = operand_offsets(layout, begin, offsets, strided)
     g = load(grad, begin, g_offsets, g_mask, GRAD, kind, aligned)
     m = load(exp_avg, begin, m_offsets, mask, EXP_AVG, kind, aligned)
     gg += g * g

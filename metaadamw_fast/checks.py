@@ -109,6 +109,7 @@ def update_lists(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor] | None,
+    low_precision_params: Sequence[Tensor] | None = None,
 ) -> tuple[OpList, ...]:
     """The lists of ``adamw_update_`` for :func:`check_lists` and :func:`check_distinct`."""
     return (
@@ -117,7 +118,27 @@ def update_lists(
         OpList("exp_avgs", exp_avgs, written=True),
         OpList("exp_avg_sqs", exp_avg_sqs, written=True),
         OpList("max_exp_avg_sqs", max_exp_avg_sqs, written=True, optional=True),
+        OpList("low_precision_params", low_precision_params, written=True, optional=True),
     )
+
+
+def check_low_precision(params: Sequence[Tensor] | None, low_precision_params: Sequence[Tensor] | None) -> None:
+    """Parameters of bfloat16 or float16 have float32 masters in the place of ``params``; entries without elements have none.
+
+    Raises:
+        RuntimeError: something of it does not hold.
+    """
+    if low_precision_params is None:
+        return
+    if params is None:
+        raise RuntimeError("low_precision_params need params, which are their masters")
+    for i, (low, master) in enumerate(zip(low_precision_params, params, strict=False)):  # of one length: check_lists
+        if not low.numel():
+            continue
+        if low.dtype not in (torch.bfloat16, torch.float16):
+            raise RuntimeError(f"low_precision_params[{i}] has dtype {low.dtype}: only bfloat16, float16 have a master")
+        if master.dtype != torch.float32:
+            raise RuntimeError(f"params[{i}] has dtype {master.dtype}: the master of low_precision_params[{i}] must be float32")
 
 
 def check_update(
@@ -127,9 +148,11 @@ def check_update(
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor] | None,
     *hyperparameters: Tensor | None,
+    low_precision_params: Sequence[Tensor] | None = None,
 ) -> None:
     """:func:`check_lists` for ``adamw_update_``; hyper-parameters must be float64 [T] on the tensors' device."""
-    check_lists(*update_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs))
+    check_lists(*update_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision_params))
+    check_low_precision(params, low_precision_params)
     for name, x in zip(HYPERPARAMETERS, hyperparameters, strict=True):
         if x is None:
             continue

@@ -11,6 +11,10 @@ Both classes take the same arguments:
     exp_avgs: T first moments.
     params, exp_avg_sqs: T tensors each; the update needs both.
     max_exp_avg_sqs: T running maxima (amsgrad); None, or a tensor without elements, leaves its tensor plain.
+    low_precision_params: T model parameters of bfloat16 or float16 whose float32 masters stand in ``params``; None, or a tensor
+        without elements, for a row that has none. The update starts from the master where the parameter is its rounding to
+        nearest, else from the parameter, which somebody has written then; it writes the master and, into the parameter, its
+        rounding. The statistics are of the master alone: whoever wants them of what others wrote updates the masters first.
     written: whether the update will be called; then no tensors but the gradients may share memory.
 
 Elements are walked in the order of the parameters' memory, or of the first moments' without parameters. Errors are those of the ops
@@ -26,7 +30,7 @@ import torch
 from torch import Tensor
 
 from . import reference, sync
-from .checks import OpList, check_distinct, check_lists
+from .checks import OpList, check_distinct, check_lists, check_low_precision
 
 Tensors = Iterable[Tensor]
 OptionalTensors = Iterable[Tensor | None]
@@ -93,7 +97,7 @@ class DeviceCopy:
         return torch.empty_like(self._table, pin_memory=self._device.type == "cuda")
 
     def addresses_changed(self) -> None:
-        """Says that the gradients lie elsewhere: the rows, 64 bytes a tensor, are copied again, the rest of the table is not."""
+        """Says that the gradients lie elsewhere: the rows, 80 bytes a tensor, are copied again, the rest of the table is not."""
         self._changed = max(self._changed, self._row_words)
 
     def current(self) -> Tensor:
@@ -136,13 +140,15 @@ class CppLaunch:
         params: Tensors | None = None,
         exp_avg_sqs: Tensors | None = None,
         max_exp_avg_sqs: OptionalTensors | None = None,
+        low_precision_params: OptionalTensors | None = None,
         *,
         written: bool,
     ) -> None:
         exp_avgs = list(exp_avgs)
         self._absent = exp_avgs[0].new_empty(0) if exp_avgs else torch.empty(0, device="cpu")
         maxima = None if max_exp_avg_sqs is None else _filled(max_exp_avg_sqs, self._absent)
-        operands = Operands(exp_avgs, _listed(params), _listed(exp_avg_sqs), maxima)
+        low = None if low_precision_params is None else _filled(low_precision_params, self._absent)
+        operands = Operands(exp_avgs, _listed(params), _listed(exp_avg_sqs), maxima, low)
         self._operands: Callable[[], Operands] = lambda: operands
         if any(x.is_neg() for xs in operands for x in xs or ()):
             raise RuntimeError("a tensor is a negative view of its memory: resolve_neg() makes it one of its own")
@@ -177,7 +183,7 @@ class CppLaunch:
         return copies
 
     def _make_table(self, grads: list[Tensor]) -> None:
-        self._table: Tensor = self.namespace.launch_table.default(grads, *self._operands()[:4], self._written, self.chunk_size)
+        self._table: Tensor = self.namespace.launch_table.default(grads, *self._operands(), self._written, self.chunk_size)
         self._device_copy = DeviceCopy(self._table, self._absent.device, self._in_graphs) if self.on_gpu else None
 
     def let_go(self, operands: Callable[[], Operands]) -> None:
@@ -257,13 +263,15 @@ class ReferenceLaunch:
         params: Tensors | None = None,
         exp_avg_sqs: Tensors | None = None,
         max_exp_avg_sqs: OptionalTensors | None = None,
+        low_precision_params: OptionalTensors | None = None,
         *,
         written: bool,
     ) -> None:
         exp_avgs = list(exp_avgs)
         self._absent = exp_avgs[0].new_empty(0) if exp_avgs else torch.empty(0, device="cpu")
         maxima = None if max_exp_avg_sqs is None else _filled(max_exp_avg_sqs, self._absent)
-        operands = Operands(exp_avgs, _listed(params), _listed(exp_avg_sqs), maxima)
+        low = None if low_precision_params is None else _filled(low_precision_params, self._absent)
+        operands = Operands(exp_avgs, _listed(params), _listed(exp_avg_sqs), maxima, low)
         self._operands: Callable[[], Operands] = lambda: operands
         self._written = written
         if written and (operands.params is None or operands.exp_avg_sqs is None):
@@ -281,9 +289,11 @@ class ReferenceLaunch:
         others = (
             OpList("exp_avg_sqs", mine.exp_avg_sqs, self._written),
             OpList("max_exp_avg_sqs", mine.max_exp_avg_sqs, self._written, optional=True),
+            OpList("low_precision_params", mine.low_precision_params, self._written, optional=True),
         )
         lists = (*leaders[mine.params is None :], OpList("grads", grads, optional=True), *others)
         check_lists(*lists)
+        check_low_precision(mine.params, mine.low_precision_params)
         check_distinct(*lists)
         self._grads = grads
 
@@ -321,7 +331,8 @@ class ReferenceLaunch:
             raise RuntimeError("the launch was not made for updates: written=False")
         lists = (mine.params, self._grads, mine.exp_avgs, mine.exp_avg_sqs, mine.max_exp_avg_sqs)
         step_size, decay_factor, step, beta1, beta2, eps, grad_scale = vectors.unbind()
-        reference.adamw_update_(*lists, step_size, decay_factor, step, beta1, beta2, eps, grad_scale, new_sums, rounding_seed)
+        hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
+        reference.adamw_update_(*lists, *hyperparameters, new_sums, rounding_seed, mine.low_precision_params)
 
 
 class FakeLaunch:
@@ -334,6 +345,7 @@ class FakeLaunch:
         params: Tensors | None = None,
         exp_avg_sqs: Tensors | None = None,
         max_exp_avg_sqs: OptionalTensors | None = None,
+        low_precision_params: OptionalTensors | None = None,
         *,
         written: bool,
     ) -> None:

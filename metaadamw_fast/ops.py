@@ -287,6 +287,7 @@ def adamw_update_(
     max_exp_avg_sqs: Tensors | None = None,
     grad_scale: Tensor | float | None = None,
     rounding_seed: int | None = None,
+    low_precision_params: Iterable[Tensor | None] | None = None,
     backend: str = "auto",
 ) -> None:
     """AdamW with per-tensor hyper-parameters, in place: MetaAdamW algorithm 1, Loshchilov & Hutter 2019.
@@ -306,6 +307,10 @@ def adamw_update_(
         grad_scale: [T] or a number: unscaling, clipping, or -1 to maximize.
         rounding_seed: round what is written in bfloat16 or float16 by chance, up or down so that the mean is the number itself,
             except the maxima. The random bits depend on seed, step, tensor and element only. None rounds to the nearest.
+        low_precision_params: T bfloat16 or float16 tensors, written, whose float32 masters stand in ``params``; None or an entry
+            without elements for a parameter that has no master. Where an element is its master's rounding to the nearest the update
+            starts from the master, else from the element, which somebody has written then. The master is written, and its rounding
+            to the nearest, never by chance, into the element.
         backend: ``auto``, ``cpp``, ``triton`` or ``reference``.
 
     Raises:
@@ -316,13 +321,16 @@ def adamw_update_(
         params, grads, exp_avgs, exp_avg_sqs = list(params), list(grads), list(exp_avgs), list(exp_avg_sqs)
         max_exp_avg_sqs = _listed(max_exp_avg_sqs)
         device = _device(params)
+        absent = torch.empty(0, device=device)
+        low = None if low_precision_params is None else [absent if x is None else x for x in low_precision_params]
         numbers = (step_size, decay_factor, step, *pair_of(betas), eps, grad_scale)
         hyper = [None if x is None else _per_tensor(x, len(params), device) for x in numbers]
         run = resolve_backend(backend, device)
         seed = None if rounding_seed is None else signed(rounding_seed)
-        run.adamw_update_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper, None, seed)
+        run.adamw_update_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyper, None, seed, low)
         rows = [t for t, (p, grad) in enumerate(zip(params, grads, strict=True)) if grad.numel() or not p.numel()]
-        mark_written([xs[t] for xs in (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if xs is not None for t in rows])
+        written = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low)
+        mark_written([xs[t] for xs in written if xs is not None for t in rows])
 
 
 def mark_written(tensors: Sequence[Tensor]) -> None:
@@ -353,4 +361,9 @@ if _NO_EXTENSION is None:
 
     @torch.library.register_fake("metaadamw_fast::adamw_update_")
     def _(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *others):  # type: ignore[no-untyped-def]
-        check_update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *others[: len(HYPERPARAMETERS)])
+        hyperparameters, (_new_sums, _seed, low) = (
+            others[: len(HYPERPARAMETERS)],
+            [*others[len(HYPERPARAMETERS) :], *[None] * 3][:3],
+        )
+        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+        check_update(*lists, *hyperparameters, low_precision_params=low)

@@ -176,11 +176,12 @@ def adamw_update_(
     grad_scale: Tensor | None,
     new_sums: Tensor | None = None,
     rounding_seed: int | None = None,
+    low_precision_params: Tensors | None = None,
 ) -> None:
     """The modulated AdamW update; see :func:`metaadamw_fast.ops.adamw_update_`."""
     hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
-    check_update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyperparameters)
-    check_distinct(*update_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs))
+    check_update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyperparameters, low_precision_params=low_precision_params)
+    check_distinct(*update_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision_params))
     bias_correction1 = 1 - beta1**step
     bias_correction2 = 1 - beta2**step
     for t, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
@@ -206,11 +207,25 @@ def adamw_update_(
             _write(max_exp_avg_sqs[t], v, skip)
         m_hat = m / bias_correction1[t]
         v_hat = v / bias_correction2[t]
-        p = decay_factor[t] * param.to(arithmetic) - step_size[t] * m_hat / (v_hat.sqrt() + eps[t])
+        low = None if low_precision_params is None or not low_precision_params[t].numel() else low_precision_params[t]
+        start = param if low is None else start_of_update(param, low)
+        p = decay_factor[t] * start.to(arithmetic) - step_size[t] * m_hat / (v_hat.sqrt() + eps[t])
         write(param, p, rounding.PARAM)
+        if low is not None:
+            low.copy_(torch.where(skip, low, param.to(low.dtype)))
         if new_sums is not None:
             left = [_sum(x.to(arithmetic).square()) for x in (param, exp_avg_sq)]
             _write(new_sums[t, -2:], torch.stack(left), skip)
+
+
+def start_of_update(master: Tensor, low: Tensor) -> Tensor:
+    """What the update of a bfloat16 or float16 parameter ``low`` starts from: its float32 master, or what others wrote since.
+
+    The master counts where the parameter is its rounding to nearest. Versions do not tell, since ``p.data`` has a counter of its
+    own: the numbers are compared.
+    """
+    rounded = master.to(low.dtype)
+    return torch.where((rounded == low) | (rounded.isnan() & low.isnan()), master, low.to(master.dtype))
 
 
 class _Writer:

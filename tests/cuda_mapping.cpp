@@ -49,17 +49,17 @@ struct Memory {
 
 struct Kind {
   const char* name;
-  std::vector<ElementType> types;  // of grad, momentum, param, second moment, maximum
+  std::vector<ElementType> types;  // of grad, momentum, param, second moment, maximum, low-precision parameter
   int vector;
 };
 
 const ElementType f32 = ElementType::kFloat32, f64 = ElementType::kFloat64, bf16 = ElementType::kBFloat16,
                   f16 = ElementType::kFloat16;
 const Kind kKinds[] = {
-    {"fp32", {f32, f32, f32, f32, f32}, 4},
-    {"bf16", {bf16, bf16, bf16, bf16, bf16}, 8},
-    {"mixed", {bf16, f32, f16, f32, bf16}, 4},
-    {"fp64", {f64, f32, f64, bf16, f64}, 1},
+    {"fp32", {f32, f32, f32, f32, f32, f16}, 4},
+    {"bf16", {bf16, bf16, bf16, bf16, bf16, bf16}, 8},
+    {"mixed", {bf16, f32, f16, f32, bf16, bf16}, 4},
+    {"fp64", {f64, f32, f64, bf16, f64, f16}, 1},
 };
 
 Row make_row(const Kind& kind, int64_t numel, int64_t offset, int shifted) {

@@ -12,7 +12,14 @@ from . import cuda_on_cpu
 
 HERE = Path(__file__).parent
 # The files, and how many of their tests need a true GPU: for CUDA graphs; for two devices, a model that moves, another stream.
-FILES = {"test_gpu_ops": 1, "test_gpu_optimizer": 6, "test_gpu_random": 0, "test_policy": 0, "test_step_counts": 0}
+FILES = {
+    "test_gpu_ops": 1,
+    "test_gpu_optimizer": 6,
+    "test_gpu_random": 0,
+    "test_policy": 0,
+    "test_step_counts": 0,
+    "test_masters": 0,
+}
 
 pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.unavailable()), reason=str(cuda_on_cpu.unavailable()))
 

@@ -21,7 +21,8 @@ from . import COMPILER, ROOT, Edit, build, unavailable
 
 # What `make test` runs on the emulation.
 TESTED = [
-    f"tests/{name}.py" for name in ("test_policy", "test_step_counts", "test_gpu_random", "test_gpu_ops", "test_gpu_optimizer")
+    f"tests/{name}.py"
+    for name in ("test_policy", "test_step_counts", "test_masters", "test_gpu_random", "test_gpu_ops", "test_gpu_optimizer")
 ]
 # The other tests, but for those that build or interpret other kernels, measure, or compare with processes that know no emulation.
 OTHERS = [
