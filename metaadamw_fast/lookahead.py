@@ -22,7 +22,7 @@ class LookAhead:
     Attributes:
         scales: [4, G], with the encoder's graph.
         clip: what clipping multiplies the gradient with.
-        lr, weight_decay: float64 [T]; the released code's weight_decay is λ/(1-β1^k).
+        lr, weight_decay: float64 [T]; the released code's weight_decay is λ/(1-β1^k), and 0 before a tensor's first step.
         directions: u of each tensor, None where it does not move.
         group_of: int64 [T].
         moves_wd_scale: whether θ′ has a gradient to wd_scale; in the released code it has none.
@@ -112,7 +112,7 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None], last_grads: Sequence
         scales=scales,
         clip=1.0 if grad_scale is None else grad_scale[0].to(scales.dtype),
         lr=hyper.lr,
-        weight_decay=hyper.weight_decay / (1 - hyper.beta1**step) if released else hyper.weight_decay,
+        weight_decay=_released_decay(step, hyper) if released else hyper.weight_decay,
         directions=directions,
         group_of=opt._group_of,
         moves_wd_scale=not released,
@@ -151,3 +151,8 @@ def _stored_directions(lists: StateLists, step: Tensor, hyper: Hyperparameters) 
         None if k == 0 else (m / bias_correction1[i]) / ((v / bias_correction2[i]).sqrt() + hyper.eps[i])
         for i, (m, v, k) in enumerate(zip(lists.exp_avgs, second_moments, step.tolist(), strict=True))
     ]
+
+
+def _released_decay(step: Tensor, hyper: Hyperparameters) -> Tensor:
+    """λ/(1-β1^k); 0 where k = 0: an infinite quotient times the 0 of a tensor that does not move would be NaN."""
+    return torch.where(step > 0, hyper.weight_decay / (1 - hyper.beta1**step), 0.0)

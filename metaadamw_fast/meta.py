@@ -40,6 +40,7 @@ class MetaReport:
         gradient_alignment, loss_decrease, generalization_gap: its terms; None where the objective has no such term.
         log_vars: [3], after the update.
         lr_scale, wd_scale: [G], the scales that the look-ahead used.
+        applied: bool, whether the meta-optimizer stepped. It does not where the objective or its gradient is not finite.
     """
 
     total: Tensor
@@ -49,6 +50,7 @@ class MetaReport:
     log_vars: Tensor
     lr_scale: Tensor
     wd_scale: Tensor
+    applied: bool
 
 
 class MetaLearner:
@@ -170,7 +172,7 @@ class MetaLearner:
         That is: parameters, gradients, buffers, modes, plain attributes of modules, torch's random state; also after an exception,
         even one that Ctrl-C or a signal handler raises while they are put back. (Frozen parameters are not copied: what a forward
         pass writes into their memory stays.) If the objective or its gradient is not finite, encoder, log-variances and
-        meta-optimizer stay as they are too; the report tells.
+        meta-optimizer stay as they are too; ``applied`` of the report tells.
 
         Gradients are those of ``loss_fn``. Backward hooks do not run, neither those of parameters and modules nor a communication
         hook of ``DistributedDataParallel``: they would take a look-ahead for a training step.
@@ -248,7 +250,7 @@ class MetaLearner:
                 factors = torch.autograd.grad(total, [value for value, _ in values.values()], retain_graph=True)
                 of_scales = sum((f * change for f, (_, change) in zip(factors, values.values(), strict=True)), of_scales)
             with threads_for(ahead.scales.shape[1], ahead.scales.device):
-                self._descend(total, ahead.scales, of_scales)
+                applied = self._descend(total, ahead.scales, of_scales)
         scales = ahead.scales
         return MetaReport(
             total.detach(),
@@ -256,6 +258,7 @@ class MetaLearner:
             self.log_vars.detach().clone(),
             scales[0].detach(),
             scales[1].detach(),
+            applied,
         )
 
     def every(
@@ -399,10 +402,13 @@ class MetaLearner:
         self.meta_optimizer.param_groups[0]["params"] += [p for p in trained if p not in known]
         return trained
 
-    def _descend(self, total: Tensor, scales: Tensor, of_scales: Tensor) -> None:
+    def _descend(self, total: Tensor, scales: Tensor, of_scales: Tensor) -> bool:
         """One step of the meta-optimizer down the gradient of ``total``, if both are finite: NaN would stay for good.
 
         ``of_scales`` [4, G] is the part of the gradient that reaches the encoder through θ′ and ``scales``.
+
+        Returns:
+            Whether the step was taken.
         """
         trained = self._adopt()
         encoder = self.optimizer.encoder
@@ -411,7 +417,7 @@ class MetaLearner:
         gradients = torch.autograd.grad(outputs, [*trained, *gates], starts, allow_unused=True)
         # The one wait for the device. The device could not undo a step instead: Adam counts its steps on the host.
         if not torch.cat([total.detach().reshape(1), *(g.flatten() for g in gradients if g is not None)]).isfinite().all():
-            return
+            return False
         for param, grad in zip(trained, gradients[: len(trained)], strict=True):
             param.grad = grad
         for gate, grad in zip(gates, gradients[len(trained) :], strict=True):
@@ -421,6 +427,7 @@ class MetaLearner:
         self.meta_optimizer.zero_grad(set_to_none=True)
         clamp_log_vars_(self.log_vars)
         self.updates += 1
+        return True
 
     @sync.outside_inference_mode
     def state_dict(self) -> dict[str, Any]:

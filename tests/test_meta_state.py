@@ -205,12 +205,14 @@ def test_a_non_finite_objective_is_reported_and_moves_nothing(poison, optimizer,
             data = [batch(model, 100 + j) for j in range(3)]
             report = meta.update(*((x + value, y) for (x, y), value in zip(data, added, strict=True)))
             assert not report.total.isfinite()
+            assert report.applied is False
             assert same(everything(model, opt), held[0])
             assert same([dict(opt.encoder.state_dict()), meta.state_dict()], held[1])
             assert same(opt.encoder.feature_gates.grad, gates)
             assert torch.equal(report.log_vars, meta.log_vars)
         report = meta.update(*(batch(model, 200 + j) for j in range(3)))
         assert report.total.isfinite()
+        assert report.applied is True
         sides.append([dict(opt.encoder.state_dict()), meta.state_dict(), vars(report)])
     assert same(*sides)
 
@@ -224,7 +226,32 @@ def test_a_finite_objective_with_a_gradient_that_is_not_finite_moves_nothing():
     before = copy.deepcopy([dict(opt.encoder.state_dict()), meta.state_dict()])
     report = meta.update(False, False, True)
     assert report.total.isfinite()
+    assert report.applied is False
     assert same([dict(opt.encoder.state_dict()), meta.state_dict()], before)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("model", [tied, perceptron], ids=["frozen and unused", "no step at all"])
+def test_the_decay_of_a_parameter_without_a_step_is_nothing(model, variant):
+    """The released code divides it by 1 - β1^k, which is 0 at k = 0."""
+    sides = []
+    for weight_decay in (0.5, 0.0):
+        net = model()
+        named = dict(net.named_parameters())
+        steps = 2 if model is tied else 0
+        idle = [name for name in named if not steps or name.startswith(("frozen.", "unused."))]
+        groups = [{"params": [(name, named[name]) for name in idle], "weight_decay": weight_decay}]
+        moving = [(name, p) for name, p in named.items() if name not in idle]
+        groups += [{"params": moving, "weight_decay": 0.1}] if moving else []
+        opt = MetaAdamW(groups, model=net, head_init="xavier", variant=variant)
+        train(net, opt, steps)
+        meta = MetaLearner(opt, net, mse, gap_at="lookahead")
+        report = meta.update(*(batch(net, 10 + i) for i in range(3)))
+        assert report.applied
+        assert meta.updates == 1
+        sides.append([vars(report), dict(opt.encoder.state_dict())])
+    if steps or variant == "released":  # the paper's look-ahead takes a first step
+        assert same(*sides)
 
 
 # ---------------------------------------------------------------------------------------------------------- batches and reports
