@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib.util
 import pickle
 from collections import defaultdict
 
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from metaadamw_fast import FeatureConfig, MetaAdamW, MetaLearner, ops
 
-from .models import OFF, noise
+from .models import OFF, noise, same
 
 HAS_CPP = ops._unavailable("cpp", torch.device("cpu")) is None
 
@@ -204,6 +205,22 @@ def test_a_copy_of_a_backend_without_a_name_of_its_own():
     _, copied = pickle.loads(pickle.dumps((model, opt)))
     assert copied.steps_done == 2
     assert copied.lr_scale.tolist() == opt.lr_scale.tolist()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+@pytest.mark.parametrize("options", [{}, {"encoder_graph": True}], ids=["", "encoder_graph"])
+def test_a_pickle_of_an_optimizer_with_triton(monkeypatch, options):
+    """Triton's backend is made when it is asked for. Nothing is launched here, so it may stand for the tensors of the CPU, too."""
+    monkeypatch.setattr(ops, "_unavailable", lambda name, device: None)
+    model = mlp()
+    opt = MetaAdamW(model.named_parameters(), backend="triton", head_init="xavier", **options)
+    assert opt._backend.name == "triton"
+    meta = MetaLearner(opt, model, loss_fn)
+    _, loaded, learner = pickle.loads(pickle.dumps((model, opt, meta)))
+    assert learner.optimizer is loaded
+    loaded._current_lists()
+    assert loaded._backend is opt._backend
+    assert same(loaded.state_dict(), opt.state_dict())
 
 
 def test_another_state_and_other_param_groups():
