@@ -151,6 +151,7 @@ class GroupEncoder(nn.Module):
 
     Raises:
         ValueError: a range outside [0, 2), an unknown head_init, or heads that do not divide the feature width.
+        TypeError: a config that is none.
     """
 
     def __init__(
@@ -167,10 +168,14 @@ class GroupEncoder(nn.Module):
         super().__init__()
         if head_init not in ("identity", "xavier"):
             raise ValueError(f"Invalid head_init: {head_init!r} (identity or xavier)")
+        if not isinstance(config, EncoderConfig):
+            raise TypeError(f"config should be an EncoderConfig, but got {type(config).__name__}")
+        _check_features(features)
         dim = features.width(config.heads)
         self.dim = dim
         self.config = config
         self.features = features
+        self.head_init = head_init
         self.generator = torch.Generator("cpu").manual_seed(seed)
         self.encoder = EncoderStack([EncoderLayer(dim, config.heads, config.hidden) for _ in range(config.layers)])
         self.head = _Affine(4, dim)
@@ -188,16 +193,7 @@ class GroupEncoder(nn.Module):
 
     def description(self) -> dict[str, int | bool | str]:
         """What its sizes are and which features it reads: two encoders can share weights only if these are equal."""
-        features = self.features
-        return {
-            **asdict(self.config),
-            "version": features.version,
-            "v_norm": features.v_norm and not features.enhanced,
-            "time_step": features.time_step,
-            "gating": features.gating,
-            "group_embed_dim": features.embed_dim,
-            "dim": self.dim,
-        }
+        return {**asdict(self.config), **self.features.description(self.config.heads)}
 
     def set_ranges(self, lr_scale_range: float, wd_scale_range: float) -> None:
         """How far the scales may move from 1.
@@ -350,3 +346,39 @@ class GroupEncoder(nn.Module):
             return None
         largest: Tensor = torch.linalg.vector_norm(features, math.inf, dim=1)  # NaN if there is one
         return largest < math.inf
+
+
+def _check_features(features: Any) -> None:
+    if not isinstance(features, FeatureConfig):
+        raise TypeError(f"features should be a FeatureConfig or the name of its version, but got {type(features).__name__}")
+
+
+def check_encoder(
+    encoder: Any, features: Any, head_init: str, seed: int | None
+) -> tuple[EncoderConfig | GroupEncoder, FeatureConfig]:
+    """What the constructor of an optimizer makes of these arguments of its own: an encoder or its size, and the features.
+
+    A ready encoder keeps its features and its weights. An argument that is left at its default contradicts none of them.
+
+    Args:
+        encoder, features, head_init: as the optimizer's.
+        seed: as the optimizer's; None if the seed is for something else, too.
+
+    Raises:
+        TypeError: ``encoder`` or ``features`` of another type.
+        ValueError: an argument that a ready encoder contradicts.
+    """
+    config = FeatureConfig(features) if isinstance(features, str) else features
+    encoder = EncoderConfig() if encoder is None else encoder
+    _check_features(config)
+    if not isinstance(encoder, (EncoderConfig, GroupEncoder)):
+        raise TypeError(f"encoder should be an EncoderConfig or a GroupEncoder, but got {type(encoder).__name__}")
+    if isinstance(encoder, GroupEncoder):
+        if features != "basic" and config.description(encoder.config.heads) != encoder.features.description(encoder.config.heads):
+            raise ValueError(f"features={features!r} contradicts the encoder, which reads {encoder.features}")
+        if head_init not in ("identity", encoder.head_init):
+            raise ValueError(f"head_init={head_init!r} contradicts the encoder, which began with {encoder.head_init!r}")
+        own = encoder.generator.initial_seed()
+        if seed is not None and seed != 0 and torch.Generator("cpu").manual_seed(seed).initial_seed() != own:
+            raise ValueError(f"seed={seed} contradicts the encoder, which has a generator of seed {own}")
+    return encoder, config

@@ -95,6 +95,17 @@ class FeatureConfig:
             raise ValueError(f"Invalid head count: {heads} heads do not divide the feature dim {dim}")
         return dim
 
+    def description(self, heads: int) -> dict[str, int | bool | str]:
+        """What an encoder with this many heads reads: equal for two configs if and only if they give the same columns and gates."""
+        return {
+            "version": self.version,
+            "v_norm": self.v_norm and not self.enhanced,
+            "time_step": self.time_step,
+            "gating": self.gating,
+            "group_embed_dim": self.embed_dim,
+            "dim": self.width(heads),
+        }
+
 
 @dataclass(frozen=True)
 class FeatureTable:

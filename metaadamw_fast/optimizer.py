@@ -9,6 +9,7 @@ import copy
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint, rounding, sync
 from . import grouping as grouping_
-from .encoder import EncoderConfig, GroupEncoder
+from .encoder import EncoderConfig, GroupEncoder, check_encoder
 from .encoder_graph import Decision, EncoderGraph, Sources
 from .features import FeatureConfig, FeatureTable, feature_table, of_scaled_gradient
 from .hyperparameters import Hyperparameters, HyperparameterTable, check_hyperparameters
@@ -52,7 +53,7 @@ class MetaAdamW(Optimizer):
             callable ``(name, param) -> hashable``.
         features: a :class:`~metaadamw_fast.FeatureConfig` or the name of its version.
         encoder: an :class:`~metaadamw_fast.EncoderConfig`, or a ready :class:`~metaadamw_fast.GroupEncoder` (which then takes
-            this optimizer's ranges and keeps its weights).
+            this optimizer's ranges and keeps its weights; ``features``, ``head_init`` and ``seed`` must be its own or not given).
         lr_scale_range, wd_scale_range: width of the interval around 1 in which the scales lie, in [0, 2); 0 and 0 is AdamW.
         head_init: ``identity`` (all scales exactly 1 until the first meta-update) or ``xavier`` (the paper).
         total_steps: the training length, for the time feature.
@@ -76,7 +77,9 @@ class MetaAdamW(Optimizer):
 
     Raises:
         ValueError: a hyper-parameter out of range, parameters that are complex, not floating or on several devices, missing names
-            for a grouping that needs them, a feature width that the heads do not divide.
+            for a grouping that needs them, a feature width that the heads do not divide, an argument that contradicts a ready
+            encoder.
+        TypeError: ``encoder``, ``features`` or ``model`` of another type.
         RuntimeError: the chosen backend cannot run; ``differentiable=True``.
     """
 
@@ -124,8 +127,11 @@ class MetaAdamW(Optimizer):
                 raise ValueError(f"Invalid {name}: {value!r} ({' or '.join(choices)})")
         if max_grad_norm is not None and not max_grad_norm > 0.0:
             raise ValueError(f"Invalid max_grad_norm: {max_grad_norm}")
-        if total_steps is not None and not total_steps > 0:
-            raise ValueError(f"Invalid total_steps: {total_steps}")
+        if total_steps is not None and not (isinstance(total_steps, Real) and total_steps > 0):
+            raise ValueError(f"Invalid total_steps: {total_steps!r}")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model should be a torch.nn.Module, but got {type(model).__name__}")
+        encoder, config = check_encoder(encoder, features, head_init, None if stochastic_rounding else seed)
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -167,7 +173,6 @@ class MetaAdamW(Optimizer):
         super().__init__(params, defaults)
 
         self._grouping = grouping_.resolve(grouping, self._describe())
-        config = FeatureConfig(features) if isinstance(features, str) else features
         self._assign_groups()
         resolve_backend(backend, self._device())  # before a ready encoder is touched
         if isinstance(encoder, GroupEncoder):
@@ -180,7 +185,7 @@ class MetaAdamW(Optimizer):
             self.encoder.add_groups(len(self.groups) - len(encoder.group_embeddings))
         else:
             self.encoder = GroupEncoder(
-                encoder or EncoderConfig(),
+                encoder,
                 config,
                 len(self.groups),
                 lr_scale_range=lr_scale_range,

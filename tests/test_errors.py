@@ -1,6 +1,7 @@
 """Bad input raises the named error, with a message that says what is wrong, before anything has changed."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ CONSTRUCTOR = [
     ({"features": FeatureConfig(dim=4)}, "Invalid feature dim: 4, basic features need at least 6"),
     ({"features": FeatureConfig("enhanced", dim=12), "encoder": EncoderConfig(heads=1)}, "need at least 14"),
     *(({"max_grad_norm": x}, "Invalid max_grad_norm") for x in (0.0, -1.0, NAN)),
-    *(({"total_steps": x}, "Invalid total_steps") for x in (0, -5)),
+    *(({"total_steps": x}, "Invalid total_steps") for x in (0, -5, NAN, "1000", [1000])),
     ({"capturable": True}, "capturable=True needs parameters on a CUDA device"),
     ({"params": [COMPLEX]}, "real floating-point"),
     ({"params": [INTEGER]}, "real floating-point"),
@@ -133,6 +134,67 @@ CONSTRUCTOR = [
     ({"params": [ONE, ON_META]}, "one device, got cpu, meta"),
     ({"params": [ONE, ONE]}, "duplicate"),
 ]
+
+
+OTHER_TYPES = [
+    ({"encoder": "basic"}, "encoder should be an EncoderConfig or a GroupEncoder, but got str"),
+    ({"encoder": GroupEncoder}, "encoder should be an EncoderConfig or a GroupEncoder, but got type"),
+    ({"features": 3}, "features should be a FeatureConfig or the name of its version, but got int"),
+    ({"features": None}, "features should be .*, but got NoneType"),
+    ({"model": [nn.Linear(1, 1)]}, "model should be a torch.nn.Module, but got list"),
+    *(({name: "1"}, "not supported between|must be real number") for name in ("lr", "eps", "weight_decay", "max_grad_norm")),
+    *(({"betas": betas}, ".") for betas in (0.9, None, ("0.9", "0.999"))),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), OTHER_TYPES, ids=[str(arguments) for arguments, _ in OTHER_TYPES])
+def test_constructor_with_other_types(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        MetaAdamW([parameter()], **arguments)
+
+
+def test_an_encoder_with_other_types():
+    for arguments, message in (
+        (("basic", FeatureConfig(), 1), "config should be an EncoderConfig, but got str"),
+        ((EncoderConfig(), "basic", 1), "features should be a FeatureConfig .*, but got str"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            GroupEncoder(*arguments)
+
+
+CONTRADICTIONS = [
+    ({"features": "enhanced"}, "features='enhanced' contradicts the encoder"),
+    ({"features": FeatureConfig()}, "features=FeatureConfig.* contradicts the encoder"),
+    ({"features": FeatureConfig("basic_plus", gating=True)}, "features=.*gating=True.* contradicts the encoder"),
+    ({"features": FeatureConfig("basic_plus", dim=16)}, "features=.*dim=16.* contradicts the encoder"),
+    ({"head_init": "xavier"}, "head_init='xavier' contradicts the encoder, which began with 'identity'"),
+    ({"seed": 3}, "seed=3 contradicts the encoder, which has a generator of seed 5"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), CONTRADICTIONS, ids=[message for _, message in CONTRADICTIONS])
+def test_what_contradicts_a_ready_encoder_is_refused(arguments, message):
+    encoder = GroupEncoder(EncoderConfig(), FeatureConfig("basic_plus"), 1, seed=5)
+    before = copy.deepcopy(encoder.state_dict()), encoder.ranges
+    with pytest.raises(ValueError, match=message):
+        MetaAdamW([parameter()], encoder=encoder, lr_scale_range=0.5, **arguments)
+    assert same((encoder.state_dict(), encoder.ranges), before)
+
+
+AGREEMENTS = [
+    {},
+    {"features": "basic_plus", "head_init": "xavier", "seed": 5},
+    {"features": FeatureConfig("basic_plus", dim=12)},  # what it takes by itself
+    {"features": FeatureConfig("basic_plus", group_embed_dim=9)},  # which is read by enhanced features only
+    {"seed": 3, "stochastic_rounding": True},  # whose seed it is, too
+]
+
+
+@pytest.mark.parametrize("arguments", AGREEMENTS, ids=str)
+@pytest.mark.parametrize("again", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["", "copy", "pickle"])
+def test_what_is_said_again_of_a_ready_encoder(arguments, again):
+    encoder = again(GroupEncoder(EncoderConfig(), FeatureConfig("basic_plus"), 1, seed=5, head_init="xavier"))
+    assert MetaAdamW([parameter()], encoder=encoder, **arguments).encoder is encoder
 
 
 @DUPLICATES
