@@ -35,7 +35,7 @@ class Member:
     ``name`` and ``layer`` are None when unknown; ``param_group`` is the index of its entry of ``optimizer.param_groups``.
     """
 
-    param: Tensor
+    param: Tensor = field(repr=False)
     name: str | None
     type: str
     param_group: int
@@ -66,7 +66,7 @@ class Group:
     is_bias: bool | None = None
     members: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list, repr=False)  # whose elements nobody wants to read
 
 
 def layer_index(name: str) -> int | None:

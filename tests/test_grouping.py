@@ -210,3 +210,10 @@ def test_tied_weights_are_one_parameter():
 def test_an_unknown_grouping_is_refused():
     with pytest.raises(ValueError, match="grouping"):
         MetaAdamW(perceptron().parameters(), grouping="layers")
+
+
+def test_what_is_printed_of_a_group_has_no_elements():
+    opt = MetaAdamW([("embed.weight", nn.Parameter(torch.full((100, 10), 0.123)))])
+    for printed in map(repr, (opt.groups[0], opt.groups, opt._members)):
+        assert "embed.weight" in printed
+        assert "0.123" not in printed
