@@ -89,6 +89,17 @@ class Draw(random.Random):
                 xs.append(torch.empty(0) if name == "maxima" and self.often(0.2) else x)
         return lists if self.often(0.4) else lists._replace(maxima=None)
 
+    def low_precision(self, params):
+        """Of some float32 ``params``, which then are masters: their roundings, with other numbers here and there."""
+        low = []
+        for x in params:
+            low.append(self.choice([None, torch.empty(0)]))
+            if x.dtype == F32 and self.often(0.7):
+                q = x.to(self.choice([BF16, F16]))
+                written = torch.rand(x.shape, generator=self.generator) < self.choice([0.0, 0.1, 1.0])
+                low[-1] = self.placed(torch.where(written, self.values(x.shape, q.dtype, True), q), False)
+        return low
+
     def hyperparameters(self, count):
         def each(*choices):
             return torch.tensor([self.choice(choices) for _ in range(count)], dtype=F64)
@@ -130,10 +141,13 @@ def assert_within_bounds(sums, lists):
                 assert (sums[t, column] - terms.sum()).abs() <= bound, f"column {column} of tensor {t}"
 
 
-def assert_updated(there, expected, before):
-    for name in ("params", "exp_avgs", "exp_avg_sqs", "maxima"):
-        lists = [getattr(x, name) or [] for x in (there, expected, before)]
+def assert_updated(there, expected, before, low):
+    """``low``: the low-precision parameters there, expected and before."""
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "maxima", "low"):
+        lists = low if name == "low" else [getattr(x, name) or [] for x in (there, expected, before)]
         for t, (x, y, was) in enumerate(zip(*lists, strict=True)):
+            if x is None:
+                continue
             x = to("cpu", x)
             assert same_but_nan(x, y), f"{name}[{t}]: other bits than the C++ backend on the CPU"
             assert same_surroundings(x, was), f"{name}[{t}]: written beside it"
@@ -147,20 +161,24 @@ def check(number, backend, small=False):
     count = len(lists.params)
     there, expected = lists.map(lambda x: to(DEVICE, x)), lists.map(lambda x: None if x is None else clone(x))
 
-    def launch_of(name, lists, written=True):
+    of_low = Draw(number + 10**9, small)
+    low = of_low.low_precision(lists.params) if of_low.often(0.5) else [None] * count
+    low_there, low_expected = [to(DEVICE, x) for x in low], [None if x is None else clone(x) for x in low]
+
+    def launch_of(name, lists, low, written=True):
         kind = ops.resolve_backend(name, lists.params[0].device).launch
-        return kind(lists.grads, lists.exp_avgs, lists.params, lists.exp_avg_sqs, lists.maxima, written=written)
+        return kind(lists.grads, lists.exp_avgs, lists.params, lists.exp_avg_sqs, lists.maxima, low, written=written)
 
     def on_device(x):
         return None if x is None else x.to(DEVICE)
 
-    launch, on_cpu = launch_of(backend, there), launch_of("cpp", expected)
+    launch, on_cpu = launch_of(backend, there, low_there), launch_of("cpp", expected, low_expected)
 
     # ------------------------------------------------------------------------------------------------------------- statistics
     before = launch.tensor_stats(True, True, True, F64).cpu()
     assert_within_bounds(before, lists)
     assert same_bits(before[:, 5:], on_cpu.tensor_stats(True, True, True, F64)[:, 5:]), "counts"
-    assert same_but_nan(launch_of(backend, there, written=False).tensor_stats(True, True, True, F64).cpu(), before)
+    assert same_but_nan(launch_of(backend, there, low_there, written=False).tensor_stats(True, True, True, F64).cpu(), before)
     dtype, params, squares, counts = draw.choice([F32, F64]), *(draw.often(0.5) for _ in range(3))
     some = launch.tensor_stats(params, squares, counts, dtype).cpu()
     assert same_but_nan(some, before[:, [0, 1, 2] + [3] * params + [4] * squares + [5, 6] * counts].to(dtype)), "columns"
@@ -176,7 +194,7 @@ def check(number, backend, small=False):
     sums = None if width is None else torch.full((count, width), -1.0, dtype=F64, device=DEVICE)
     launch.adamw_update_(vectors, sums, seed)
     on_cpu.adamw_update_(expected_vectors, None, seed)
-    assert_updated(there, expected, lists)
+    assert_updated(there, expected, lists, (low_there, low_expected, low))
     after = launch.tensor_stats(True, True, True, F64).cpu()
     if sums is not None:
         absent = [m.numel() > 0 and (g is None or g.numel() == 0) for g, m in zip(lists.grads, lists.exp_avgs, strict=True)]
@@ -192,7 +210,7 @@ def check(number, backend, small=False):
     on_cpu.set_gradients(others)
     launch.adamw_update_(vectors)
     on_cpu.adamw_update_(expected_vectors)
-    assert_updated(there._replace(grads=present), expected, lists._replace(grads=others))
+    assert_updated(there._replace(grads=present), expected, lists._replace(grads=others), (low_there, low_expected, low))
 
 
 @pytest.mark.parametrize("number", range(CASES))

@@ -156,10 +156,12 @@ def test_kernels_around_the_encoder(variant, target, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variant", "loads", "stores"), [("stats, fp32", 4, 0), ("update, fp32", 4, 3), ("update, fp32, amsgrad", 5, 4)]
+    ("variant", "loads", "stores"),
+    [("stats, fp32", 4, 0), ("update, fp32", 4, 3), ("update, fp32, amsgrad", 5, 4), ("update, masters of bf16", 3, 3)],
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_dense_fp32_moves_16_bytes_at_once(variant, loads, stores, target):
+    """What has 16 bits moves in 8 bytes then, and is not counted."""
     if target in CUDA:
         assembly, load, store = compiled(variant, target)["ptx"], r"ld\.global(\.\w+)*\.v4\.b32", r"st\.global(\.\w+)*\.v4\.b32"
         each = 2  # a thread has 8 of the 1024 lanes; 4 on AMD, whose warps are twice as wide
