@@ -24,6 +24,7 @@ from .features import NORM_FLOOR
 from .lookahead import look_ahead
 from .model_state import ModelState
 from .optimizer import MetaAdamW
+from .schedule import Endless, Schedule
 from .sharding import check_supported, has_static_graph, is_sharded, replicas, reshard
 from .weighting import TERM_KINDS, clamp_log_vars_, homoscedastic_sum
 
@@ -158,7 +159,7 @@ class MetaLearner:
         self._exact_works = False  # known from the first update on
         self.scaler = scaler
         self.updates = 0
-        self._idle_since = optimizer.steps_done if has_static_graph(model) else None
+        self._idle_since = optimizer._step_calls if has_static_graph(model) else None
         device = optimizer.encoder.head.weight.device
         self.log_vars = nn.Parameter(torch.zeros(len(TERMS), dtype=optimizer.encoder.head.weight.dtype, device=device))
         self.meta_optimizer = make_optimizer(self._trained(), lr=lr)
@@ -195,7 +196,7 @@ class MetaLearner:
         if val_batch is None and self.terms != ("gradient",):
             raise ValueError("this objective needs val_batch")
         if self._idle_since is not None:
-            if self.optimizer.steps_done == self._idle_since:
+            if self.optimizer._step_calls == self._idle_since:
                 raise RuntimeError(
                     "DistributedDataParallel(static_graph=True) takes the first backward pass for the model of all others: take a"
                     " training step before the first meta-update"
@@ -266,8 +267,11 @@ class MetaLearner:
     ) -> Callable[[], MetaReport | None]:
         """A function to call after every ``optimizer.step()``: it updates after each ``steps`` of them.
 
+        It follows the optimizer's own count: steps that a GradScaler or ``skip_nonfinite`` leaves out are none, and a checkpoint
+        that is loaded later goes on where it was saved. It waits for the device only where an update may be due.
+
         Args:
-            steps: from one meta-update to the next.
+            steps: from one meta-update to the next, which comes where ``steps_done`` of the optimizer is a multiple of it.
             train, val: where batches come from: two of ``train`` and, if given, one of ``val`` for each update. What can be
                 iterated again, as a DataLoader, is begun again at its end.
             warm_up: steps of the optimizer before the first update is possible.
@@ -280,14 +284,12 @@ class MetaLearner:
         """
         if steps < 1:
             raise ValueError(f"Invalid steps: {steps}")
-        batches = _Endless(train, "train")
-        val_batches = repeat(None) if val is None else _Endless(val, "val")
-        done = self.optimizer.steps_done
+        batches = Endless(train, "train")
+        val_batches = repeat(None) if val is None else Endless(val, "val")
+        schedule = Schedule(self.optimizer, steps, warm_up)
 
         def after_step() -> MetaReport | None:
-            nonlocal done
-            done += 1
-            if done % steps or done <= warm_up:
+            if not schedule.due():
                 return None
             return self.update(next(batches), next(batches), next(val_batches))
 
@@ -471,22 +473,3 @@ def _unwrapped(optimizer: Any) -> MetaAdamW | None:
         if found is not None:
             return found
     return optimizer if isinstance(optimizer, MetaAdamW) and "state" in vars(optimizer) else None
-
-
-class _Endless:
-    """Batches, begun again at their end; a ValueError, every time, if there are none. (A generator would raise it only once.)"""
-
-    _END = object()
-
-    def __init__(self, batches: Iterable[Any], name: str) -> None:
-        self._batches, self._name = batches, name
-        self._rest = iter(())  # iter() of a loader starts its workers: not before the first batch is asked for
-
-    def __next__(self) -> Any:
-        batch = next(self._rest, self._END)
-        if batch is self._END:
-            self._rest = iter(self._batches)
-            batch = next(self._rest, self._END)
-        if batch is self._END:
-            raise ValueError(f"{self._name} has no more batches")
-        return batch

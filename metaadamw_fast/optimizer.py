@@ -154,6 +154,8 @@ class MetaAdamW(Optimizer):
         self._grad_norm: Tensor | None = None
         # Steps taken; from the first lists on, on the parameters' device, which may decide that one is none.
         self._done = torch.zeros((), dtype=torch.float32, device="cpu")
+        # How often `step` was called, and how often the count of steps was set, and to what: known without a wait for the device.
+        self._step_calls, self._set_steps = 0, (0, 0)
         self.groups: list[grouping_.Group] = []
         self.statistics_mode = statistics
         self._state_dtype, self._master_weights = state_dtype, master_weights
@@ -385,6 +387,7 @@ class MetaAdamW(Optimizer):
     @sync.outside_inference_mode
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None) -> Any:
+        self._step_calls += 1
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -624,6 +627,7 @@ class MetaAdamW(Optimizer):
     @steps_done.setter
     def steps_done(self, value: int) -> None:
         self._done.fill_(value)
+        self._set_steps = (self._set_steps[0] + 1, int(value))
 
     @property
     def skipped_steps(self) -> int:

@@ -356,6 +356,7 @@ def test_errors_of_the_meta_learner_and_of_param_groups():
             MetaLearner(opt, model, loss_fn, **options)
     after_step = MetaLearner(opt, model, loss_fn).every(1, [], [])
     for _ in range(2):
+        train(model, opt, 1)
         with pytest.raises(ValueError, match="no more batches"):
             after_step()
     with pytest.raises(TypeError, match="must be a dict"):

@@ -388,12 +388,75 @@ def test_every_few_steps_with_loaders_that_begin_again():
 
 def test_every_without_batches():
     model = perceptron()
-    meta = MetaLearner(make(model), model, mse, objective="gradient")
+    opt = make(model)
+    meta = MetaLearner(opt, model, mse, objective="gradient")
     with pytest.raises(ValueError, match="Invalid steps: 0"):
         meta.every(0, [])
+    few, enough = meta.every(1, iter([batch(model, 0)])), meta.every(1, [batch(model, 0)])
+    train(model, opt, 1)
     with pytest.raises(ValueError, match="train has no more batches"):
-        meta.every(1, iter([batch(model, 0)]))()
-    assert meta.every(1, [batch(model, 0)])().generalization_gap is None
+        few()
+    assert enough().generalization_gap is None
+
+
+def updates_of(model, opt, after_step, skipped):
+    """Trains for as many steps, of which a GradScaler skips some; the steps after which an update came."""
+    seen = []
+    for step, skip in enumerate(skipped):
+        opt.found_inf = torch.tensor(float(skip))
+        train(model, opt, 1, step)
+        del opt.found_inf
+        if after_step() is not None:
+            seen.append(step)
+    return seen
+
+
+@pytest.mark.parametrize("readable", [True, False], ids=["count on the host", "count on a device"])
+def test_every_follows_the_count_of_the_optimizer(monkeypatch, readable):
+    """Neither skipped steps nor a checkpoint that is loaded later shift it; a skipped step after an update brings no second one."""
+    if not readable:
+        monkeypatch.setattr("metaadamw_fast.sync.readable", lambda x: False)
+    model = perceptron()
+    opt = make(model)
+    after_step = MetaLearner(opt, model, mse).every(3, [batch(model, 20)], [batch(model, 30)], warm_up=1)
+    start = copy.deepcopy(opt.state_dict())
+    assert updates_of(model, opt, after_step, [0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 0]) == [4, 10]
+    assert opt.steps_done == 6
+    at_six = copy.deepcopy(opt.state_dict())
+    assert updates_of(model, opt, after_step, [0]) == []
+    opt.load_state_dict(start)
+    assert updates_of(model, opt, after_step, [0, 0, 0, 0]) == [2]
+    opt.load_state_dict(at_six)  # its update has been made
+    assert updates_of(model, opt, after_step, [1, 1, 0, 0, 0]) == [4]
+    opt.steps_done = 29
+    assert updates_of(model, opt, after_step, [1, 0, 0]) == [1]
+    resumed = MetaLearner(opt, model, mse).every(31, [batch(model, 20)], [batch(model, 30)])  # made at 31
+    assert updates_of(model, opt, resumed, [1, 0]) == []
+
+
+def test_every_where_some_steps_are_followed_by_no_call():
+    model = perceptron()
+    opt = make(model)
+    after_step = MetaLearner(opt, model, mse).every(4, [batch(model, 20)], [batch(model, 30)])
+    for count, due in ((3, False), (3, True), (1, False), (1, True), (9, True)):  # 3, 6, 7, 8, 17
+        train(model, opt, count)
+        assert (after_step() is not None) == due
+
+
+@pytest.mark.parametrize("called", [True, False], ids=["step", "replay"])
+def test_every_waits_for_the_device_only_where_an_update_may_be_due(monkeypatch, called):
+    """A replay of a captured step runs no Python."""
+    model = perceptron()
+    opt = make(model)
+    after_step = MetaLearner(opt, model, mse).every(4, [batch(model, 20)], [batch(model, 30)])
+    read, waits = MetaAdamW.steps_done.fget, []
+    monkeypatch.setattr(MetaAdamW, "steps_done", property(lambda opt: waits.append(0) or read(opt)))
+    for step in range(1, 13):
+        train(model, opt, 1, step)
+        opt._step_calls -= not called
+        updates = after_step() is not None
+        assert updates == (step % 4 == 0)
+        assert len(waits) == step // 4
 
 
 def test_several_param_groups_frozen_and_unused_parameters():
