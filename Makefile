@@ -13,7 +13,7 @@ VENV ?= .venv
 ARGS ?=
 RESULTS ?= bench/results/local
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*)
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
 
 .PHONY: demo test bench cuda-on-cpu gpu-check lint clean
 
@@ -42,7 +42,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES)) $(wildcard tests/*.cpp tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/*.cpp tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info metaadamw_fast/_C*.so

@@ -33,10 +33,16 @@ NVCC_FLAGS = [
 ]
 
 
+def source_files(directory: Path = SOURCES) -> list[Path]:
+    """The C++ and CUDA sources in name order. Editors and people leave other things beside them, folders too."""
+    found = [path for path in directory.iterdir() if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+
+
 def source_hash() -> str:
-    """SHA-256 over the C++ sources in name order; metaadamw_fast.ops computes the same to notice a stale build."""
+    """SHA-256 over the sources in name order; metaadamw_fast.ops computes the same to notice a stale build."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in source_files():
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -154,8 +160,8 @@ def extension():
 
     module = CppExtension(
         name="metaadamw_fast._C",
-        sources=[str(path.relative_to(Path(__file__).parent)) for path in sorted(SOURCES.glob("*.cpp"))],
-        depends=[str(path) for path in sorted(SOURCES.iterdir())],
+        sources=[str(path.relative_to(Path(__file__).parent)) for path in source_files() if path.suffix == ".cpp"],
+        depends=[str(path) for path in source_files()],
         extra_compile_args=[
             "-O3",
             "-std=c++17",
@@ -167,6 +173,7 @@ def extension():
             "-DPy_LIMITED_API=0x030A0000",
             TORCH_TARGET,
             f'-DMETAADAMW_SOURCE_HASH="{source_hash()}"',
+            f'-DMETAADAMW_SOURCE_NAMES="{",".join(path.name for path in source_files())}"',
             *([f'-DMETAADAMW_CUDA="{",".join(chosen)}"'] if with_cuda else []),
         ],
         extra_link_args=cxx_library(),

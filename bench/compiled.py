@@ -73,7 +73,7 @@ def build() -> dict[str, Any]:
 def sources_hash(csrc: Path = ROOT / "csrc") -> str:
     """SHA-256 over the sources of all kernels, by which predictions tell whether they are of these."""
     digest = hashlib.sha256()
-    for path in (*sorted(csrc.iterdir()), *sorted((ROOT / "kernels").glob("*.py"))):
+    for path in (*build()["source_files"](csrc), *sorted((ROOT / "kernels").glob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -20,14 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.compiled import ARCHITECTURES, ROOT, Kernel, compile_cuda, compile_triton, cuda_home, kind, sources_hash
+from bench.compiled import ARCHITECTURES, ROOT, Kernel, build, compile_cuda, compile_triton, cuda_home, kind, sources_hash
 from bench.loops import BOTH, FOUND, UPDATE, Case, LoopNotFoundError, cases, cuda_loop, triton_loop
 from bench.predictions import RESULTS, Compiled, changes, markdown, predict
 
 
 def chunk_of(csrc: Path) -> int:
     """Elements of a GPU's chunk, as the sources say."""
-    text = "".join(path.read_text() for path in sorted(csrc.iterdir()) if path.suffix in (".h", ".cuh"))
+    text = "".join(path.read_text() for path in build()["source_files"](csrc) if path.suffix in (".h", ".cuh"))
     found = {name: int(value) for name, value in re.findall(r"constexpr \w+ (k\w*Chunk\w*) = (\d+);", text)}
     on_gpu = [value for name, value in found.items() if re.search("gpu|cuda|device", name, re.IGNORECASE)]
     chosen = on_gpu or list(found.values())

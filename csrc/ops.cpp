@@ -174,6 +174,7 @@ PyMODINIT_FUNC PyInit__C() {
   PyObject* module = PyModule_Create(&definition);
   if (module != nullptr) {
     PyModule_AddStringConstant(module, "source_hash", METAADAMW_SOURCE_HASH);
+    PyModule_AddStringConstant(module, "source_names", METAADAMW_SOURCE_NAMES);
     PyModule_AddStringConstant(module, "cuda_architectures", METAADAMW_CUDA);
   }
   return module;

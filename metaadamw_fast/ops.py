@@ -44,17 +44,28 @@ def _load_extension() -> str | None:
             "the C++ extension is not installed (METAADAMW_NO_EXTENSION=1); reinstall without it:"
             " pip install --no-build-isolation ."
         )
-    sources = Path(__file__).parent.parent / "csrc"
-    if sources.is_dir():  # an editable install: Python files are live, the extension is not
-        digest = hashlib.sha256()
-        for path in sorted(sources.iterdir()):
-            digest.update(path.read_bytes())
-        if digest.hexdigest() != extension.source_hash:
-            raise ImportError(
-                "metaadamw_fast._C was built from older sources than csrc/: rebuild it with"
-                " `pip install --no-build-isolation -e .` (make does)"
-            )
+    # In an editable install Python files are live, the extension is not.
+    if _differ(Path(__file__).parent.parent / "csrc", extension.source_names.split(","), extension.source_hash):
+        raise ImportError(
+            "metaadamw_fast._C was built from older sources than csrc/: rebuild it with"
+            " `pip install --no-build-isolation -e .` (make does)"
+        )
     return None
+
+
+def _differ(directory: Path, names: Sequence[str], source_hash: str) -> bool:
+    """Whether a folder has the sources of the extension, under the names that the build recorded, and others than were built.
+
+    Beside an installed copy there may be a csrc/ of another project, in which one or two names may be the same by chance. It has
+    most of ours only if it is ours. Files and folders under other names are none of our business.
+    """
+    found = [directory / name for name in names if (directory / name).is_file()]
+    if 2 * len(found) <= len(names):
+        return False
+    digest = hashlib.sha256()
+    for path in found:
+        digest.update(path.read_bytes())
+    return digest.hexdigest() != source_hash
 
 
 _NO_EXTENSION = _load_extension()

@@ -28,6 +28,7 @@ FLAGS = [
     "-fno-strict-aliasing",  # kernels read numbers of all types as words
     "-Dmetaadamw_fast=metaadamw_emulated",  # the namespace of the ops
     "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", '-DMETAADAMW_CUDA="emulated"', '-DMETAADAMW_SOURCE_HASH=""',
+    '-DMETAADAMW_SOURCE_NAMES=""',
 ]  # fmt: skip
 
 
@@ -70,7 +71,8 @@ def build(edit: Edit | None = None, flags: tuple[str, ...] = ("-O2",)) -> Path:
         edit: a change of the sources, to break them.
         flags: more of the compiler's; a sanitizer's are for the kernels only.
     """
-    sources = {path.name: path.read_text() for path in sorted(SOURCES.iterdir())}
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    sources = {path.name: path.read_text() for path in setup["source_files"]()}
     if edit is not None:
         sources[edit.file] = edit.of(sources[edit.file])
     for name in sources:
