@@ -45,7 +45,8 @@ def _load_extension() -> str | None:
             " pip install --no-build-isolation ."
         )
     # In an editable install Python files are live, the extension is not.
-    if _differ(Path(__file__).parent.parent / "csrc", extension.source_names.split(","), extension.source_hash):
+    names = getattr(extension, "source_names", None)  # which the builds of older sources lack
+    if names is None or _differ(Path(__file__).parent.parent / "csrc", names.split(","), extension.source_hash):
         raise ImportError(
             "metaadamw_fast._C was built from older sources than csrc/: rebuild it with"
             " `pip install --no-build-isolation -e .` (make does)"

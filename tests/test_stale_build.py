@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,12 @@ def test_an_import(name, tmp_path):
     done = import_beside(tmp_path)
     assert done.returncode == differs, done.stderr
     assert ("was built from older sources than csrc/" in done.stderr) == differs
+
+
+def test_an_extension_that_recorded_no_names_is_old(monkeypatch):
+    monkeypatch.setattr(ops.importlib, "import_module", lambda name: types.SimpleNamespace(source_hash=""))
+    with pytest.raises(ImportError, match="was built from older sources"):
+        ops._load_extension()
 
 
 def test_a_build_takes_the_sources_alone(tmp_path):
