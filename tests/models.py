@@ -172,6 +172,11 @@ def ids_of(opt):
     return [ids[i] for i in range(len(ids))]
 
 
+def said(report):
+    """What a report of a meta-update says, in tensors of its own."""
+    return {name: x.detach().clone() if isinstance(x, torch.Tensor) else x for name, x in vars(report).items()}
+
+
 def same(a, b):
     """Equal nested dicts, lists and numbers, tensors bit for bit."""
     if isinstance(a, torch.Tensor):

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from metaadamw_fast import EncoderConfig, MetaAdamW, MetaLearner, MicroBatches
 
 from . import ranks
-from .models import noise, perceptron, same
+from .models import noise, perceptron, said, same
 
 BATCH = 16  # of all ranks together
 pytestmark = ranks.needs_gloo
@@ -42,7 +42,7 @@ def trained(model, rank, size, hvp):
         opt.step()
         if step % 3 == 2:
             report = meta.update(*(tuple(x[part] for x in joint(100 + 10 * step + i)) for i in range(3)))
-            reports.append({name: x.detach().clone() for name, x in vars(report).items()})
+            reports.append(said(report))
     return {
         "params": [p.detach().clone() for p in model.parameters()],
         "encoder": [p.detach().clone() for p in opt.encoder.parameters()],

@@ -17,7 +17,7 @@ from metaadamw_fast import MetaAdamW, MetaLearner
 from metaadamw_fast.sharding import reshard
 
 from . import ranks
-from .models import noise, same
+from .models import noise, said, same
 
 pytestmark = ranks.needs_gloo
 BATCH, STEPS = 8, 50
@@ -379,7 +379,7 @@ def meta_update(rank):
     assert torch.equal(random, torch.get_rng_state())
     assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
     assert meta.updates == 1
-    return {name: x.detach() for name, x in vars(report).items()}
+    return said(report)
 
 
 def test_a_meta_update_leaves_a_sharded_model_as_it_was(tmp_path):
@@ -429,7 +429,7 @@ def two_micro_batches(rank, kind, accumulated=True, updated=True, fails=None):
     if updated:
         batches = [joint(20 + rank), joint(30 + rank), joint(40 + rank)]
         if fails is None:
-            report = {name: x.detach() for name, x in vars(meta.update(*batches)).items()}
+            report = said(meta.update(*batches))
         else:
             handle = failing(model.layers[1], *fails)
             with pytest.raises(SomeError):
