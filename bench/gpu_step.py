@@ -177,13 +177,23 @@ def parts_of(opt: MetaAdamW, backend: str, update: int, statistics: int) -> list
     def encode() -> None:
         opt._encode(found, 1)
 
+    def hold() -> None:
+        # Eager PyTorch needs the tensors themselves, which lists hold during a step only. Kernels go on by addresses.
+        if backend == "reference":
+            lists.take_up(opt.state, opt.param_groups)
+
     @torch.no_grad()
     def write() -> None:
+        hold()
         lists.launch.adamw_update_(vectors, sums)
+
+    def read() -> None:
+        hold()
+        lists.launch.tensor_stats(False, False, False, torch.float32)
 
     return [
         Side(f"{backend}: update alone", write, update),
-        Side(f"{backend}: statistics alone", lambda: lists.launch.tensor_stats(False, False, False, torch.float32), statistics),
+        Side(f"{backend}: statistics alone", read, statistics),
         Side(f"{backend}: features and encoder alone", encode),
     ]
 

@@ -24,7 +24,7 @@ def phases(optimizer: Any) -> dict[str, tuple[Any, str]]:
     """The parts of a step, none inside another: label, then the object and the attribute that is called."""
     lists = optimizer._lists
     return {
-        "stale": (lists, "stale"),
+        "take_up": (lists, "take_up"),
         "set_gradients": (lists, "set_gradients"),
         "tensor_stats": (lists.launch, "tensor_stats"),
         "hyper-parameters": (optimizer._hyperparameters, "update"),

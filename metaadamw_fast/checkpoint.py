@@ -11,6 +11,8 @@ by the keys that are there.
 DCP wants all that the optimizer has to be in the checkpoint. Between MetaAdamW and ``torch.optim.AdamW``, whose param groups have
 other keys, it needs ``planner=DefaultLoadPlanner(allow_partial_load=True)``, and so it does for checkpoints from before a key was
 added. It saves no state of parameters that do not require a gradient: the moments of one that was trained and then frozen are lost.
+
+A parameter that never had a gradient and requires none has no state, and no entry in a checkpoint.
 """
 
 from __future__ import annotations
@@ -29,15 +31,16 @@ from torch.optim import Optimizer
 
 from .features import training_progress
 from .hyperparameters import check_hyperparameters
-from .lists import MASTER
 from .rounding import signed
 from .sharding import laid_out_as
+from .states import MASTER
 
 if TYPE_CHECKING:
     from .optimizer import MetaAdamW
 
 KEY, CONFIG, SKIPPED, ROUNDING, NAMED = "metaadamw", "config", "skipped_steps", "rounding_seed", "named"
-LATER = {CONFIG, SKIPPED, ROUNDING, NAMED}  # checkpoints of earlier versions do not have them
+STEPS = "steps"  # the exact counts of all parameters; a state's "step" is float32, as torch's
+LATER = {CONFIG, SKIPPED, ROUNDING, NAMED, STEPS}  # checkpoints of earlier versions do not have them
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 STATE = ("step", "exp_avg", "exp_avg_sq")  # of a parameter that has had a gradient
 OURS = ("step", *MOMENTS, MASTER)  # every other entry among a parameter's states is the user's, and kept as it is
@@ -55,6 +58,7 @@ def extra_state(optimizer: MetaAdamW) -> dict[str, Any]:
         lagged = [optimizer.lagged_statistics().clone(), training_progress(optimizer.steps_done, optimizer.total_steps)]
     return {
         "steps_done": optimizer.steps_done,
+        STEPS: optimizer._counts[:-1].clone(),
         SKIPPED: optimizer.skipped_steps,
         "group_ids": list(optimizer._group_ids),
         NAMED: _has_names(optimizer),
@@ -85,7 +89,8 @@ def saved(optimizer: MetaAdamW) -> dict[str, Any]:
     groups = [{**group, "params": [numbers[p] for p in group["params"]]} for group in optimizer.param_groups]
     extra = groups[0][KEY] = extra_state(optimizer)
     states = list(optimizer.state.items())  # at once: another thread may be in a step
-    return {"state": {numbers[p] if isinstance(p, Tensor) else p: x for p, x in states}, "param_groups": groups, KEY: extra}
+    numbered = {numbers.get(p, p) if isinstance(p, Tensor) else p: x for p, x in states}
+    return {"state": numbered, "param_groups": groups, KEY: extra}
 
 
 def load(optimizer: MetaAdamW, state_dict: dict[str, Any]) -> None:
@@ -104,7 +109,10 @@ def load(optimizer: MetaAdamW, state_dict: dict[str, Any]) -> None:
             group.setdefault("param_names", own["param_names"])
     optimizer.__setstate__({"state": defaultdict(dict), "param_groups": groups})
     load_states(optimizer, state_dict)
-    optimizer._build()
+    counts, exact = optimizer._counts[:-1], state_dict.get(KEY, {}).get(STEPS)
+    counts.zero_() if exact is None else counts.copy_(exact)
+    optimizer._prepare()  # the lists take the counts from the states, the exact ones where those are their roundings
+    optimizer._cache()
     load_extra(optimizer, state_dict)
 
 
@@ -138,6 +146,10 @@ def check(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     _check_keys(extra, own.keys() - LATER, KEY)
     _check_count(extra["steps_done"], "steps_done")
     _check_count(extra.get(SKIPPED, 0), SKIPPED)
+    if STEPS in extra:
+        _check_tensor(extra[STEPS], own[STEPS], STEPS)
+        if not bool((extra[STEPS] >= 0).all() & extra[STEPS].isfinite().all()):
+            raise ValueError(f"{STEPS} in the loaded state dict are not all numbers from 0 on")
     has_encoder = _has_encoder(optimizer, state_dict)
     seed = extra.get(ROUNDING)
     if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
@@ -189,7 +201,10 @@ def without_old_extra(state_dict: dict[str, Any]) -> dict[str, Any]:
 
     ``torch.optim.AdamW`` loads the param group with the extra content in it, and saves it again after steps of its own.
     """
-    if KEY not in state_dict or _most_steps(state_dict) <= state_dict[KEY]["steps_done"]:
+    if KEY not in state_dict:
+        return state_dict
+    rounded = torch.tensor(float(state_dict[KEY]["steps_done"]), dtype=torch.float32).item()  # as the states' own counts are
+    if _most_steps(state_dict) <= rounded:
         return state_dict
     return {key: value for key, value in state_dict.items() if key != KEY}
 
@@ -303,7 +318,8 @@ def _check_keys(values: Mapping[str, Any], keys: Iterable[str], where: str) -> N
 def _check_tensor(value: Any, like: Tensor, where: str) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{where} in the loaded state dict is of type {type(value).__name__}, not a tensor")
-    if not value.is_floating_point() or value.layout is not torch.strided or (value.is_meta and not like.is_meta):
+    right_kind = value.is_floating_point() or (value.is_complex() and like.is_complex())
+    if not right_kind or value.layout is not torch.strided or (value.is_meta and not like.is_meta):
         raise ValueError(f"{where} in the loaded state dict is {value.dtype}, {value.layout}, on {value.device}")
     if value.shape != like.shape:
         raise ValueError(f"{where} has shape {tuple(value.shape)} in the loaded state dict, here {tuple(like.shape)}")
@@ -331,7 +347,11 @@ def load_states(optimizer: MetaAdamW, state_dict: Mapping[str, Any]) -> None:
     if KEY in state_dict and _has_encoder(optimizer, state_dict):
         optimizer.encoder.to(state_dict[KEY]["encoder"]["head.weight"].dtype)
     for param, values in _states(optimizer, state_dict):
+        # Of a frozen parameter earlier versions kept moments, too, which are 0 if it never was trained.
+        untouched = not param.requires_grad and float(values.get("step", 1.0)) == 0
         for name, value in values.items():
+            if untouched and name in OURS:
+                continue
             state = optimizer.state[param]
             if name == "step":
                 state[name] = float(value)

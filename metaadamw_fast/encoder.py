@@ -239,6 +239,11 @@ class GroupEncoder(nn.Module):
                 start = torch.randn(self.features.embed_dim, generator=self.generator, **_HOST_FLOAT32) * 0.1
                 self.group_embeddings.append(nn.Parameter(start.to(self.head.weight)))
 
+    def keep_groups(self, groups: Sequence[int]) -> None:
+        """Drops the embeddings of all other groups; nothing without group embeddings."""
+        if self.features.embed_dim and len(groups) < len(self.group_embeddings):
+            self.group_embeddings = nn.ParameterList([self.group_embeddings[g] for g in groups])
+
     def embed(self, features: Tensor) -> Tensor:
         """Writes the group embeddings, with their graph, into the last columns of [G, D] features."""
         if not self.features.embed_dim:

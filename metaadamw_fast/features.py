@@ -140,7 +140,7 @@ def feature_table(
     order = torch.argsort(ids, stable=True)
     lengths = torch.zeros(groups, dtype=torch.long, device="cpu").index_add(0, ids, torch.ones_like(ids))
     template = torch.zeros(groups, dim, dtype=torch.float64, device="cpu")
-    numel = torch.tensor([m.param.numel() for m in members], dtype=torch.float64, device="cpu")
+    numel = torch.tensor([m.numel for m in members], dtype=torch.float64, device="cpu")
     if config.enhanced:
         deepest = max(max_layer(members), 1)
         constants = torch.stack(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 Grouping = str | Callable[[str, Tensor], Hashable]
 
@@ -48,7 +49,12 @@ class Member:
     @property
     def is_bias(self) -> bool:
         """Whether the parameter is one-dimensional or called a bias."""
-        return self.param.dim() == 1 or (self.name or "").endswith("bias")
+        return (not is_lazy(self.param) and self.param.dim() == 1) or (self.name or "").endswith("bias")
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it is: two for each complex one, none before a lazy module is initialized."""
+        return 0 if is_lazy(self.param) else self.param.numel() * (2 if self.param.is_complex() else 1)
 
 
 @dataclass
@@ -155,20 +161,21 @@ def _group_of(member: Member, grouping: Grouping, deepest: int) -> Group:
     return Group((kind, bucket, is_bias), name, kind, bucket, is_bias)
 
 
-def assign(groups: list[Group], members: Sequence[Member], grouping: Grouping, first: int = 0) -> list[int]:
-    """Puts ``members[first:]`` into groups, appending to ``groups`` in order of first appearance.
+def assign(groups: list[Group], members: Sequence[Member], grouping: Grouping, positions: Sequence[int]) -> list[int]:
+    """Puts the members at these positions into groups, appending to ``groups`` in order of first appearance.
 
     Groups that exist keep their ids and their members. Nothing changes if the grouping raises.
 
     Returns:
-        The group id of each of ``members[first:]``.
+        The group id of each of them.
     """
     ids = {group.key: i for i, group in enumerate(groups)}
     deepest = max_layer(members)
     group_ids = []
-    found = [_group_of(member, grouping, deepest) for member in members[first:]]
+    found = [_group_of(member, grouping, deepest) for member in (members[i] for i in positions)]
     hash(tuple(group.key for group in found))  # raises TypeError while nothing has changed
-    for position, (member, group) in enumerate(zip(members[first:], found, strict=True), first):
+    for position, group in zip(positions, found, strict=True):
+        member = members[position]
         if group.key not in ids:
             ids[group.key] = len(groups)
             groups.append(group)

@@ -350,7 +350,7 @@ class FakeLaunch:
         written: bool,
     ) -> None:
         exp_avgs = list(exp_avgs)
-        self._rows, self._device = len(exp_avgs), exp_avgs[0].device
+        self._rows, self._device = len(exp_avgs), exp_avgs[0].device if exp_avgs else torch.device("cpu")
 
     def set_gradients(self, grads: OptionalTensors) -> None:
         """As :meth:`CppLaunch.set_gradients`."""

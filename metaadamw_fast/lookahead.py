@@ -10,9 +10,10 @@ from torch import Tensor
 
 from . import ops
 from .hyperparameters import Hyperparameters
-from .lists import StateLists
 from .optimizer import MetaAdamW
 from .sharding import RankSums
+from .states import States
+from .watch import as_real, as_real_gradient
 
 
 @dataclass
@@ -65,8 +66,8 @@ class LookAhead:
         rows = [t for t, (u, c) in enumerate(zip(self.directions, cotangents, strict=True)) if u is not None and c is not None]
         dots = self.lr.new_zeros(len(self.directions), 2)
         if rows:
-            us, ps = ([x for t in rows if (x := xs[t]) is not None] for xs in (self.directions, params))
-            mine = [c for t in rows if (c := cotangents[t]) is not None]
+            us, ps = ([as_real(x) for t in rows if (x := xs[t]) is not None] for xs in (self.directions, params))
+            mine = [as_real_gradient(c) for t in rows if (c := cotangents[t]) is not None]
             for column, others in enumerate((us, ps)):
                 dots[rows, column] = ops.tensor_dots(mine, others, dtype=torch.float64, backend=self.backend)
         with_u, with_p = self.rank_sums(dots).unbind(1)
@@ -89,19 +90,27 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None], last_grads: Sequence
         g1: T gradients of what is minimized, None where there is none.
         last_grads: T gradients of the last training step, for the released code; empty otherwise.
     """
+    lists = opt._current_lists(g1)
+    try:
+        return _look_ahead(opt, lists, g1, last_grads)
+    finally:
+        lists.let_go()
+
+
+def _look_ahead(opt: MetaAdamW, lists: States, g1: Sequence[Tensor | None], last_grads: Sequence[Tensor | None]) -> LookAhead:
     released = opt.variant == "released"
-    lists = opt._current_lists()
     opt._record_stream()
     with torch.no_grad():
+        lists.counts.take_writes()
         hyper = opt._hyperparameters.update(opt.param_groups)
         # A .grad is the gradient of loss_fn, which an optimizer with maximize=True negates. g1 has been negated already.
         grads, sign = (last_grads, hyper.sign) if released else (g1, None)
         lists.set_gradients(grads)
         _, statistics = opt._measure(lists)
         grad_scale, _, statistics = opt._scaled(statistics, sign, None)
-        step = lists.steps.double() + (0 if released else 1)
+        step = opt._counts[:-1] + (0 if released else 1)
         if released:
-            directions = _stored_directions(lists, step, hyper)
+            directions = _stored_directions(lists, lists.of_rows(torch.stack([step, hyper.beta1, hyper.beta2, hyper.eps])))
             if grad_scale is not None:  # so far by the norm of the last gradients: g1 is clipped by its own
                 lists.set_gradients(g1)
                 grad_scale, *_ = opt._scaled(opt._measure(lists)[1], None, None)
@@ -112,8 +121,11 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None], last_grads: Sequence
         scales=scales,
         clip=1.0 if grad_scale is None else grad_scale[0].to(scales.dtype),
         lr=hyper.lr,
-        weight_decay=_released_decay(step, hyper) if released else hyper.weight_decay,
-        directions=directions,
+        weight_decay=_released_decay(hyper, step) if released else hyper.weight_decay,
+        directions=[
+            torch.view_as_complex(u) if u is not None and p.is_complex() else u
+            for p, u in zip(lists.leaves, lists.spread(directions), strict=True)
+        ],
         group_of=opt._group_of,
         moves_wd_scale=not released,
         backend=opt._backend.name,
@@ -121,38 +133,45 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None], last_grads: Sequence
     )
 
 
+def _released_decay(hyper: Hyperparameters, step: Tensor) -> Tensor:
+    """λ/(1-β1^k); 0 where k = 0: an infinite quotient times the 0 of a tensor that does not move would be NaN."""
+    return torch.where(step > 0, hyper.weight_decay / (1 - hyper.beta1**step), 0.0)
+
+
 def _next_directions(
-    lists: StateLists,
+    lists: States,
     g1: Sequence[Tensor | None],
     step: Tensor,
     hyper: Hyperparameters,
     grad_scale: Tensor | None,
     update_vectors: Callable[..., Tensor],
 ) -> list[Tensor | None]:
-    """Returns u of a step with g1, by the update op itself on copies: from p = 0, with step size -1 and no decay."""
+    """Returns u of each row in a step with g1, by the update op itself on copies: from p = 0, with step size -1 and no decay."""
+    grads = [None if (g := g1[t]) is None else as_real_gradient(g) for t in lists.rows]
+    if not grads:
+        return []
     directions = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in lists.params]
     moments = [
-        None if xs is None else [x if x is None or g is None else x.clone() for x, g in zip(xs, g1, strict=True)]
-        for xs in (lists.exp_avgs, lists.exp_avg_sqs, lists.max_exp_avg_sqs)
+        None if xs is None else [x if g is None else x.clone() for x, g in zip(xs, grads, strict=True)] for xs in lists.moments()
     ]
-    launch = type(lists.launch)(g1, moments[0], directions, *moments[1:], written=True)
+    launch = type(lists.launch)(grads, moments[0], directions, *moments[1:], written=True)
     ones = torch.ones_like(step)
-    launch.adamw_update_(update_vectors(-ones, ones, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale))
-    return [None if g is None else u for g, u in zip(g1, directions, strict=True)]
+    vectors = update_vectors(-ones, ones, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale)
+    launch.adamw_update_(lists.of_rows(vectors))
+    return [None if g is None else u for g, u in zip(grads, directions, strict=True)]
 
 
-def _stored_directions(lists: StateLists, step: Tensor, hyper: Hyperparameters) -> list[Tensor | None]:
-    """Returns u of the released code: from the stored moments and counts; None before the first step of a parameter."""
-    maxima = lists.max_exp_avg_sqs or lists.exp_avg_sqs
-    second_moments = [v if x is None else x for x, v in zip(maxima, lists.exp_avg_sqs, strict=True)]
-    bias_correction1 = (1 - hyper.beta1**step).unbind()
-    bias_correction2 = (1 - hyper.beta2**step).unbind()
+def _stored_directions(lists: States, numbers: Tensor) -> list[Tensor | None]:
+    """Returns u of each row in the released code: from the stored moments and counts; None before the first step of a parameter.
+
+    ``numbers`` [4, R]: step, beta1, beta2, eps.
+    """
+    exp_avgs, exp_avg_sqs, maxima = lists.moments()
+    second_moments = exp_avg_sqs if maxima is None else [x if x.numel() else v for x, v in zip(maxima, exp_avg_sqs, strict=True)]
+    step, beta1, beta2, eps = numbers.unbind()
+    bias_correction1 = (1 - beta1**step).unbind()
+    bias_correction2 = (1 - beta2**step).unbind()
     return [
-        None if k == 0 else (m / bias_correction1[i]) / ((v / bias_correction2[i]).sqrt() + hyper.eps[i])
-        for i, (m, v, k) in enumerate(zip(lists.exp_avgs, second_moments, step.tolist(), strict=True))
+        None if k == 0 else (m / bias_correction1[i]) / ((v / bias_correction2[i]).sqrt() + eps[i])
+        for i, (m, v, k) in enumerate(zip(exp_avgs, second_moments, step.tolist(), strict=True))
     ]
-
-
-def _released_decay(step: Tensor, hyper: Hyperparameters) -> Tensor:
-    """λ/(1-β1^k); 0 where k = 0: an infinite quotient times the 0 of a tensor that does not move would be NaN."""
-    return torch.where(step > 0, hyper.weight_decay / (1 - hyper.beta1**step), 0.0)

@@ -25,7 +25,7 @@ from .lookahead import look_ahead
 from .model_state import ModelState
 from .optimizer import MetaAdamW
 from .schedule import Endless, Schedule
-from .sharding import check_supported, has_static_graph, is_sharded, replicas, reshard
+from .sharding import check_supported, has_static_graph, is_sharded, local, replicas, reshard
 from .weighting import TERM_KINDS, clamp_log_vars_, homoscedastic_sum
 
 TERMS = ("gradient", "loss_decrease", "gen_gap")  # the order of log_vars, priorities, kinds and fixed weights
@@ -204,17 +204,19 @@ class MetaLearner:
             self._idle_since = None
         gap_batch = val_batch if gap_batch is None else gap_batch
         reshard(self.model)  # a forward pass without a backward may have left an FSDP2 module gathered
-        lists = self.optimizer._current_lists()
-        self._check_dtypes(lists.leaves)
         released = self.optimizer.variant == "released"
+        lists = self.optimizer._current_lists()
+        leaves = list(lists.leaves)
         last_grads = lists.gradients() if released else []
+        lists.let_go()
+        self._check_dtypes(leaves)
         # The released code's θ′ is made from stored moments, so that parameters which have been frozen since move, too.
-        state = ModelState(self.model, lists.leaves, frozen=released)
+        state = ModelState(self.model, leaves, frozen=released)
         with state, state, torch.enable_grad():
             state.set_aside()
-            params, rank_sums = lists.params, self.optimizer._rank_sums
-            theta = [state.values.get(p, shard) for p, shard in zip(lists.leaves, params, strict=True)]
-            evaluation = Evaluation(self.loss_fn, self.model, lists.leaves, self._sign(), state, rank_sums, self.scaler)
+            params, rank_sums = [local(p) for p in leaves], self.optimizer._rank_sums
+            theta = [state.values.get(p, shard) for p, shard in zip(leaves, params, strict=True)]
+            evaluation = Evaluation(self.loss_fn, self.model, leaves, self._sign(), state, rank_sums, self.scaler)
             loss_a, g1 = evaluation.gradient(batch_a)
             ahead = look_ahead(self.optimizer, g1, last_grads)
             g1 = [None if g is None else g * ahead.clip for g in g1]

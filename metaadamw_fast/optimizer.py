@@ -10,10 +10,11 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from . import checkpoint, rounding, sync
@@ -22,13 +23,20 @@ from .encoder import EncoderConfig, GroupEncoder, check_encoder
 from .encoder_graph import Decision, EncoderGraph, Sources
 from .features import FeatureConfig, FeatureTable, feature_table, of_scaled_gradient
 from .hyperparameters import Hyperparameters, HyperparameterTable, check_hyperparameters
-from .lists import StateLists
 from .ops import FakeBackend, resolve_backend
 from .reference import gradient_factor
-from .sharding import RankSums, check_supported, refuse_zero
+from .sharding import RankSums, check_supported, local_gradient, refuse_zero
+from .states import States, reason_against
 
 # Instead of a sum of squares: lagged mode has none yet. Its square root is NaN, so the encoder leaves every group at scale 1.
 _NO_SUM = -1.0
+
+
+class _Moved(NamedTuple):
+    """Where parameters and groups stood before ``param_groups`` changed; None for one that is new."""
+
+    members: list[int | None]
+    groups: list[int | None]
 
 
 class MetaAdamW(Optimizer):
@@ -64,21 +72,24 @@ class MetaAdamW(Optimizer):
         state_dtype: of the moments, if not the parameter's own: float32 beside bfloat16 parameters, or bfloat16 to save memory.
             ``load_state_dict`` keeps the dtypes of the checkpoint.
         master_weights: update a float32 copy of each bfloat16 or float16 parameter, ``state[p]["master_param"]``, and round it into
-            the parameter. Statistics are the copy's.
+            the parameter. Statistics are the copy's. An element of a parameter that is not the rounding of its copy was written by
+            somebody, and is what counts.
         stochastic_rounding: round bfloat16 and float16 parameters and moments up or down by chance, right in the mean, so that
             small updates are not lost. The same for the same ``seed``, step and parameters; a checkpoint brings its own seed.
         skip_nonfinite: take no step whose gradients are not finite (their sum of squares is not); decided on the device, counted in
             ``skipped_steps``. Without it the affected group alone is masked out of the encoder.
         variant: ``paper``, or ``released`` for the arithmetic of the authors' code.
         backend: ``auto``, ``cpp``, ``triton`` or ``reference``; see :func:`metaadamw_fast.backend_report`.
+        allocate: ``eager``: parameters that require a gradient and have data get their moments here, all others with their first
+            gradient. ``lazy`` puts all of it off to the first step, for an optimizer that is built before the model is sharded.
         encoder_graph: replay features, encoder and what the update takes of the scales as one CUDA graph, captured after the first
             steps and again when something changes. The same numbers in fewer launches; a capture waits for the GPU once. Where
             it is not possible, the logger ``metaadamw_fast`` says why.
 
     Raises:
-        ValueError: a hyper-parameter out of range, parameters that are complex, not floating or on several devices, missing names
-            for a grouping that needs them, a feature width that the heads do not divide, an argument that contradicts a ready
-            encoder.
+        ValueError: a hyper-parameter out of range; parameters that require a gradient and are sparse, expanded or on several
+            devices; missing names for a grouping that needs them; a feature width that the heads do not divide; an argument that
+            contradicts a ready encoder.
         TypeError: ``encoder``, ``features`` or ``model`` of another type.
         RuntimeError: the chosen backend cannot run; ``differentiable=True``.
     """
@@ -118,8 +129,10 @@ class MetaAdamW(Optimizer):
         variant: str = "paper",
         backend: str = "auto",
         encoder_graph: bool = False,
+        allocate: str = "eager",
     ) -> None:
         for name, value, choices in (
+            ("allocate", allocate, ("eager", "lazy")),
             ("statistics", statistics, ("exact", "lagged")),
             ("variant", variant, ("paper", "released")),
         ):
@@ -152,8 +165,9 @@ class MetaAdamW(Optimizer):
         self._features: Tensor
         self._statistics: Tensor
         self._grad_norm: Tensor | None = None
-        # Steps taken; from the first lists on, on the parameters' device, which may decide that one is none.
-        self._done = torch.zeros((), dtype=torch.float32, device="cpu")
+        # Steps taken by each parameter and, last, by the optimizer; on the parameters' device, which may decide that one is none.
+        self._counts = torch.zeros(1, dtype=torch.float64, device="cpu")
+        self._allocate = allocate
         # How often `step` was called, and how often the count of steps was set, and to what: known without a wait for the device.
         self._step_calls, self._set_steps = 0, (0, 0)
         self.groups: list[grouping_.Group] = []
@@ -169,14 +183,16 @@ class MetaAdamW(Optimizer):
         self._scales = torch.ones(4, 0, dtype=torch.float32, device="cpu")
         self._lagged: Tensor | None = None
         self._rank_sums = RankSums([])
+        self._lists: States | None = None
+        self._table: FeatureTable | None = None
         self._stream: torch.Stream | None = None  # of the last step
         self._encoder_graph = EncoderGraph() if encoder_graph else None
         self._built = False
         super().__init__(params, defaults)
 
         self._grouping = grouping_.resolve(grouping, self._describe())
-        self._assign_groups()
-        resolve_backend(backend, self._device())  # before a ready encoder is touched
+        self._arrange()
+        self._prepare()  # before a ready encoder is touched
         if isinstance(encoder, GroupEncoder):
             if len(encoder.group_embeddings) > len(self.groups):
                 raise ValueError(
@@ -196,7 +212,7 @@ class MetaAdamW(Optimizer):
                 seed=seed,
             )
         self._built = True
-        self._build()
+        self._cache()
 
     # ------------------------------------------------------------------------------------------------------- construction
 
@@ -205,8 +221,7 @@ class MetaAdamW(Optimizer):
         """Adds parameters, as ``torch.optim.Optimizer.add_param_group``; groups that exist keep their ids.
 
         Raises:
-            ValueError, RuntimeError: as the constructor.
-            RuntimeError: parameters were added or removed by other means before.
+            ValueError, RuntimeError: as the constructor. Nothing has changed then.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
@@ -214,35 +229,43 @@ class MetaAdamW(Optimizer):
         if self._built:
             self._take_up_params()
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        names = ("_members", "_group_ids", "groups", "_counts", "_backend", "_rank_sums", "_lists")
+        before = {name: getattr(self, name) for name in names if hasattr(self, name)}
         try:
-            self._check_params()
-            before = len(self.groups)
+            group["betas"] = tuple(float(beta) for beta in group["betas"])
+            self._check_params(group["params"])
             if self._built:
-                self._assign_groups()
+                moved = self._arrange()
+                self._prepare()
         except Exception:
             self.param_groups.pop()
+            for name, value in before.items():
+                setattr(self, name, value)
             raise
-        self.param_groups[-1]["betas"] = tuple(float(beta) for beta in self.param_groups[-1]["betas"])
         if self._built:
-            self.encoder.add_groups(len(self.groups) - before)
-            self._build()
+            self._follow(moved)
 
-    def _check_params(self) -> None:
-        """Raises ValueError on parameters that no backend can update."""
-        params = [p for group in self.param_groups for p in group["params"]]
+    def _check_params(self, params: Sequence[Tensor]) -> None:
+        """Raises ValueError on new parameters that require a gradient and that no backend can update.
+
+        Others are left alone. What can be said against them is said when a gradient comes.
+        """
+        device = self._device()
         for p in params:
-            if p.is_complex() or not p.is_floating_point() or p.layout is not torch.strided:
-                raise ValueError(f"MetaAdamW needs dense real floating-point parameters, got {p.dtype}, {p.layout}")
-            if p.numel() and any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
-                raise ValueError("MetaAdamW cannot update an expanded parameter: its elements share memory")
-        if len(set(params)) < len(params):
+            if p.requires_grad and not is_lazy(p):
+                reason = reason_against(p, p.device)
+                if reason is not None:
+                    raise ValueError(reason)
+        listed = [p for group in self.param_groups for p in group["params"]]
+        if len(set(listed)) < len(listed):
             raise ValueError("MetaAdamW got a parameter group with duplicate parameters")
-        check_supported(params, None if self._model is None else self._model())
-        devices = sorted({str(p.device) for p in params})
+        check_supported(listed, None if self._model is None else self._model())
+        devices = sorted({str(p.device) for p in listed if p.requires_grad})
         if len(devices) > 1:
             raise ValueError(f"MetaAdamW needs all parameters on one device, got {', '.join(devices)}")
-        if devices and not devices[0].startswith("cuda") and any(g["capturable"] for g in self.param_groups):
-            raise ValueError(f"capturable=True needs parameters on a CUDA device, got {devices[0]}")
+        if device.type != "cuda" and listed and any(g["capturable"] for g in self.param_groups):
+            raise ValueError(f"capturable=True needs parameters on a CUDA device, got {device}")
 
     def _describe(self) -> list[grouping_.Member]:
         rows = []
@@ -252,18 +275,19 @@ class MetaAdamW(Optimizer):
         return grouping_.describe(rows, None if self._model is None else self._model())
 
     def _device(self) -> torch.device:
-        return self._members[0].param.device if self._members else torch.device("cpu")
+        """Of the first parameter that is trained."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        trained = (p for p in params if p.requires_grad or "exp_avg" in self.state.get(p, ()))
+        first = next(trained, params[0] if params else None)
+        return torch.device("cpu") if first is None else first.device
 
-    def _assign_groups(self) -> None:
-        """Extends groups by the parameters that came since the last call; changes nothing if the grouping raises."""
-        known = len(self._members)
-        members = self._members + self._describe()[known:]  # what is known stays: a copy of an optimizer has no model to ask
-        grouping_.resolve(self._grouping, members)
-        self._group_ids += grouping_.assign(self.groups, members, self._grouping, known)
-        self._members = members
+    def _prepare(self, grads: Sequence[Tensor | None] | None = None, *, listed: bool | None = None) -> None:
+        """Chooses the backend and lists the states, with those that are missing.
 
-    def _build(self) -> None:
-        """Caches everything that only a change of the parameters changes, and allocates the states that are missing."""
+        Args:
+            grads: T gradients, for parameters that get their state with the first.
+            listed: whether the states are listed; default: unless that waits for the first step.
+        """
         device = self._device()
         on_meta = device.type == "meta"  # no data yet: states and the choice of a backend wait for the first step
         device = torch.device("cpu") if on_meta else device
@@ -271,13 +295,35 @@ class MetaAdamW(Optimizer):
         if any(sync.is_fake(member.param) for member in self._members):
             self._backend = FakeBackend
         self._rank_sums = RankSums([m.param for m in self._members], self._rank_sums)
-        self._lists = None if on_meta else self._list_states(device)
+        self._counts = self._counts if self._counts.device == device else self._counts.to(device)
+        frozen_sums, self._lists = None if self._lists is None else self._lists.frozen_sums, None
+        if listed is None:
+            listed = self._allocate == "eager" and not on_meta
+        if listed:
+            self._lists = States(
+                self._members,
+                [None] * len(self._members) if grads is None else grads,
+                self.state,
+                self.param_groups,
+                device,
+                self._backend.launch,
+                self._counts,
+                early=True,
+                state_dtype=self._state_dtype,
+                master_weights=self._master_weights,
+                frozen_sums=frozen_sums,
+            )
+            self._lists.let_go()
+
+    def _cache(self) -> None:
+        """Caches everything else that only a change of the parameters changes."""
+        device = self._counts.device
         checkpoint.reserve(self)
         self._hyperparameters = HyperparameterTable([m.param_group for m in self._members], device)
         self._group_of = torch.tensor(self._group_ids, dtype=torch.long, device=device)
         if self.encoder.head.weight.device != device:  # torch moves no parameter that is a FakeTensor, not even to where it is
             self.encoder.to(device)
-        self._table: FeatureTable | None = None
+        self._table = None
         like = self.encoder.head.weight.detach()
         scales = like.new_zeros(4, len(self.groups))
         scales[:2] = 1
@@ -295,75 +341,148 @@ class MetaAdamW(Optimizer):
             self._grad_norm = None
         if self._skipped is not None:
             self._skipped = self._skipped.to(device)
-        if self._lagged is not None:  # a model that moved; other parameters make the statistics of the last step useless
-            self._lagged = self._lagged.to(like) if self._lagged.shape[0] == len(self._members) else None
+        if self._lagged is not None:
+            self._lagged = self._lagged.to(like)
 
-    def _list_states(self, device: torch.device) -> StateLists:
-        lists = StateLists(
-            self._members,
-            self.state,
-            self.param_groups,
-            device,
-            self._backend.launch,
-            self._done,
-            state_dtype=self._state_dtype,
-            master_weights=self._master_weights,
-        )
-        self._done = lists.done
-        return lists
+    def _current_lists(self, grads: Sequence[Tensor | None] | None = None) -> States:
+        """The lists, made anew if somebody replaced a parameter, a state or the data of one, or if one gets its first gradient.
 
-    def _current_lists(self) -> StateLists:
-        """The lists, made anew if somebody replaced a parameter, a state or the data of one since they were made.
+        They hold the tensors until the caller lets them go.
+
+        Args:
+            grads: T gradients; default: those that the parameters have.
 
         Raises:
-            RuntimeError: parameters were added or removed behind add_param_group's back, or have no data.
-            ValueError: a parameter put in the place of another that no backend can update.
+            RuntimeError: the parameters have no data.
+            ValueError: a parameter that no backend can update has a gradient; one is listed twice.
         """
-        if self._lists is not None and not self._lists.stale(self.state, self.param_groups):
-            return self._lists
+        lists = self._lists
+        if lists is not None and lists.take_up(self.state, self.param_groups):
+            if not lists.lacks(lists.gradients() if grads is None else grads):
+                return lists
+            lists.let_go()
         self._take_up_params()
-        if self._device().type == "meta":
+        device = self._device()
+        if device.type == "meta":
             raise RuntimeError("the parameters are on the meta device: give the model its data before using the optimizer")
-        if self._lists is None or self._device() != self._lists.device:
-            self._build()
-        else:
-            self._rank_sums = RankSums([m.param for m in self._members], self._rank_sums)
-            self._hyperparameters = HyperparameterTable([m.param_group for m in self._members], self._device())
-            self._lists = self._list_states(self._device())
+        on_device = device == self._counts.device and self._backend is not None and self._lists is not None
+        self._prepare([local_gradient(m.param) for m in self._members] if grads is None else grads, listed=True)
+        if on_device:
+            self._hyperparameters = HyperparameterTable([m.param_group for m in self._members], device)
             self._table = None
-        assert self._lists is not None
-        return self._lists
+        else:
+            self._cache()
+        lists = self._lists
+        found = lists is not None and lists.take_up(self.state, self.param_groups)
+        assert lists is not None
+        assert found
+        return lists
+
+    # ---------------------------------------------------------------------------------- parameters that join, move and leave
+
+    def _repeats(self) -> bool:
+        """Whether ``param_groups`` list a parameter twice, as others can make them."""
+        listed = [p for group in self.param_groups for p in group["params"]]
+        return len(set(listed)) < len(listed)
 
     def _take_up_params(self) -> None:
-        """Makes the members those that ``param_groups`` list now, in their order: moved, or others in the places of some."""
-        now = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
-        listed = sum(len(group["params"]) for group in self.param_groups)
-        if listed != len(self._members):
-            raise RuntimeError(
-                f"param_groups list {listed} parameters instead of {len(self._members)}: use add_param_group. (A parameter without"
-                " a gradient is left alone.)"
-            )
-        known = {member.param for member in self._members}
-        if now.keys() != known:
-            self._check_params()
-        fresh = iter([p for p in now if p not in known])
-        params = [member.param if member.param in now else next(fresh) for member in self._members]
-        position = {p: i for i, p in enumerate(now)}
-        order = sorted(range(len(params)), key=lambda t: position[params[t]])
-        members = [replace(self._members[t], param=params[t], param_group=now[params[t]]) for t in order]
-        both = zip(members, self._members, strict=True)
-        if all(new.param is old.param and new.param_group == old.param_group for new, old in both):
+        """Makes the members those that ``param_groups`` list now, in their order, whoever changed them.
+
+        What joined gets a group, what left leaves with its state, and what takes the place of another of the same shape takes its
+        name and group.
+
+        Raises:
+            ValueError: a parameter that no backend can update, or one that is listed twice. Nothing has changed then.
+        """
+        now = [(p, index) for index, group in enumerate(self.param_groups) for p in group["params"]]
+        if len(now) == len(self._members) and all(
+            m.param is p and m.param_group == index for m, (p, index) in zip(self._members, now, strict=True)
+        ):
             return
-        self._members, self._lists = members, None
-        self._group_ids = [self._group_ids[t] for t in order]
-        for number, group in enumerate(self.groups):
-            names = dict(zip(group.members, group.names, strict=True))
-            group.members[:] = [t for t, g in enumerate(self._group_ids) if g == number]
-            group.names[:] = [names[order[t]] for t in group.members]
-            group.params[:] = [members[t].param for t in group.members]
-        self._statistics = self._statistics[order]
-        self._lagged = None if self._lagged is None else self._lagged[order]
+        known = {m.param for m in self._members}
+        self._check_params([p for p, _ in now if p not in known])
+        self._follow(self._arrange())
+        self._lists = None
         checkpoint.reserve(self)
+        present = {p for p, _ in now}
+        for p in [p for p in self.state if isinstance(p, Tensor) and p not in present]:
+            del self.state[p]
+
+    def _arrange(self) -> _Moved:
+        """Members, groups and counts for what ``param_groups`` list; changes nothing if the grouping raises."""
+        described = self._describe()
+        before = {m.param: t for t, m in enumerate(self._members)}
+        present = {m.param for m in described}
+        gone = [t for t, m in enumerate(self._members) if m.param not in present]
+        fresh = [m.param for m in described if m.param not in before]
+        if len(gone) == len(fresh) and all(_alike(self._members[t].param, p) for t, p in zip(gone, fresh, strict=True)):
+            before.update(zip(fresh, gone, strict=True))
+        origins = [before.get(m.param) for m in described]
+        # What is known stays: a copy of an optimizer has no model to ask for names.
+        members = [
+            new if t is None else replace(self._members[t], param=new.param, param_group=new.param_group)
+            for new, t in zip(described, origins, strict=True)
+        ]
+        grouping_.resolve(self._grouping, members)
+        groups = [replace(group, members=[], names=[], params=[]) for group in self.groups]
+        ids = [None if t is None else self._group_ids[t] for t in origins]
+        if self._grouping == "param_groups":  # whose numbers may have changed
+            for number, member in zip(ids, members, strict=True):
+                if number is not None:
+                    groups[number] = replace(groups[number], key=member.param_group, name=f"param_group {member.param_group}")
+        joined = [t for t, number in enumerate(ids) if number is None]
+        for t, number in zip(joined, grouping_.assign(groups, members, self._grouping, joined), strict=True):
+            ids[t] = number
+        numbers = [number for number in ids if number is not None]
+        used = sorted(set(numbers))
+        names = {t: name for group in self.groups for t, name in zip(group.members, group.names, strict=True)}
+        for number in used:
+            of_group = [t for t, x in enumerate(numbers) if x == number]
+            groups[number].members[:] = of_group
+            groups[number].params[:] = [members[t].param for t in of_group]
+            groups[number].names[:] = [
+                (members[t].name or f"parameter {t}") if origin is None else names[origin]
+                for t, origin in ((t, origins[t]) for t in of_group)
+            ]
+        counts = self._counts.new_zeros(len(members) + 1)
+        kept = [t for t, origin in enumerate(origins) if origin is not None and self._members[origin].param is members[t].param]
+        counts[[*kept, len(members)]] = self._counts[[*(origins[t] for t in kept), -1]]
+        known = len(self.groups)
+        self._members, self._counts = members, counts
+        self._group_ids = [used.index(number) for number in numbers]
+        self.groups = [groups[number] for number in used]
+        return _Moved(origins, [number if number < known else None for number in used])
+
+    def _follow(self, moved: _Moved) -> None:
+        """Brings encoder, and what can be read of the last step, in the order of members and groups."""
+        kept = [number for number in moved.groups if number is not None]
+        self.encoder.keep_groups(kept)
+        self.encoder.add_groups(len(moved.groups) - len(kept))  # behind the others: they are numbered as they came
+        self._scales = self._scales[:, kept]
+        features = self._features.new_zeros(len(moved.groups), self._features.shape[1])
+        features[: len(kept)] = self._features[kept]
+        statistics = self._statistics.new_zeros(len(moved.members), self._statistics.shape[1])
+        here = [t for t, origin in enumerate(moved.members) if origin is not None]
+        there = [origin for origin in moved.members if origin is not None]
+        statistics[here] = self._statistics[there]
+        if self._lagged is not None:  # the statistics of the last step are useless where a parameter was not among them
+            self._lagged = self._lagged[there] if len(there) == len(moved.members) else None
+        self._features, self._statistics = features, statistics
+        self._cache()
+
+    def release(self) -> None:
+        """Lets go of all memory that the next step can make anew: tables, caches, a captured encoder graph.
+
+        States stay, but for those of parameters that are no longer in ``param_groups``. Nothing that is left refers to the memory
+        of a parameter, a gradient or a state, whether or not this is called: that is free as soon as it is replaced.
+        """
+        if not self._repeats():
+            self._take_up_params()
+        self._lists = self._table = None
+        self.encoder.float64_copies = []
+        self._hyperparameters = HyperparameterTable([m.param_group for m in self._members], self._counts.device)
+        if self._encoder_graph is not None:
+            self._encoder_graph = EncoderGraph()
 
     # ------------------------------------------------------------------------------------------------------------ the step
 
@@ -379,7 +498,8 @@ class MetaAdamW(Optimizer):
         Raises:
             RuntimeError: a sparse gradient, or tensors that changed shape or device; in the capture of a CUDA graph also one that
                 no replay would do right; a param group that is to be differentiable. Nothing has changed then.
-            ValueError: a param group was given fewer or more than two betas. Nothing has changed then.
+            ValueError: a param group was given fewer or more than two betas; a parameter that no backend can update has a gradient;
+                ``param_groups`` list one twice. Nothing has changed then.
         """
         # torch.compile breaks its graph here: the launch table's addresses mean nothing to what it traces.
         return self._step_untraced(closure) if torch.compiler.is_compiling() else self._step(closure)
@@ -392,33 +512,45 @@ class MetaAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._members:
+        if not any(group["params"] for group in self.param_groups):
             return loss
         go = self._go()
         if go is False:
             return loss
-        if sync.capturing(self._device()):
+        if sync.capturing(self._counts.device):
             self._check_capture()
         lists = self._current_lists()
+        try:
+            self._update_all(lists, go)
+        finally:
+            lists.let_go()
+        return loss
+
+    def _update_all(self, lists: States, go: Tensor | bool) -> None:
+        """A step of all parameters that have a gradient."""
         self._record_stream()
         hyper = self._hyperparameters.update(self.param_groups)
+        lists.counts.take_writes()
+        if not lists.rows:
+            lists.count(go)
+            return
         loss_scale = getattr(self, "grad_scale", None)
         lists.set_gradients(lists.gradients())
         lists.take_up_copies()
         grad_norm = None
         if go is True and self._one_pass(lists):
             grad_scale, _ = gradient_factor(len(self._members), hyper.sign, self._loss_scale(loss_scale))
-            sums = torch.empty(len(self._members), 5, dtype=torch.float64, device=lists.device)
+            sums = torch.empty(len(lists.rows), 5, dtype=torch.float64, device=lists.device)
             features, scales, vectors = self._decide(lists, hyper, grad_scale, None, go)
             self._update(lists, vectors, sums, go)
             sums = torch.cat([sums[:, :3], lists.exchange_sums(sums[:, 3:])], dim=1)
-            statistics = of_scaled_gradient(self._rank_sums(sums).to(self._statistics.dtype), grad_scale)
+            statistics = of_scaled_gradient(self._rank_sums(lists.whole(sums)).to(self._statistics.dtype), grad_scale)
         else:
             sums, statistics = self._measure(lists)
             if self._skipped is not None:
                 go = self._count_skipped(go, statistics)
                 if go is False:
-                    return loss
+                    return
             grad_scale, grad_norm, statistics = self._scaled(statistics, hyper.sign, loss_scale)
             features, scales, vectors = self._decide(lists, hyper, grad_scale, statistics, go)
             self._update(lists, vectors, lists.new_sums(sums, go), go)
@@ -429,7 +561,6 @@ class MetaAdamW(Optimizer):
         if self.statistics_mode == "lagged":
             self._lagged = self.lagged_statistics()
             self._publish(go, _lagged=statistics)
-        return loss
 
     _step_untraced = torch._disable_dynamo(_step)  # type: ignore[attr-defined]
 
@@ -450,11 +581,20 @@ class MetaAdamW(Optimizer):
         stream may still read it: a launch table, say, that is replaced because a gradient came in another layout. So we name each
         stream to the allocator, which then waits for it, too.
         """
-        stream = None if self._backend is FakeBackend else sync.current_stream(self._device())
-        if stream is None or stream == self._stream or sync.capturing(self._device()):
+        stream = None if self._backend is FakeBackend else sync.current_stream(self._counts.device)
+        if stream is None or stream == self._stream or sync.capturing(self._counts.device):
             return
         self._stream = stream
-        kept = [self._group_of, self._features, self._scales, self._statistics, self._grad_norm, self._lagged, self._skipped]
+        kept = [
+            self._counts,
+            self._group_of,
+            self._features,
+            self._scales,
+            self._statistics,
+            self._grad_norm,
+            self._lagged,
+            self._skipped,
+        ]
         for holder in (self._lists, self._hyperparameters, self._table, self.encoder):
             kept += [] if holder is None else holder.kept()
         for x in kept:
@@ -473,11 +613,12 @@ class MetaAdamW(Optimizer):
         """Raises RuntimeError on a step that a CUDA graph would not repeat as it is meant."""
         if not all(group["capturable"] for group in self.param_groups):
             raise RuntimeError("capturing step() in a CUDA graph needs capturable=True in all param groups")
-        if self._lists is None or not self._lists.warm or self._lists.stale(self.state, self.param_groups):
+        if self._lists is None or not self._lists.warm or not self._lists.take_up(self.state, self.param_groups):
             raise RuntimeError(
                 "take a step before one is captured in a CUDA graph, also after parameters or states have changed: the first"
                 " compiles kernels and fills tables"
             )
+        self._lists.let_go()
         for index, member in enumerate(self._members):
             if member.param.requires_grad and member.param.grad is None:
                 raise RuntimeError(
@@ -496,7 +637,7 @@ class MetaAdamW(Optimizer):
             else:
                 setattr(self, name, new)
 
-    def _one_pass(self, lists: StateLists) -> bool:
+    def _one_pass(self, lists: States) -> bool:
         """Whether the update itself can make the statistics: lagged, all gradients there, nothing to know of them before."""
         return (
             self.statistics_mode == "lagged"
@@ -507,11 +648,12 @@ class MetaAdamW(Optimizer):
             and lists.carried() is not None
         )
 
-    def _measure(self, lists: StateLists) -> tuple[Tensor, Tensor]:
+    def _measure(self, lists: States) -> tuple[Tensor, Tensor]:
         """Sums [T, S] of the gradients that ``lists`` has and of the state, a missing gradient counting as zeros.
 
         Returns:
-            Those of this rank's shards, and the statistics: those of whole tensors. One and the same where nothing is sharded.
+            Those of this rank's shards, of the R parameters that have a state, and the statistics: those of all T whole tensors.
+            One and the same where nothing is sharded or frozen.
         """
         counts, wanted = self.encoder.features.enhanced, self.encoder.head.weight.dtype
         dtype = torch.float64 if self._rank_sums.active else wanted
@@ -522,7 +664,7 @@ class MetaAdamW(Optimizer):
             sums = lists.launch.tensor_stats(True, True, counts, dtype)
         else:
             sums = lists.launch.tensor_stats(False, False, counts, dtype, carried)
-        return sums, self._rank_sums(sums).to(wanted)
+        return sums, self._rank_sums(lists.whole(sums)).to(wanted)
 
     def _scaled(
         self, statistics: Tensor, sign: Tensor | None, loss_scale: Tensor | None
@@ -540,12 +682,12 @@ class MetaAdamW(Optimizer):
         return factors, None if self.max_grad_norm is None else norm, statistics
 
     def _loss_scale(self, loss_scale: Tensor | None) -> Tensor | None:
-        return None if loss_scale is None else loss_scale.to(self._done.device, torch.float32).reshape(())
+        return None if loss_scale is None else loss_scale.to(self._counts.device, torch.float32).reshape(())
 
-    def _encode(self, statistics: Tensor, ahead: int, done: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _encode(self, statistics: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
         """Features [G, D] and scales [4, G] when ``ahead`` more steps are taken; with their graph if gradients are enabled."""
-        table, done = self._feature_table(statistics.dtype), self._done if done is None else done
-        features = self._backend.group_features(statistics, table, done, ahead, self.total_steps)
+        table = self._feature_table(statistics.dtype)
+        features = self._backend.group_features(statistics, table, self._counts[-1], ahead, self.total_steps)
         features = self.encoder.embed(features)
         return features, self.encoder(features)
 
@@ -558,7 +700,7 @@ class MetaAdamW(Optimizer):
 
     def _decide(
         self,
-        lists: StateLists,
+        lists: States,
         hyper: Hyperparameters,
         grad_scale: Tensor | None,
         statistics: Tensor | None,
@@ -572,19 +714,19 @@ class MetaAdamW(Optimizer):
         if self.statistics_mode == "lagged":
             ahead, statistics = 0, None if self._lagged is None else self._lagged.to(self.encoder.head.weight.dtype)
         if statistics is None:
-            vectors = self._modulation(self._scales, hyper, grad_scale, lists.steps, count)
-            return Decision(self._features, self._scales, vectors)
+            return Decision(self._features, self._scales, self._modulation(lists, self._scales, hyper, grad_scale, count))
 
         def decide(written: Sequence[Any], replaced: Sequence[Any]) -> Decision:
-            statistics, done, grad_scale, steps, count = written
-            features, scales = self._encode(statistics, ahead, done)
-            return Decision(features, scales, self._modulation(scales, Hyperparameters(*replaced), grad_scale, steps, count))
+            statistics, grad_scale, count = written
+            features, scales = self._encode(statistics, ahead)
+            return Decision(features, scales, self._modulation(lists, scales, Hyperparameters(*replaced), grad_scale, count))
 
-        written = (statistics, self._done, grad_scale, lists.steps, count)
+        written = (statistics, grad_scale, count)
         if self._encoder_graph is None:
             decision = decide(written, hyper)
         else:
-            objects = (self._feature_table(statistics.dtype), self._group_of, self._backend)
+            # The counts are read where they lie.
+            objects = (self._feature_table(statistics.dtype), self._group_of, self._backend, self._counts, lists.index)
             options = (ahead, self.total_steps, self.variant)
             decision = self._encoder_graph(decide, Sources(written, hyper, self.encoder, objects, options))
         if self.statistics_mode == "lagged" and self._lagged is not None:
@@ -593,18 +735,18 @@ class MetaAdamW(Optimizer):
         return decision
 
     def _modulation(
-        self, scales: Tensor, hyper: Hyperparameters, grad_scale: Tensor | None, steps: Tensor, go: Tensor | None
+        self, lists: States, scales: Tensor, hyper: Hyperparameters, grad_scale: Tensor | None, go: Tensor | None
     ) -> Tensor:
-        """The vectors of the update, [V, T], with step size lr·lr_scale and decay factor 1 - lr·lr_scale·wd_scale·λ."""
+        """The vectors of the update, [V, R], with step size lr·lr_scale and decay factor 1 - lr·lr_scale·wd_scale·λ."""
         vectors: Tensor = self._backend.modulation(
-            scales, self._group_of, hyper.lr, hyper.weight_decay, hyper.beta1, hyper.beta2, hyper.eps, grad_scale, steps, go,
-            self.variant == "released",
+            scales, self._group_of, hyper.lr, hyper.weight_decay, hyper.beta1, hyper.beta2, hyper.eps, grad_scale,
+            self._counts[:-1], go, self.variant == "released",
         )  # fmt: skip
-        return vectors
+        return lists.of_rows(vectors)
 
     def _update(
         self,
-        lists: StateLists,
+        lists: States,
         vectors: Tensor,
         new_sums: Tensor,
         go: Tensor | bool,
@@ -622,11 +764,11 @@ class MetaAdamW(Optimizer):
     @property
     def steps_done(self) -> int:
         """How many steps have been taken; steps that a GradScaler skipped do not count. Waits for the device."""
-        return int(self._done)
+        return int(self._counts[-1])
 
     @steps_done.setter
     def steps_done(self, value: int) -> None:
-        self._done.fill_(value)
+        self._counts[-1] = value
         self._set_steps = (self._set_steps[0] + 1, int(value))
 
     @property
@@ -699,11 +841,12 @@ class MetaAdamW(Optimizer):
         """Torch's state dict with one key more, ``metaadamw``: encoder, step count and what else a bitwise resume needs.
 
         Raises:
-            RuntimeError: parameters were added or removed by other means than add_param_group.
+            ValueError: ``param_groups`` list a new parameter that no backend can update.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        self._take_up_params()
+        if not self._repeats():  # else they are numbered as torch numbers them
+            self._take_up_params()
         state_dict = checkpoint.saved(self)
         for after in self._optimizer_state_dict_post_hooks.values():
             replaced = after(self, state_dict)
@@ -720,7 +863,7 @@ class MetaAdamW(Optimizer):
 
         Raises:
             ValueError: a checkpoint of another model, grouping or encoder; the optimizer is unchanged then.
-            RuntimeError: parameters on the meta device, or added or removed by other means than add_param_group.
+            RuntimeError: parameters on the meta device.
         """
         state_dict = copy.copy(state_dict)  # pre-hooks may change it
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -728,7 +871,8 @@ class MetaAdamW(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         if self._device().type == "meta":
             raise RuntimeError("the parameters are on the meta device: give the model its data before loading a checkpoint")
-        self._take_up_params()
+        if not self._repeats():
+            self._take_up_params()
         checkpoint.load(self, state_dict)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -737,10 +881,20 @@ class MetaAdamW(Optimizer):
         # As torch's optimizers leave it to who copies or loads: hooks, and the `step` that an LR scheduler wraps.
         kept = {name: x for name, x in self.__dict__.items() if name != "step" and not name.startswith("_optimizer_")}
         # The first step of the copy makes these anew. A backend is a class that need not have a name to be pickled by.
-        return {**kept, "_model": None, "_stream": None, "_lists": None, "_backend": None, "_rank_sums": RankSums([])}
+        anew = {"_model": None, "_stream": None, "_lists": None, "_backend": None, "_rank_sums": RankSums([])}
+        # By value: a spawned process gets the memory of tensors, and that of a copy made here would be gone before it starts.
+        counts = self._counts if sync.is_fake(self._counts) else self._counts.tolist()
+        return {**kept, **anew, "_counts": counts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if not isinstance(self._counts, Tensor):
+            self._counts = torch.tensor(self._counts, dtype=torch.float64, device="cpu")
         for group in self.param_groups:
             for name in ("amsgrad", "maximize", "capturable"):
                 group.setdefault(name, False)
+
+
+def _alike(old: Tensor, new: Tensor) -> bool:
+    """Whether a parameter may stand for another: of one shape."""
+    return not is_lazy(old) and not is_lazy(new) and old.shape == new.shape

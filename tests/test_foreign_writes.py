@@ -75,7 +75,8 @@ def test_state_and_parameters_exchanged_by_hand_as_in_torch(amsgrad):
     for make in (torch.optim.AdamW, lambda ps, **kw: MetaAdamW(ps, **kw, **OFF)):
         ps = copy.deepcopy(weights)
         opt = make(ps[:2], lr=0.1, amsgrad=amsgrad)
-        for step in range(8):
+        joining = nn.Parameter(noise((2, 3), 9))
+        for step in range(10):
             if step == 2:
                 opt.state.clear()
             if step == 4:
@@ -83,15 +84,15 @@ def test_state_and_parameters_exchanged_by_hand_as_in_torch(amsgrad):
                 opt.state[ps[0]]["step"] = torch.tensor(7.0)
             if step == 6:
                 opt.param_groups[0]["params"][1] = ps[2]
-            for i, p in enumerate(ps):
+            if step == 8:
+                opt.param_groups[0]["params"].append(joining)
+            for i, p in enumerate([*ps, joining]):
                 p.grad = noise(p.shape, 10 * step + i)
             opt.step()
-        assert opt.state[ps[2]]["step"] == 2
-        runs.append([*ps, opt.state[ps[0]]["exp_avg"], opt.state[ps[2]]["exp_avg_sq"]])
+        assert opt.state[ps[2]]["step"] == 4
+        assert opt.state[joining]["step"] == 2
+        runs.append([*ps, joining, opt.state[ps[0]]["exp_avg"], opt.state[ps[2]]["exp_avg_sq"]])
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-6, atol=1e-7)
-    opt.param_groups[0]["params"].append(nn.Parameter(torch.zeros(2)))
-    with pytest.raises(RuntimeError, match="use add_param_group"):
-        opt.step()
 
 
 def moved_to_the_end(groups):
@@ -158,17 +159,18 @@ def test_what_is_saved_after_a_move_resumes_in_the_new_order():
         assert torch.allclose(p, q, rtol=2e-2)
 
 
-def test_a_removed_entry_is_an_error_also_if_another_one_comes():
-    a, b = (nn.Parameter(torch.ones(3)) for _ in range(2))
+def test_a_removed_entry_leaves_and_another_one_joins():
+    a, b, c = (nn.Parameter(torch.ones(3)) for _ in range(3))
     opt = MetaAdamW([{"params": [a]}, {"params": [b]}])
     del opt.param_groups[0]
-    with pytest.raises(RuntimeError, match="use add_param_group"):
-        opt.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
-    assert len(opt.param_groups) == 1
-    a.grad, b.grad = torch.ones(3), torch.ones(3)
-    with pytest.raises(RuntimeError, match="use add_param_group"):
-        opt.step()
+    opt.add_param_group({"params": [c]})
+    assert [group.params for group in opt.groups] == [[b], [c]]
+    a.grad, b.grad, c.grad = torch.ones(3), torch.ones(3), torch.ones(3)
+    opt.step()
     assert torch.equal(a, torch.ones(3))
+    assert (b < 1).all()
+    assert list(opt.state) == [b, c]
+    assert (c < 1).all()
 
 
 def test_entries_of_users_in_state_and_param_groups_are_left_alone():

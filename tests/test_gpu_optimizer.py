@@ -4,7 +4,9 @@ With CUDA_ON_CPU (test_cuda_emulated.py) the CUDA kernels on the CPU; with TRITO
 Triton ones.
 """
 
+import copy
 import os
+import pickle
 
 import pytest
 import torch
@@ -57,6 +59,20 @@ def test_twenty_steps(backend, options, dtype):
     for x, y in zip(ours, want, strict=True):
         assert x.dtype == y.dtype
         assert torch.equal(x, y) or relative(x, y) <= bound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_copies_and_pickles(backend):
+    p = nn.Parameter(torch.ones(5, device=DEVICE))
+    opt = MetaAdamW([p], backend=backend)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    for copied in (opt, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        (q,) = copied.param_groups[0]["params"]
+        q.grad = torch.ones_like(q)
+        copied.step()
+        assert copied.steps_done == copied.state[q]["step"] == 2
+        assert torch.equal(p, q)
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu" and not EMULATED, reason="the op is one of the CUDA kernels'")

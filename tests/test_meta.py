@@ -44,7 +44,7 @@ class Recorder(torch.optim.SGD):
 def oracle(opt, model, batches, *, objective="combined", balance="huw", gap_at="theta", **options):
     """The terms, the total and its gradients by name, from the state of the optimizer and the model's parameters."""
     model, rng, sign = copy.deepcopy(model), torch.get_rng_state(), -1 if opt.param_groups[0]["maximize"] else 1
-    named, states = dict(model.named_parameters()), [opt.state[p] for group in opt.param_groups for p in group["params"]]
+    named, states = dict(model.named_parameters()), [opt.state.get(p, {}) for group in opt.param_groups for p in group["params"]]
     hypers = [group for group in opt.param_groups for _ in group["params"]]
     b1, b2, val = batches[:3]
     gap = batches[-1]
@@ -67,7 +67,9 @@ def oracle(opt, model, batches, *, objective="combined", balance="huw", gap_at="
     for (name, p), g, state in zip(named.items(), g1, states, strict=True):
         index = [int(part) for part in name.split(".") if part.isdigit()]
         g = torch.zeros_like(p) if g is None else g
-        rows.append((g, state["exp_avg"], state["exp_avg_sq"], p.detach(), p.dim() == 1, index[0] if index else None))
+        zeros = torch.zeros_like(p)  # of a frozen parameter, which has no state
+        moments = state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros)
+        rows.append((g, *moments, p.detach(), p.dim() == 1, index[0] if index else None))
     encoder, groups = opt.encoder, ids_of(opt)
     config, t = encoder.features, k / opt.total_steps if opt.total_steps else 2 / (1 + math.exp(-k / 1000)) - 1
     largest = max((row[5] for row in rows if row[5] is not None), default=0)

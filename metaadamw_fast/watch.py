@@ -1,0 +1,132 @@
+"""What shows that others have written or replaced tensors, without holding the tensors' memory; and sums of what nobody updates."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from . import sync
+from .checks import DTYPES
+from .sharding import is_sharded, local
+
+_version_of = attrgetter("_version")
+
+
+def version(tensors: Iterable[Tensor]) -> int:
+    """The version counters, added up. Counters only rise: equal sums are equal versions."""
+    return sum(map(_version_of, tensors))
+
+
+def as_real(x: Tensor) -> Tensor:
+    """A complex tensor as a real one of one dimension more, on the same memory; other tensors as they are."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def as_real_gradient(x: Tensor) -> Tensor:
+    """:func:`as_real` of a gradient, which autograd may hand out as a conjugated view."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() and x.layout is torch.strided else x
+
+
+def is_wrapper(x: Tensor) -> bool:
+    """Whether ``x`` is of a subclass that decides itself what its operations do, as quantized weights are."""
+    own = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return own and not sync.is_fake(x) and not is_sharded(x)
+
+
+def has_numbers(x: Tensor, device: torch.device) -> bool:
+    """Whether a kernel on ``device`` can read the elements of ``x`` as numbers."""
+    if is_lazy(x) or is_wrapper(x):
+        return False
+    x = local(x)
+    return (x.is_floating_point() or x.is_complex()) and x.layout is torch.strided and x.device == device
+
+
+class Storages:
+    """The memory under some tensors, held weakly.
+
+    A new tensor may come to lie at the address of one that was freed. The address alone would not show that it is another. So every
+    storage tells when it is freed.
+
+    Attributes:
+        freed: whether one of them has been.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.freed = False
+        own = weakref.ref(self)
+
+        def tell(_: Any) -> None:
+            storages = own()
+            if storages is not None:
+                storages.freed = True
+
+        self._references = [weakref.ref(x.untyped_storage(), tell) for x in tensors if not sync.is_fake(x)]
+
+
+class FrozenSums:
+    """Σp² of parameters that have no state, read again only where a version counter or an address has changed.
+
+    Args:
+        params: R parameters; held as weakly as their memory.
+        launch: the class of a backend's launches.
+        device: of the sums. Parameters without numbers there count as zeros.
+        previous: what this one replaces; its sums of the same parameters are kept.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], launch: Callable[..., Any], device: torch.device, previous: FrozenSums | None = None
+    ) -> None:
+        self._launch, self._device = launch, device
+        self._params = [weakref.ref(p) for p in params]
+        self._watched = [t for t, p in enumerate(params) if has_numbers(p, device)]
+        self._keys: list[tuple[int, int] | None] = [None] * len(params)
+        self._sums = torch.zeros(len(params), dtype=torch.float64, device=device)
+        known = {} if previous is None or previous._device != device else previous._known()
+        rows = [(t, known[id(p)]) for t, p in enumerate(params) if id(p) in known]
+        for t, (key, _, _) in rows:
+            self._keys[t] = key
+        if rows and previous is not None:
+            origins = torch.tensor([position for _, (_, position, _) in rows], device=device)
+            self._sums[[t for t, _ in rows]] = previous._sums[origins]
+
+    def _known(self) -> dict[int, tuple[tuple[int, int] | None, int, Tensor]]:
+        alive = ((position, reference()) for position, reference in enumerate(self._params))
+        return {id(p): (self._keys[position], position, p) for position, p in alive if p is not None}
+
+    def forget(self) -> None:
+        """Says that somebody may have written what no version counter tells of."""
+        self._keys = [None] * len(self._keys)
+
+    def current(self) -> Tensor:
+        """[R] float64, of the shards where a parameter is a DTensor."""
+        changed = []
+        for t in self._watched:
+            p = self._params[t]()
+            if p is None:
+                continue
+            shard = local(p)
+            fake = sync.is_fake(shard)
+            seen = 0 if p.is_inference() else p._version  # inference tensors have no counter
+            key = (seen, 0 if fake else shard.data_ptr())
+            if key != self._keys[t]:
+                self._keys[t] = key
+                x = as_real(shard.detach())
+                changed.append((t, x if x.dtype in DTYPES else x.float()))
+        if changed:
+            found = [x for _, x in changed]
+            sums = self._launch([None] * len(found), found, written=False).tensor_stats(False, False, False, torch.float64)[:, 2]
+            if len(changed) == len(self._keys):
+                self._sums = sums.contiguous()
+            else:
+                self._sums = self._sums.index_copy(0, torch.tensor([t for t, _ in changed], device=self._device), sums)
+        return self._sums
+
+    def kept(self) -> list[Tensor]:
+        """The tensors on the device that it keeps from step to step."""
+        return [self._sums]
