@@ -41,7 +41,7 @@ class MetaReport:
         gradient_alignment, loss_decrease, generalization_gap: its terms; None where the objective has no such term.
         log_vars: [3], after the update.
         lr_scale, wd_scale: [G], the scales that the look-ahead used.
-        applied: bool, whether the meta-optimizer stepped. It does not where the objective or its gradient is not finite.
+        applied: bool, on the CPU: whether the meta-optimizer stepped. Not where the objective or its gradient is not finite.
     """
 
     total: Tensor
@@ -51,7 +51,7 @@ class MetaReport:
     log_vars: Tensor
     lr_scale: Tensor
     wd_scale: Tensor
-    applied: bool
+    applied: Tensor
 
 
 class MetaLearner:
@@ -261,7 +261,7 @@ class MetaLearner:
             self.log_vars.detach().clone(),
             scales[0].detach(),
             scales[1].detach(),
-            applied,
+            torch.tensor(applied, device="cpu"),
         )
 
     def every(

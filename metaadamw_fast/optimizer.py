@@ -827,6 +827,10 @@ class MetaAdamW(Optimizer):
         writes, and the next step's statistics rely on these sums. In-place operations, ``p.data = x``, other tensors in ``state``,
         ``load_state_dict`` and ``add_param_group`` are noticed without this call. Of DTensors, two more need it, which torch does
         not count either: ``torch._foreach_*_``, and in place through ``p.detach().to_local()``.
+
+        What such a write changes without this call are statistics, and through them the scales: with exact statistics also those of
+        a frozen parameter, whose norm is read once, and with ``master_weights`` those of the one step that takes the write up. In a
+        captured CUDA graph the norms of frozen parameters are those of the capture.
         """
         if self._lists is not None:
             self._lists.invalidate()

@@ -205,14 +205,14 @@ def test_a_non_finite_objective_is_reported_and_moves_nothing(poison, optimizer,
             data = [batch(model, 100 + j) for j in range(3)]
             report = meta.update(*((x + value, y) for (x, y), value in zip(data, added, strict=True)))
             assert not report.total.isfinite()
-            assert report.applied is False
+            assert not report.applied
             assert same(everything(model, opt), held[0])
             assert same([dict(opt.encoder.state_dict()), meta.state_dict()], held[1])
             assert same(opt.encoder.feature_gates.grad, gates)
             assert torch.equal(report.log_vars, meta.log_vars)
         report = meta.update(*(batch(model, 200 + j) for j in range(3)))
         assert report.total.isfinite()
-        assert report.applied is True
+        assert report.applied
         sides.append([dict(opt.encoder.state_dict()), meta.state_dict(), vars(report)])
     assert same(*sides)
 
@@ -226,7 +226,7 @@ def test_a_finite_objective_with_a_gradient_that_is_not_finite_moves_nothing():
     before = copy.deepcopy([dict(opt.encoder.state_dict()), meta.state_dict()])
     report = meta.update(False, False, True)
     assert report.total.isfinite()
-    assert report.applied is False
+    assert not report.applied
     assert same([dict(opt.encoder.state_dict()), meta.state_dict()], before)
 
 
