@@ -12,8 +12,6 @@ from torch.utils import dlpack
 from . import sync
 from .watch import version
 
-Index = Tensor | None
-
 
 class StepCounts:
     """Keeps ``state["step"]`` of some parameters and the exact counts equal, in both directions.
@@ -29,7 +27,7 @@ class StepCounts:
         always: look for what others wrote in every step, also where no version counter tells: a CUDA graph replays without Python.
     """
 
-    def __init__(self, exact: Tensor, rows: Index, states: Sequence[MutableMapping[str, Any]], *, always: bool) -> None:
+    def __init__(self, exact: Tensor, rows: Tensor | None, states: Sequence[MutableMapping[str, Any]], *, always: bool) -> None:
         self._exact, self._rows, self._always = exact, rows, always
         device = exact.device
         known = self._selected().float()
@@ -88,12 +86,6 @@ class StepCounts:
         self._show()
         if self._elsewhere:
             self._seen = version(self.tensors)
-
-    def refined(self, exact: Sequence[float] | Tensor) -> None:
-        """Takes counts [T] of a checkpoint where what is shown is their rounding."""
-        more = torch.as_tensor(exact, dtype=torch.float64).to(self._exact.device)
-        now = self._exact[:-1]
-        now.copy_(torch.where(more.float() == now.float(), more, now))
 
     def kept(self) -> list[Tensor]:
         """The tensors on the device that it keeps from step to step."""

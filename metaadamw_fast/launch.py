@@ -58,6 +58,20 @@ def _filled(tensors: OptionalTensors, absent: Tensor) -> list[Tensor]:
     return [absent if x is None else x for x in tensors]
 
 
+def _operands(
+    exp_avgs: Tensors,
+    params: Tensors | None,
+    exp_avg_sqs: Tensors | None,
+    max_exp_avg_sqs: OptionalTensors | None,
+    low_precision_params: OptionalTensors | None,
+) -> tuple[Operands, Tensor]:
+    """The arguments of a launch as lists, and the tensor without elements that stands where one is absent."""
+    exp_avgs = list(exp_avgs)
+    absent = exp_avgs[0].new_empty(0) if exp_avgs else torch.empty(0, device="cpu")
+    optional = [None if xs is None else _filled(xs, absent) for xs in (max_exp_avg_sqs, low_precision_params)]
+    return Operands(exp_avgs, _listed(params), _listed(exp_avg_sqs), *optional), absent
+
+
 def resolved(grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor]]:
     """Gradients without negative views of their memory, which autograd may return of complex functions.
 
@@ -144,11 +158,7 @@ class CppLaunch:
         *,
         written: bool,
     ) -> None:
-        exp_avgs = list(exp_avgs)
-        self._absent = exp_avgs[0].new_empty(0) if exp_avgs else torch.empty(0, device="cpu")
-        maxima = None if max_exp_avg_sqs is None else _filled(max_exp_avg_sqs, self._absent)
-        low = None if low_precision_params is None else _filled(low_precision_params, self._absent)
-        operands = Operands(exp_avgs, _listed(params), _listed(exp_avg_sqs), maxima, low)
+        operands, self._absent = _operands(exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs, low_precision_params)
         self._operands: Callable[[], Operands] = lambda: operands
         if any(x.is_neg() for xs in operands for x in xs or ()):
             raise RuntimeError("a tensor is a negative view of its memory: resolve_neg() makes it one of its own")
@@ -267,11 +277,7 @@ class ReferenceLaunch:
         *,
         written: bool,
     ) -> None:
-        exp_avgs = list(exp_avgs)
-        self._absent = exp_avgs[0].new_empty(0) if exp_avgs else torch.empty(0, device="cpu")
-        maxima = None if max_exp_avg_sqs is None else _filled(max_exp_avg_sqs, self._absent)
-        low = None if low_precision_params is None else _filled(low_precision_params, self._absent)
-        operands = Operands(exp_avgs, _listed(params), _listed(exp_avg_sqs), maxima, low)
+        operands, self._absent = _operands(exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs, low_precision_params)
         self._operands: Callable[[], Operands] = lambda: operands
         self._written = written
         if written and (operands.params is None or operands.exp_avg_sqs is None):

@@ -25,6 +25,7 @@ from .counts import StepCounts
 from .grouping import Member
 from .launch import Operands
 from .ops import addresses_of, expected_objects, listed_objects, mark_written
+from .reference import start_of_update
 from .sharding import is_sharded, local, local_gradient
 from .watch import FrozenSums, Storages, as_real, as_real_gradient, is_wrapper, version
 
@@ -162,6 +163,9 @@ class States:
         rest = sorted(set(range(self._total)) - set(self.rows))
         self.frozen_sums = FrozenSums([leaves[t] for t in rest], launch, device, frozen_sums) if rest else None
         self._rest = torch.tensor(rest, dtype=torch.long, device=device) if rest else None
+        # [T, S] for the rows' sums to be put into, and the sums of frozen parameters that it was made of.
+        self._around: Tensor | None = None
+        self._around_of: Tensor | None = None
 
     # -------------------------------------------------------------------------------------------- the tensors, during a step
 
@@ -281,11 +285,13 @@ class States:
         """[T, S] of all parameters from [R, S] of the rows: of the others Σp² is known, all else is 0."""
         if self._rest is None or self.frozen_sums is None:
             return sums
-        whole = sums.new_zeros(self._total, sums.shape[1])
-        if self.index is not None and self.rows:
-            whole.index_copy_(0, self.index, sums)
-        whole[:, 3].index_copy_(0, self._rest, self.frozen_sums.current().to(sums.dtype))
-        return whole
+        frozen = self.frozen_sums.current()  # another tensor where a number of it has changed
+        around = self._around
+        if frozen is not self._around_of or around is None or (around.dtype, around.shape[1]) != (sums.dtype, sums.shape[1]):
+            around = sums.new_zeros(self._total, sums.shape[1])
+            around[:, 3].index_copy_(0, self._rest, frozen.to(sums.dtype))
+            self._around, self._around_of = around, frozen
+        return around if self.index is None else around.index_copy(0, self.index, sums)
 
     def of_rows(self, vectors: Tensor) -> Tensor:
         """[V, R] of the rows from [V, T] of all parameters."""
@@ -338,7 +344,7 @@ class States:
 
     def kept(self) -> list[Tensor]:
         """The tensors on the device that it keeps from step to step, besides parameters and states."""
-        own = [self._present.counts, self.index, self._rest, self._sums]
+        own = [self._present.counts, self.index, self._rest, self._sums, self._around]
         kept = [*self.counts.kept(), *(x for x in own if isinstance(x, Tensor))]
         return [*kept, *self.launch.kept(), *([] if self.frozen_sums is None else self.frozen_sums.kept())]
 
@@ -424,9 +430,7 @@ class States:
         seen = self._copies_seen or [-1] * len(versions)
         for p, master, now, then in zip(self.copies(), self._masters, versions, seen, strict=True):
             if now != then:
-                rounded = master.to(p.dtype)
-                same = (rounded == p) | (rounded.isnan() & p.isnan())
-                master.copy_(torch.where(same, master, p.to(master.dtype)))
+                master.copy_(start_of_update(master, p))
         if versions != seen:
             self._copies_seen, self._seen = versions, self._version()
 
@@ -463,7 +467,7 @@ def _complete(
     """Gives a parameter the entries of its state that are missing, and notes in ``added`` which (None: the state itself)."""
     if p not in state:
         added.append((p, None))
-    own = state[p] if p in state else state.setdefault(p, {})
+    own = state.setdefault(p, {})
     dtype = _COMPLEX.get(state_dtype, p.dtype) if p.is_complex() and state_dtype is not None else state_dtype
     for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if with_maximum else 2]:
         if name not in own:
