@@ -1,6 +1,6 @@
 # Every target first sets up what it needs in .venv; that is skipped while nothing it depends on has changed.
 #   make demo    train a small vision transformer with AdamW and with MetaAdamW (ARGS="--task etth1 --data DIR")
-#   make test    all tests (ARGS="tests/test_ops.py -k bf16")
+#   make test    all tests, a file at a time on each of two processes (ARGS="tests/test_ops.py -k bf16", JOBS=8)
 #   make bench   the measured tables (RESULTS=bench/results/MACHINE: where they go)
 #   make cuda-on-cpu   the CUDA kernels on the CPU: sanitizers, broken kernels, lines that no test reaches (ARGS="--cases 5000")
 #   make gpu-check   build, tests, sanitizer and tables on a machine with a GPU, with the torch that is there: no $(VENV), no network
@@ -11,6 +11,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 RESULTS ?= bench/results/local
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh)
@@ -21,7 +22,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/.ready
 	mkdir -p $(RESULTS)

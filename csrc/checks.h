@@ -287,6 +287,9 @@ inline std::vector<int64_t> make_table(const Lists& lists, int64_t chunk_size) {
     shapes.insert(shapes.end(), grad.strides().begin(), grad.strides().end());
     shape_begin.push_back(shapes.size());
   }
+  for (Row& row : rows) {  // one update kernel less to compile: beside masters, only rows of 16 bits throughout would be wider
+    row.vector = header.masters ? std::min<uint8_t>(row.vector, 4) : row.vector;
+  }
   check_distinct(extents);
   header.chunks = first_chunk.back();
   header.layouts = layouts.size();

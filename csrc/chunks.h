@@ -24,7 +24,7 @@ METAADAMW_INLINE int64_t chunks_of(int64_t numel, int64_t chunk_size) {
 
 // A shape after dropping and merging dimensions, outermost first. All operands of one tensor are walked in this order.
 struct Shape {
-  int dims = 0;
+  int dims;
   int64_t size[kMaxDims];
 };
 

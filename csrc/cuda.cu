@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, counts ? kMeasureBlocksWithCounts : 
 // ------------------------------------------------------------------------------------------------------------ adamw_update_
 
 // Also returns the thread's sums of p and v as they were stored, and before them, if `found`, those of g and m as they were: all in
-// the order in which sum_chunk adds them up. With `master` the row has a low-precision parameter.
+// the order in which sum_chunk adds them up. With `master` the row may have a low-precision parameter.
 template <int V, bool found, bool stochastic, bool amsgrad, bool master, typename T>
 __device__ __forceinline__ void update_chunk(const Table& table, const Work& work, const Scalars<T>& scalars,
                                              const uint32_t (&keys)[kComputed], double (&totals)[found ? kUpdateSums : 2]) {
@@ -188,17 +188,20 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
   constexpr int kMoved = kUsed + master;  // behind those that are used, the low-precision parameter
   const auto operand_of = [](int i) constexpr { return i < kUsed ? i : static_cast<int>(kLowPrecision); };
   const Row& row = work.row;
+  const auto has = [&](int i) { return i < kUsed || row.data[kLowPrecision] != nullptr; };
   T sums[kSums] = {};
   for_each_group<V, found && kLoadsAhead>(
-      threadIdx.x, work.chunk.count, has_whole_groups(row, (1 << kUsed) - 1 | master << kLowPrecision),
+      threadIdx.x, work.chunk.count, has_whole_groups(row, (1 << kUsed) - 1 | (master && has(kUsed)) << kLowPrecision),
       [&](int first) {
         forget_registers();
-        Groups<kMoved> groups;
+        Groups<kMoved> groups{};
         if constexpr (V > 1) {
 #pragma unroll
           for (int i = 0; i < kMoved; ++i) {
-            const int size = itemsize(row.type[operand_of(i)]);
-            groups.bits[i] = load_group<V>(work.base[operand_of(i)] + first * size, size);
+            if (has(i)) {
+              const int size = itemsize(row.type[operand_of(i)]);
+              groups.bits[i] = load_group<V>(work.base[operand_of(i)] + first * size, size);
+            }
           }
         }
         return groups;
@@ -221,7 +224,8 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
               unpack<V>(bits[kUsed], type, part, low);
 #pragma unroll
               for (int k = 0; k < kPart; ++k) {
-                x[kParam][k] = start_of_update(x[kParam][k], rounded_to_half(type, x[kParam][k]), low[k]);
+                const float start = start_of_update(x[kParam][k], rounded_to_half(type, x[kParam][k]), low[k]);
+                x[kParam][k] = has(kUsed) ? start : x[kParam][k];
               }
             }
 #pragma unroll
@@ -258,8 +262,10 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
           }
 #pragma unroll
           for (int i = kGrad + 1; i < kMoved; ++i) {
-            const int size = itemsize(row.type[operand_of(i)]);
-            store_group<V>(work.base[operand_of(i)] + first * size, size, bits[i]);
+            if (has(i)) {
+              const int size = itemsize(row.type[operand_of(i)]);
+              store_group<V>(work.base[operand_of(i)] + first * size, size, bits[i]);
+            }
           }
         }
       },
@@ -276,11 +282,11 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
             address[i] = work.address(table, i, index);
             x[i] = load_element<T>(address[i], row.type[i]);
           }
-          if constexpr (master) {
+          if (master && has(kUsed)) {
             const ElementType type = row.type[kLowPrecision];
-            address[kUsed] = work.address(table, kLowPrecision, index);
+            address[kMoved - 1] = work.address(table, kLowPrecision, index);
             const T rounded = rounded_to_half(type, static_cast<float>(x[kParam]));
-            x[kParam] = start_of_update(x[kParam], rounded, load_element<T>(address[kUsed], type));
+            x[kParam] = start_of_update(x[kParam], rounded, load_element<T>(address[kMoved - 1], type));
           }
           if constexpr (found) {
             accumulate_found<T>(of_part, x[kGrad], x[kMomentum]);
@@ -296,8 +302,8 @@ __device__ __forceinline__ void update_chunk(const Table& table, const Work& wor
             }
             x[i] = store_element<T>(address[i], row.type[i], x[i]);
           }
-          if constexpr (master) {
-            store_element<T>(address[kUsed], row.type[kLowPrecision], x[kParam]);
+          if (master && has(kUsed)) {
+            store_element<T>(address[kMoved - 1], row.type[kLowPrecision], x[kParam]);
           }
           accumulate_left<T>(of_part, x[kParam], x[kSecondMoment]);
         }
@@ -357,19 +363,11 @@ __device__ __forceinline__ void update_chunk_of_block(const Table& table, const 
     return;
   }
   double totals[found ? kUpdateSums : 2];
-  if (masters && work.row.data[kLowPrecision] != nullptr) {  // next to a float32 master, so never in groups of 8
-    if constexpr (masters) {
-      if (work.row.is_double) {
-        update_chunk<1, found, stochastic, true>(table, work, numbers.in_float64, numbers.keys, totals);
-      } else {
-        update_chunk<4, found, stochastic, true>(table, work, numbers.in_float32, numbers.keys, totals);
-      }
-    }
-  } else if (work.row.is_double) {
-    update_chunk<1, found, stochastic, false>(table, work, numbers.in_float64, numbers.keys, totals);
-  } else if (work.row.vector == 4) {
-    update_chunk<4, found, stochastic, false>(table, work, numbers.in_float32, numbers.keys, totals);
-  } else {
+  if (work.row.is_double) {
+    update_chunk<1, found, stochastic, masters>(table, work, numbers.in_float64, numbers.keys, totals);
+  } else if (masters || work.row.vector == 4) {
+    update_chunk<4, found, stochastic, masters>(table, work, numbers.in_float32, numbers.keys, totals);
+  } else if constexpr (!masters) {
     update_chunk<8, found, stochastic, false>(table, work, numbers.in_float32, numbers.keys, totals);
   }
   if (new_sums.data != nullptr) {
@@ -384,7 +382,8 @@ __global__ void __launch_bounds__(kThreads, found ? kUpdateBlocksWithFoundSums :
   update_chunk_of_block<found, stochastic, false>(table, update, new_sums);
 }
 
-// Where some row has a low-precision parameter. A kernel of its own, so that the other keeps its registers.
+// Where some row has a low-precision parameter: then no row is taken in groups of 8, since a master is of float32. A kernel of its
+// own, so that the other keeps its registers.
 template <bool found, bool stochastic>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocksWithMasters)
     adamw_update_masters_kernel(const Table table, const Update update, const NewSums new_sums) {

@@ -32,7 +32,8 @@ struct Row {
   ElementType type[kOperands];  // of an absent gradient: the one expected
   uint8_t dense;                // bit i: the elements of operand i lie one after another in the order in which the row is walked
   bool is_double;               // float64 tensors are computed in float64, all others in float32
-  uint8_t vector;               // consecutive elements that a GPU thread takes: 16 bytes of the widest operand; 1 if is_double
+  uint8_t vector;  // consecutive elements that a GPU thread takes: 16 bytes of the widest operand, beside masters at most 4; 1 if
+                   // is_double
 
   METAADAMW_INLINE bool is_dense(int operand) const { return dense >> operand & 1; }
   // The update leaves such a row alone. (A tensor without elements has no address either, and is not meant.)

@@ -1,0 +1,22 @@
+"""The files that take longest come first, so that no worker of pytest-xdist is left alone with one at the end."""
+
+from pathlib import Path
+
+LONGEST_FIRST = (
+    "test_cuda_build.py",
+    "test_triton_interpreter.py",
+    "test_cuda_emulated.py",
+    "test_triton_compile.py",
+    "test_gpu_check.py",
+    "test_killed.py",
+    "test_sharding.py",
+    "test_resharding.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = Path(item.path).name
+        return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=place)
