@@ -103,7 +103,7 @@ def disassembled(cubin: Path) -> str:
 
 
 def kernel_names(mangled: list[str]) -> list[str]:
-    """``tensor_stats_kernel<false>`` for each mangled name."""
+    """``measure_kernel<metaadamw::AdamW, false>`` for each mangled name."""
     text = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
     names = []
     for line in text.splitlines():

@@ -40,9 +40,9 @@ class Case(NamedTuple):
         return sum(self.loads) + sum(self.stores)
 
 
-STATS = "tensor_stats_kernel<false>"
+STATS = "measure_kernel<metaadamw::AdamW, false>"
 UPDATE, STOCHASTIC, FOUND, BOTH = (
-    f"adamw_update_kernel<{found}, {stochastic}>" for found in ("false", "true") for stochastic in ("false", "true")
+    f"update_kernel<metaadamw::AdamW, {found}, {stochastic}>" for found in ("false", "true") for stochastic in ("false", "true")
 )
 TYPES = {"fp32": ("float32", 4, 4), "bf16, fp32 states": ("mixed", 2, 4), "bf16": ("16 bits", 2, 2)}
 

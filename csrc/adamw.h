@@ -1,63 +1,26 @@
-// The modulated AdamW update of one element, and the per-tensor numbers it needs.
+// AdamW's rule: the modulated update of one element, the numbers per tensor that it needs, and the sums that describe a tensor.
 //
-// This is the only place in C++ and CUDA where the formula stands. It knows no torch types, so the same lines are compiled by
-// the host compiler and by nvcc; with contraction of a*b+c off (-ffp-contract=off, -fmad=false) and IEEE division and square
-// root, both give the same bits.
+// A rule is what the engines (engine_cpu.h, engine_cuda.cuh) must know of an optimizer. They know operands, vectors and sums by
+// number alone. This is the only place in C++ and CUDA where the formula stands. It knows no torch types, so the same lines are
+// compiled by the host compiler and by nvcc; with contraction of a*b+c off (-ffp-contract=off, -fmad=false) and IEEE division and
+// square root, both give the same bits.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
 #include <type_traits>
 
-#ifdef __CUDACC__
-#define METAADAMW_INLINE __host__ __device__ __forceinline__
-#else
-// Forced, so that each instruction-set clone of a loop (cpu.cpp) compiles its own copy of what is inside it.
-#define METAADAMW_INLINE inline __attribute__((always_inline))
-#endif
+#include "table.h"
 
 namespace metaadamw {
 
-// The numbers of an update: float64 [kVectors, T], a row each. Bias corrections take powers, a root and quotients in float64, which
-// cost more than the arithmetic of a hundred elements; so they are made once per tensor, not by each block or thread.
-enum Vector {
-  kStepSize,     // lr * lr_scale / (1 - beta1^k)
-  kDecayFactor,  // d: what the parameter is multiplied with
-  kStep,         // k >= 1, this step included; 0: the tensor is left alone
-  kBeta1,
-  kBeta2,
-  kInverseSqrtCorrection2,  // 1 / sqrt(1 - beta2^k)
-  kEps,
-  kGradScale,  // the gradient is multiplied with it: clipping, unscaling, or -1 to maximize
-  kVectors
-};
-
-// The vectors of one update, and how it rounds what it stores (rounding.h).
+// The vectors of one update, float64 [R::kVectors, T], a row each, and how it rounds what it stores (rounding.h).
 struct Update {
   const double* vectors;
   int64_t tensors;
   bool stochastic;
   int64_t rounding_seed;
 
-  METAADAMW_INLINE double at(Vector vector, int64_t t) const { return vectors[vector * tensors + t]; }
-  // Whether tensor t is to be left alone. Its step count says so, because a device then decides what the host does not wait to
-  // know.
-  METAADAMW_INLINE bool skips(int64_t t) const { return at(kStep, t) == 0.0; }
-};
-
-// The vectors of one tensor, rounded once to the type of the arithmetic. Everything that does not change inside a tensor is here,
-// so that the loop over elements has one division and one square root.
-template <typename T>
-struct Scalars {
-  T grad_scale;
-  T momentum_weight;
-  T beta2;
-  T beta2_complement;
-  T step_size;
-  T decay_factor;
-  T inverse_sqrt_bias_correction2;
-  T eps;
-  bool lerp_from_grad;
+  METAADAMW_INLINE double at(int vector, int64_t t) const { return vectors[vector * tensors + t]; }
 };
 
 // base^exponent by repeated squaring. std::pow may differ in its last bit between a CPU's and a GPU's library; this cannot.
@@ -107,37 +70,6 @@ struct Hyperparameters {
   double grad_scale;
 };
 
-METAADAMW_INLINE void write_vectors(double* vectors, int64_t tensors, int64_t t, const Hyperparameters& h,
-                                    const BiasCorrections& corrections) {
-  double* const of_tensor = vectors + t;
-  of_tensor[kStepSize * tensors] = h.step_size / corrections.first;
-  of_tensor[kDecayFactor * tensors] = h.decay_factor;
-  of_tensor[kStep * tensors] = h.step;
-  of_tensor[kBeta1 * tensors] = h.beta1;
-  of_tensor[kBeta2 * tensors] = h.beta2;
-  of_tensor[kInverseSqrtCorrection2 * tensors] = corrections.inverse_sqrt_second;
-  of_tensor[kEps * tensors] = h.eps;
-  of_tensor[kGradScale * tensors] = h.grad_scale;
-}
-
-template <typename T>
-METAADAMW_INLINE Scalars<T> scalars_of(const Update& update, int64_t t) {
-  Scalars<T> s;
-  s.grad_scale = static_cast<T>(update.at(kGradScale, t));
-  // beta1*m + (1-beta1)*g as an interpolation from the heavier end: rounding beta1 itself to float32 would bias the momentum
-  // by 2.4e-7, and from the heavier end beta1 = 0 gives exactly g.
-  const double beta1 = update.at(kBeta1, t), beta2 = update.at(kBeta2, t);
-  s.lerp_from_grad = beta1 < 0.5;
-  s.momentum_weight = static_cast<T>(s.lerp_from_grad ? beta1 : 1.0 - beta1);
-  s.beta2 = static_cast<T>(beta2);
-  s.beta2_complement = static_cast<T>(1.0 - beta2);  // in float64: 1 - float32(0.999) is off by 1e-5
-  s.step_size = static_cast<T>(update.at(kStepSize, t));
-  s.decay_factor = static_cast<T>(update.at(kDecayFactor, t));
-  s.inverse_sqrt_bias_correction2 = static_cast<T>(update.at(kInverseSqrtCorrection2, t));
-  s.eps = static_cast<T>(update.at(kEps, t));
-  return s;
-}
-
 // The larger of two, and NaN if either is, as torch.maximum.
 template <typename V>
 METAADAMW_INLINE V nan_maximum(V a, V b) {
@@ -164,21 +96,148 @@ METAADAMW_INLINE V square_root(V x) {
   }
 }
 
-// m <- beta1*m + (1-beta1)*g;  v <- beta2*v + (1-beta2)*g^2;  p <- d*p - step_size*m_hat / (sqrt(v_hat) + eps)
-// With amsgrad the running maximum of v replaces v in v_hat. V is T, or on the CPU a vector of it.
-template <bool amsgrad, typename T, typename V>
-METAADAMW_INLINE void adamw_element(const Scalars<T>& s, V grad, V& param, V& exp_avg, V& exp_avg_sq, V& max_exp_avg_sq) {
-  const V g = grad * s.grad_scale;
-  const V from = s.lerp_from_grad ? g : exp_avg;
-  const V to = s.lerp_from_grad ? exp_avg : g;
-  exp_avg = from + s.momentum_weight * (to - from);
-  exp_avg_sq = s.beta2 * exp_avg_sq + s.beta2_complement * g * g;
-  V v = exp_avg_sq;
-  if constexpr (amsgrad) {
-    v = max_exp_avg_sq = nan_maximum(max_exp_avg_sq, v);
+struct AdamW {
+  // In the order of tables and of the dice of stochastic rounding. Of all operands a row may lack the last alone.
+  enum Operand { kMomentum = kGrad + 1, kParam, kSecondMoment, kMaximum, kOperands };
+  static constexpr const char* kLists[] = {"grads", "exp_avgs", "params", "exp_avg_sqs", "max_exp_avg_sqs"};
+  static constexpr bool kLastIsOptional = true;
+  // Bit i: operand i. A running maximum would be the maximum of the roundings, and grow.
+  static constexpr int kRoundedStochastically = 1 << kMomentum | 1 << kParam | 1 << kSecondMoment;
+
+  // Bias corrections take powers, a root and quotients in float64, which cost more than the arithmetic of a hundred elements; so
+  // they are made once per tensor, not by each block or thread.
+  enum Vector {
+    kStepSize,     // lr * lr_scale / (1 - beta1^k)
+    kDecayFactor,  // d: what the parameter is multiplied with
+    kStep,         // k >= 1, this step included; 0: the tensor is left alone
+    kBeta1,
+    kBeta2,
+    kInverseSqrtCorrection2,  // 1 / sqrt(1 - beta2^k)
+    kEps,
+    kGradScale,  // the gradient is multiplied with it: clipping, unscaling, or -1 to maximize
+    kVectors
+  };
+
+  // The vectors of one tensor, rounded once to the type of the arithmetic. Everything that does not change inside a tensor is here,
+  // so that the loop over elements has one division and one square root.
+  template <typename T>
+  struct Scalars {
+    T grad_scale;
+    T momentum_weight;
+    T beta2;
+    T beta2_complement;
+    T step_size;
+    T decay_factor;
+    T inverse_sqrt_bias_correction2;
+    T eps;
+    bool lerp_from_grad;
+  };
+
+  static METAADAMW_INLINE void write_vectors(double* vectors, int64_t tensors, int64_t t, const Hyperparameters& h,
+                                             const BiasCorrections& corrections) {
+    double* const of_tensor = vectors + t;
+    of_tensor[kStepSize * tensors] = h.step_size / corrections.first;
+    of_tensor[kDecayFactor * tensors] = h.decay_factor;
+    of_tensor[kStep * tensors] = h.step;
+    of_tensor[kBeta1 * tensors] = h.beta1;
+    of_tensor[kBeta2 * tensors] = h.beta2;
+    of_tensor[kInverseSqrtCorrection2 * tensors] = corrections.inverse_sqrt_second;
+    of_tensor[kEps * tensors] = h.eps;
+    of_tensor[kGradScale * tensors] = h.grad_scale;
   }
-  const V denominator = square_root(v) * s.inverse_sqrt_bias_correction2 + s.eps;
-  param = s.decay_factor * param - s.step_size * exp_avg / denominator;
-}
+
+  template <typename T>
+  static METAADAMW_INLINE Scalars<T> scalars(const Update& update, int64_t t) {
+    Scalars<T> s;
+    s.grad_scale = static_cast<T>(update.at(kGradScale, t));
+    // beta1*m + (1-beta1)*g as an interpolation from the heavier end: rounding beta1 itself to float32 would bias the momentum
+    // by 2.4e-7, and from the heavier end beta1 = 0 gives exactly g.
+    const double beta1 = update.at(kBeta1, t), beta2 = update.at(kBeta2, t);
+    s.lerp_from_grad = beta1 < 0.5;
+    s.momentum_weight = static_cast<T>(s.lerp_from_grad ? beta1 : 1.0 - beta1);
+    s.beta2 = static_cast<T>(beta2);
+    s.beta2_complement = static_cast<T>(1.0 - beta2);  // in float64: 1 - float32(0.999) is off by 1e-5
+    s.step_size = static_cast<T>(update.at(kStepSize, t));
+    s.decay_factor = static_cast<T>(update.at(kDecayFactor, t));
+    s.inverse_sqrt_bias_correction2 = static_cast<T>(update.at(kInverseSqrtCorrection2, t));
+    s.eps = static_cast<T>(update.at(kEps, t));
+    return s;
+  }
+
+  // m <- beta1*m + (1-beta1)*g;  v <- beta2*v + (1-beta2)*g^2. V is T, or on the CPU a vector of it.
+  template <typename T, typename V>
+  static METAADAMW_INLINE void moments(const Scalars<T>& s, V grad, V& exp_avg, V& exp_avg_sq) {
+    const V g = grad * s.grad_scale;
+    const V from = s.lerp_from_grad ? g : exp_avg;
+    const V to = s.lerp_from_grad ? exp_avg : g;
+    exp_avg = from + s.momentum_weight * (to - from);
+    exp_avg_sq = s.beta2 * exp_avg_sq + s.beta2_complement * g * g;
+  }
+
+  // p <- d*p - step_size*m_hat / (sqrt(v_hat) + eps)
+  template <typename T, typename V>
+  static METAADAMW_INLINE V moved(const Scalars<T>& s, V param, V exp_avg, V v) {
+    const V denominator = square_root(v) * s.inverse_sqrt_bias_correction2 + s.eps;
+    return s.decay_factor * param - s.step_size * exp_avg / denominator;
+  }
+
+  // With amsgrad, where the row has its last operand, the running maximum of v replaces v in v_hat.
+  template <bool amsgrad, typename T, typename V>
+  static METAADAMW_INLINE void update(const Scalars<T>& s, V (&x)[kOperands]) {
+    moments(s, x[kGrad], x[kMomentum], x[kSecondMoment]);
+    V v = x[kSecondMoment];
+    if constexpr (amsgrad) {
+      v = x[kMaximum] = nan_maximum(x[kMaximum], v);
+    }
+    x[kParam] = moved(s, x[kParam], x[kMomentum], v);
+  }
+
+  // The sums that describe one tensor, in the order of the columns of `optimizer.statistics`. The update makes those before
+  // kUpdateSums: of what it finds in g and m, and from kFirstLeft on of what it leaves in p and v. The latter are carried over to
+  // the next statistics, which then do not read p and v.
+  enum Sum {
+    kGradSquared,
+    kGradMomentum,
+    kMomentumSquared,
+    kParamSquared,
+    kSecondMomentSquared,
+    kGradNonzero,
+    kMomentumNonzero,
+    kSums
+  };
+  static constexpr int kFirstLeft = kParamSquared;
+  static constexpr int kUpdateSums = kGradNonzero;
+  static constexpr int kFirstCount = kGradNonzero;
+  // The operands that a sum reads; bit i: operand i.
+  static METAADAMW_INLINE constexpr int reads(int sum) {
+    return sum == kGradSquared || sum == kGradNonzero           ? 1 << kGrad
+           : sum == kGradMomentum                               ? 1 << kGrad | 1 << kMomentum
+           : sum == kMomentumSquared || sum == kMomentumNonzero ? 1 << kMomentum
+           : sum == kParamSquared                               ? 1 << kParam
+                                                                : 1 << kSecondMoment;
+  }
+
+  template <typename V>
+  static METAADAMW_INLINE void accumulate_found(V (&sums)[kSums], const V (&x)[kOperands]) {
+    sums[kGradSquared] += x[kGrad] * x[kGrad];
+    sums[kGradMomentum] += x[kGrad] * x[kMomentum];
+    sums[kMomentumSquared] += x[kMomentum] * x[kMomentum];
+  }
+
+  template <typename V>
+  static METAADAMW_INLINE void accumulate_left(V (&sums)[kSums], const V (&x)[kOperands]) {
+    sums[kParamSquared] += x[kParam] * x[kParam];
+    sums[kSecondMomentSquared] += x[kSecondMoment] * x[kSecondMoment];
+  }
+
+  // The sums from kFirstCount on: only the `enhanced` features want them.
+  template <typename V>
+  static METAADAMW_INLINE void accumulate_counts(V (&sums)[kSums], const V (&x)[kOperands]) {
+    const V zero = V{};
+    const V one = zero + 1;
+    sums[kGradNonzero] += x[kGrad] != zero ? one : zero;
+    sums[kMomentumNonzero] += x[kMomentum] != zero ? one : zero;
+  }
+};
 
 }  // namespace metaadamw

@@ -11,8 +11,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "rules.h"
 #include "sums.h"
-#include "table.h"
 
 // As STD_TORCH_CHECK, a RuntimeError in Python; but its message is what we say, without the name and line of the source file.
 #define METAADAMW_CHECK(condition, ...)                                                \
@@ -40,20 +40,20 @@ std::string concatenate(const Args&... args) {
 
 using List = std::optional<std::vector<Tensor>>;
 
-// The lists of one call. Those that are not given are empty optionals; grads and exp_avgs always are.
+// The lists of one call, by operand. Those that are not given are empty optionals; gradients and what stands next always are given.
+template <class R>
 struct Lists {
-  std::array<List, kOperands> tensors;  // by operand
-  bool written;                         // all but the gradients will be
+  static constexpr int kLowPrecision = R::kOperands;
+  std::array<List, kOperandsOf<R>> tensors;
+  bool written;  // all but the gradients will be
 
-  static const char* name(int operand) {
-    constexpr const char* kNames[kOperands] = {"grads",       "exp_avgs",        "params",
-                                               "exp_avg_sqs", "max_exp_avg_sqs", "low_precision_params"};
-    return kNames[operand];
-  }
+  static const char* name(int operand) { return operand == kLowPrecision ? "low_precision_params" : R::kLists[operand]; }
   // The list whose shapes rule and whose memory is walked in order: the parameters, if they are given.
-  int leader() const { return tensors[kParam] ? kParam : kMomentum; }
+  int leader() const { return tensors[R::kParam] ? static_cast<int>(R::kParam) : kGrad + 1; }
   // Lists in which a tensor without elements says that this row has no such operand.
-  static bool may_be_absent(int operand) { return operand == kGrad || operand == kMaximum || operand == kLowPrecision; }
+  static bool may_be_absent(int operand) {
+    return operand == kGrad || operand == kLowPrecision || (R::kLastIsOptional && operand == R::kOperands - 1);
+  }
 };
 
 // Of the device that the tensor is on: -1 for the CPU, the number of a GPU, -2 for anything else.
@@ -82,24 +82,24 @@ inline std::string shape_name(const Tensor& x) {
   return name.empty() ? "[]" : name + "]";
 }
 
-inline void check_tensor(const Tensor& x, int operand, size_t index, const Lists& lists, int64_t device) {
-  const char* list = Lists::name(operand);
+template <class R>
+void check_tensor(const Tensor& x, int operand, size_t index, const Lists<R>& lists, int64_t device) {
+  const char* list = lists.name(operand);
   METAADAMW_CHECK(x.layout() == torch::headeronly::Layout::Strided, list, "[", index,
                   "] is sparse: only dense tensors are supported");
   METAADAMW_CHECK(device_of(x) == device, list, "[", index, "] is on ", device_name(device_of(x)), ", another device than ",
-                  Lists::name(lists.leader()), "[0] on ", device_name(device));
+                  lists.name(lists.leader()), "[0] on ", device_name(device));
   METAADAMW_CHECK(is_supported(x.scalar_type()), list, "[", index, "] has dtype ", torch::headeronly::toString(x.scalar_type()),
                   ": only float32, float64, bfloat16, float16 are supported");
 }
 
 // A parameter of 16 bits, and its master in place of the parameter.
-inline void check_low_precision(const Tensor& low, const Tensor& master, size_t index) {
+inline void check_low_precision(const Tensor& low, const Tensor& master, size_t index, const char* list, const char* of_masters) {
   const ScalarType dtype = low.scalar_type(), of_master = master.scalar_type();
-  METAADAMW_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, Lists::name(kLowPrecision), "[", index,
-                  "] has dtype ", torch::headeronly::toString(dtype), ": only bfloat16, float16 have a master");
-  METAADAMW_CHECK(of_master == ScalarType::Float, Lists::name(kParam), "[", index, "] has dtype ",
-                  torch::headeronly::toString(of_master), ": the master of ", Lists::name(kLowPrecision), "[", index,
-                  "] must be float32");
+  METAADAMW_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, list, "[", index, "] has dtype ",
+                  torch::headeronly::toString(dtype), ": only bfloat16, float16 have a master");
+  METAADAMW_CHECK(of_master == ScalarType::Float, of_masters, "[", index, "] has dtype ", torch::headeronly::toString(of_master),
+                  ": the master of ", list, "[", index, "] must be float32");
 }
 
 // Sizes and strides of the dimensions with more than one element, the smallest stride first.
@@ -119,26 +119,26 @@ struct Extent {
   const char* begin;
   const char* end;
   bool full;  // it holds every byte in between
-  int operand;
+  const char* list;
   size_t index;
 };
 
 // The extent of x, after a check that no two of its elements share a place: each stride must lead beyond all that the smaller ones
 // reach. That refuses a few exotic tensors whose elements interleave without meeting.
-inline Extent written_extent(const Tensor& x, int operand, size_t index) {
+inline Extent written_extent(const Tensor& x, const char* list, size_t index) {
   int64_t reach = 1;  // elements from the first to the last, both included
   if (x.is_contiguous()) {
     reach = x.numel();
   } else {
     for (const auto& [stride, size] : strides_and_sizes(x)) {
       METAADAMW_CHECK(
-          stride >= reach, Lists::name(operand), "[", index,
+          stride >= reach, list, "[", index,
           "] is expanded or overlaps itself: several of its elements share one place in memory, so it cannot be updated");
       reach += (size - 1) * stride;
     }
   }
   const auto* begin = static_cast<const char*>(x.data_ptr());
-  return {begin, begin + reach * itemsize(element_type(x.scalar_type())), reach == x.numel(), operand, index};
+  return {begin, begin + reach * itemsize(element_type(x.scalar_type())), reach == x.numel(), list, index};
 }
 
 // Two tensors that certainly share memory would be updated by two threads at once. Strided ones that interleave are fine.
@@ -150,23 +150,22 @@ inline void check_distinct(std::vector<Extent>& extents) {
     const Extent* other = i > 0 && extents[i - 1].begin == x.begin ? &extents[i - 1]
                           : full != nullptr && x.begin < full->end ? full
                                                                    : nullptr;
-    METAADAMW_CHECK(other == nullptr, Lists::name(x.operand), "[", x.index, "] and ", Lists::name(other->operand), "[",
-                    other->index, "] share memory, so they cannot be updated");
+    METAADAMW_CHECK(other == nullptr, x.list, "[", x.index, "] and ", other->list, "[", other->index,
+                    "] share memory, so they cannot be updated");
     if (x.full && (full == nullptr || x.end > full->end)) {
       full = &x;
     }
   }
 }
 
-using RowTensors = std::array<const Tensor*, kOperands>;  // null where the row has no such operand
-
 // The dimensions of a row in the order of the leader's memory, without those of size 1, and merged where every operand allows it:
 // so tensors that are transposed or channels_last all alike are walked as one dense run. Sets row.dense. Returns the layout if some
 // operand needs it.
-inline std::optional<Layout> walk(Row& row, const RowTensors& tensors, const Tensor& leader) {
-  row.dense = (1 << kOperands) - 1;
+template <int N>
+std::optional<Layout<N>> walk(Row<N>& row, const Tensor* const (&tensors)[N], const Tensor& leader) {
+  row.dense = (1 << N) - 1;
   const auto is_plain = [](const Tensor* x) { return x == nullptr || x->is_contiguous(); };
-  if (row.numel == 0 || std::all_of(tensors.begin(), tensors.end(), is_plain)) {
+  if (row.numel == 0 || std::all_of(std::begin(tensors), std::end(tensors), is_plain)) {
     return {};
   }
   std::vector<int64_t> order;
@@ -176,22 +175,22 @@ inline std::optional<Layout> walk(Row& row, const RowTensors& tensors, const Ten
     }
   }
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return leader.stride(a) > leader.stride(b); });
-  Layout layout{};
+  Layout<N> layout{};
   Shape& shape = layout.shape;
   for (const int64_t d : order) {
     bool merges = shape.dims > 0;
-    for (int i = 0; i < kOperands && merges; ++i) {
+    for (int i = 0; i < N && merges; ++i) {
       merges = tensors[i] == nullptr || layout.stride[i][shape.dims - 1] == tensors[i]->stride(d) * leader.size(d);
     }
     METAADAMW_CHECK(merges || shape.dims < kMaxDims, "tensors with more than ", kMaxDims, " separate dimensions are not supported");
     shape.dims += merges ? 0 : 1;
     shape.size[shape.dims - 1] = merges ? shape.size[shape.dims - 1] * leader.size(d) : leader.size(d);
-    for (int i = 0; i < kOperands; ++i) {
+    for (int i = 0; i < N; ++i) {
       layout.stride[i][shape.dims - 1] = tensors[i] == nullptr ? 0 : tensors[i]->stride(d);
     }
   }
   bool all = true;
-  for (int i = 0; i < kOperands; ++i) {
+  for (int i = 0; i < N; ++i) {
     int64_t run = 1;
     bool dense = true;
     for (int d = shape.dims - 1; d >= 0; run *= shape.size[d--]) {
@@ -204,41 +203,44 @@ inline std::optional<Layout> walk(Row& row, const RowTensors& tensors, const Ten
 }
 
 // Fills row t of the table, checks its tensors, and adds those that will be written to `extents`.
-inline std::optional<Layout> make_row(const Lists& lists, size_t t, int64_t device, Row& row, std::vector<Extent>& extents) {
+template <class R>
+std::optional<Layout<kOperandsOf<R>>> make_row(const Lists<R>& lists, size_t t, int64_t device, Row<kOperandsOf<R>>& row,
+                                               std::vector<Extent>& extents) {
+  constexpr int kAll = kOperandsOf<R>;
   const Tensor& leader = (*lists.tensors[lists.leader()])[t];
   check_tensor(leader, lists.leader(), t, lists, device);
-  row = Row{};
+  row = {};
   row.numel = leader.numel();
-  RowTensors tensors{};
-  for (int i = 0; i < kOperands; ++i) {
+  const Tensor* tensors[kAll] = {};  // null where the row has no such operand
+  for (int i = 0; i < kAll; ++i) {
     if (!lists.tensors[i]) {
       continue;
     }
     const Tensor& x = (*lists.tensors[i])[t];
     check_tensor(x, i, t, lists, device);
     row.type[i] = element_type(x.scalar_type());
-    if (Lists::may_be_absent(i) && x.numel() == 0) {
+    if (lists.may_be_absent(i) && x.numel() == 0) {
       continue;
     }
-    METAADAMW_CHECK(std::equal(x.sizes().begin(), x.sizes().end(), leader.sizes().begin(), leader.sizes().end()), Lists::name(i),
-                    "[", t, "] and ", Lists::name(lists.leader()), "[", t, "] differ in shape: ", shape_name(x), ", ",
+    METAADAMW_CHECK(std::equal(x.sizes().begin(), x.sizes().end(), leader.sizes().begin(), leader.sizes().end()), lists.name(i),
+                    "[", t, "] and ", lists.name(lists.leader()), "[", t, "] differ in shape: ", shape_name(x), ", ",
                     shape_name(leader));
-    if (i == kLowPrecision) {
-      check_low_precision(x, leader, t);
+    if (i == lists.kLowPrecision) {
+      check_low_precision(x, leader, t, lists.name(i), lists.name(R::kParam));
     }
     if (lists.written && i != kGrad && row.numel != 0) {
-      extents.push_back(written_extent(x, i, t));
+      extents.push_back(written_extent(x, lists.name(i), t));
     }
     tensors[i] = &x;
     row.data[i] = static_cast<char*>(x.data_ptr());
-    METAADAMW_CHECK(row.data[i] != nullptr || row.numel == 0, Lists::name(i), "[", t, "] has no memory: its storage was freed");
+    METAADAMW_CHECK(row.data[i] != nullptr || row.numel == 0, lists.name(i), "[", t, "] has no memory: its storage was freed");
   }
   if (row.lacks_gradient()) {  // one that comes later will most likely be as autograd makes it
     row.type[kGrad] = row.type[lists.leader()];
     tensors[kGrad] = &leader;
   }
   int widest = 0;
-  for (int i = 0; i < kOperands; ++i) {
+  for (int i = 0; i < kAll; ++i) {
     widest = tensors[i] == nullptr ? widest : std::max(widest, itemsize(row.type[i]));
   }
   row.is_double = widest == 8;
@@ -247,36 +249,42 @@ inline std::optional<Layout> make_row(const Lists& lists, size_t t, int64_t devi
 }
 
 // The launch table of these lists, as int64 so that it is aligned. A chunk_size of 0 takes that of their device.
-inline std::vector<int64_t> make_table(const Lists& lists, int64_t chunk_size) {
+template <class R>
+std::vector<int64_t> make_table(const Lists<R>& lists, int64_t chunk_size) {
+  constexpr int kAll = kOperandsOf<R>;
   const int leader = lists.leader();
   const std::vector<Tensor>& leaders = *lists.tensors[leader];
-  for (int i = 0; i < kOperands; ++i) {
-    METAADAMW_CHECK(!lists.tensors[i] || lists.tensors[i]->size() == leaders.size(), Lists::name(i), " has ",
-                    lists.tensors[i] ? lists.tensors[i]->size() : 0, " tensors, ", Lists::name(leader), " has ", leaders.size());
+  for (int i = 0; i < kAll; ++i) {
+    METAADAMW_CHECK(!lists.tensors[i] || lists.tensors[i]->size() == leaders.size(), lists.name(i), " has ",
+                    lists.tensors[i] ? lists.tensors[i]->size() : 0, " tensors, ", lists.name(leader), " has ", leaders.size());
   }
-  METAADAMW_CHECK(!lists.written || (lists.tensors[kParam] && lists.tensors[kSecondMoment]),
-                  "the update needs params and exp_avg_sqs");
-  METAADAMW_CHECK(!lists.tensors[kLowPrecision] || lists.tensors[kParam],
+  std::string missing;
+  for (int i = 0; i < R::kOperands - R::kLastIsOptional; ++i) {
+    missing += lists.tensors[i] ? "" : concatenate(missing.empty() ? "" : " and ", lists.name(i));
+  }
+  METAADAMW_CHECK(!lists.written || missing.empty(), "the update needs ", missing);
+  METAADAMW_CHECK(!lists.tensors[lists.kLowPrecision] || lists.tensors[R::kParam],
                   "low_precision_params need params, which are their masters");
   Header header{};
+  header.rule = rule_number<R>;
   header.tensors = leaders.size();
   header.written = lists.written;
-  for (int i = 0; i < kOperands; ++i) {
+  for (int i = 0; i < kAll; ++i) {
     header.given |= lists.tensors[i].has_value() << i;
   }
   header.device = leaders.empty() ? -1 : device_of(leaders[0]);
-  METAADAMW_CHECK(header.device == -1 || (kHasCuda && header.device >= 0), Lists::name(leader), "[0] is on ",
+  METAADAMW_CHECK(header.device == -1 || (kHasCuda && header.device >= 0), lists.name(leader), "[0] is on ",
                   device_name(header.device), kHasCuda ? "" : ", and the extension was built for the CPU only");
   METAADAMW_CHECK(chunk_size >= 0 && chunk_size % kChunkOnGpu == 0 && chunk_size <= kChunkOnCpu, "a chunk has a multiple of ",
                   kChunkOnGpu, " elements, at most ", kChunkOnCpu, ", not ", chunk_size);
   header.chunk_size = chunk_size != 0 ? chunk_size : header.device == -1 ? kChunkOnCpu : kChunkOnGpu;
-  std::vector<Row> rows(leaders.size());
+  std::vector<Row<kAll>> rows(leaders.size());
   std::vector<int64_t> first_chunk{0}, shape_begin{0}, shapes;
-  std::vector<Layout> layouts;
+  std::vector<Layout<kAll>> layouts;
   std::vector<Extent> extents;
   for (size_t t = 0; t < leaders.size(); ++t) {
     const auto layout = make_row(lists, t, header.device, rows[t], extents);
-    header.masters |= rows[t].data[kLowPrecision] != nullptr;
+    header.masters |= rows[t].data[lists.kLowPrecision] != nullptr;
     rows[t].layout = layout ? static_cast<int64_t>(layouts.size()) : -1;
     if (layout) {
       layouts.push_back(*layout);
@@ -287,17 +295,18 @@ inline std::vector<int64_t> make_table(const Lists& lists, int64_t chunk_size) {
     shapes.insert(shapes.end(), grad.strides().begin(), grad.strides().end());
     shape_begin.push_back(shapes.size());
   }
-  for (Row& row : rows) {  // one update kernel less to compile: beside masters, only rows of 16 bits throughout would be wider
+  for (Row<kAll>& row :
+       rows) {  // one update kernel less to compile: beside masters, only rows of 16 bits throughout would be wider
     row.vector = header.masters ? std::min<uint8_t>(row.vector, 4) : row.vector;
   }
   check_distinct(extents);
   header.chunks = first_chunk.back();
   header.layouts = layouts.size();
-  header.row_bytes = Table::row_bytes(header);
-  header.copied_bytes = Table::copied_bytes(header);
-  header.device_bytes = header.copied_bytes + header.chunks * kPartialBytes;
+  header.row_bytes = Table<kAll>::row_bytes(header);
+  header.copied_bytes = Table<kAll>::copied_bytes(header);
+  header.device_bytes = header.copied_bytes + header.chunks * R::kSums * sizeof(double);
   std::vector<int64_t> memory(header.copied_bytes / 8 + shape_begin.size() + shapes.size(), 0);
-  const Table table(header, reinterpret_cast<char*>(memory.data()));
+  const Table<kAll> table(header, reinterpret_cast<char*>(memory.data()));
   *reinterpret_cast<Header*>(memory.data()) = header;
   std::copy(rows.begin(), rows.end(), table.rows);
   std::copy(first_chunk.begin(), first_chunk.end(), table.first_chunk);
@@ -310,38 +319,50 @@ inline std::vector<int64_t> make_table(const Lists& lists, int64_t chunk_size) {
   return memory;
 }
 
-// Of what tensor_stats is asked for. Returns the sums Σp², Σv² [T, 2] that need not be read, null if they are not given.
-inline const double* check_columns(const Header& header, bool params, bool exp_avg_sqs, const std::optional<Tensor>& carried,
-                                   ScalarType dtype) {
-  METAADAMW_CHECK((!params || header.has(kParam)) && (!exp_avg_sqs || header.has(kSecondMoment)),
-                  "the launch was made without the lists of these columns");
+// Checks what `measure` is asked for. Returns the carried sums, [T, kCarriedSums], which it need not read, null if none are given.
+template <class R>
+const double* check_measured(const Header& header, int64_t mask, const std::optional<Tensor>& carried, ScalarType dtype) {
+  METAADAMW_CHECK(mask >= 0 && mask < 1 << R::kSums, "there are no more than ", R::kSums, " sums");
+  for (int s = 0; s < R::kSums; ++s) {
+    METAADAMW_CHECK(!(mask >> s & 1) || !(R::reads(s) & ~header.given), "the launch was made without the lists of these columns");
+  }
   METAADAMW_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "the statistics are float32 or float64, not ",
                   torch::headeronly::toString(dtype));
-  METAADAMW_CHECK(!carried || (!params && !exp_avg_sqs && carried->scalar_type() == ScalarType::Double && carried->dim() == 2 &&
-                               carried->size(0) == header.tensors && carried->size(1) == kCarriedSums && carried->is_contiguous() &&
-                               device_of(*carried) == header.device),
-                  "carried must be a contiguous float64 tensor of shape [", header.tensors,
-                  ", 2] on the device of the tensors, instead of params and exp_avg_sqs");
+  METAADAMW_CHECK(!carried || (!(mask & kCarriedMask<R>) && carried->scalar_type() == ScalarType::Double && carried->dim() == 2 &&
+                               carried->size(0) == header.tensors && carried->size(1) == kCarriedSums<R> &&
+                               carried->is_contiguous() && device_of(*carried) == header.device),
+                  "carried must be a contiguous float64 tensor of shape [", header.tensors, ", ", kCarriedSums<R>,
+                  "] on the device of the tensors, instead of the sums that it holds");
   return carried ? static_cast<const double*>(carried->data_ptr()) : nullptr;
 }
 
+// The sums that tensor_stats returns, as a mask.
+inline int statistics_mask(bool params, bool exp_avg_sqs, bool count_nonzero) {
+  return 1 << AdamW::kGradSquared | 1 << AdamW::kGradMomentum | 1 << AdamW::kMomentumSquared | params << AdamW::kParamSquared |
+         exp_avg_sqs << AdamW::kSecondMomentSquared | count_nonzero << AdamW::kGradNonzero |
+         count_nonzero << AdamW::kMomentumNonzero;
+}
+
 // The vectors of an update, float64 [kVectors, T]. Also checks that the table may be used for one.
-inline Update checked_update(const Tensor& vectors, const std::optional<int64_t>& rounding_seed, const Header& header) {
+template <class R>
+Update checked_update(const Tensor& vectors, const std::optional<int64_t>& rounding_seed, const Header& header) {
   METAADAMW_CHECK(header.written, "the launch was not made for updates: written=False");
-  METAADAMW_CHECK(vectors.scalar_type() == ScalarType::Double && vectors.dim() == 2 && vectors.size(0) == kVectors &&
+  METAADAMW_CHECK(vectors.scalar_type() == ScalarType::Double && vectors.dim() == 2 && vectors.size(0) == R::kVectors &&
                       vectors.size(1) == header.tensors && vectors.is_contiguous() && device_of(vectors) == header.device,
-                  "vectors must be a contiguous float64 tensor of shape [", static_cast<int>(kVectors), ", ", header.tensors,
+                  "vectors must be a contiguous float64 tensor of shape [", static_cast<int>(R::kVectors), ", ", header.tensors,
                   "] on the device of the tensors");
   return {static_cast<const double*>(vectors.data_ptr()), header.tensors, rounding_seed.has_value(), rounding_seed.value_or(0)};
 }
 
-// Where the update writes the sums of what it leaves, null if it need not.
-inline NewSums sums_output(const std::optional<Tensor>& x, const Header& header) {
+// Where the update writes its sums, null if it need not.
+template <class R>
+NewSums<R> sums_output(const std::optional<Tensor>& x, const Header& header) {
   METAADAMW_CHECK(!x || (x->scalar_type() == ScalarType::Double && x->dim() == 2 && x->size(0) == header.tensors &&
-                         (x->size(1) == 2 || x->size(1) == 5) && x->is_contiguous() && device_of(*x) == header.device),
-                  "new_sums must be a contiguous float64 tensor of shape [", header.tensors, ", 2] or [", header.tensors,
-                  ", 5] on the device of the tensors");
-  return x ? NewSums{static_cast<double*>(x->data_ptr()), static_cast<int>(x->size(1))} : NewSums{nullptr, 2};
+                         (x->size(1) == kCarriedSums<R> || x->size(1) == R::kUpdateSums) && x->is_contiguous() &&
+                         device_of(*x) == header.device),
+                  "new_sums must be a contiguous float64 tensor of shape [", header.tensors, ", ", kCarriedSums<R>, "] or [",
+                  header.tensors, ", ", static_cast<int>(R::kUpdateSums), "] on the device of the tensors");
+  return x ? NewSums<R>{static_cast<double*>(x->data_ptr()), static_cast<int>(x->size(1))} : NewSums<R>{nullptr, kCarriedSums<R>};
 }
 
 }  // namespace metaadamw

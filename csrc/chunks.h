@@ -3,7 +3,14 @@
 // Offsets inside a chunk fit 32 bits; everything that addresses a tensor is 64 bits wide.
 #pragma once
 
-#include "adamw.h"
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define METAADAMW_INLINE __host__ __device__ __forceinline__
+#else
+// Forced, so that each instruction-set clone of a loop (cpu_blocks.h) compiles its own copy of what is inside it.
+#define METAADAMW_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace metaadamw {
 

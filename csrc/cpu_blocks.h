@@ -35,22 +35,24 @@ struct Operand {
   char* data;  // null if the row has no such operand
   ElementType type;
   bool dense;
-  const Layout* layout;  // of the row, if it is not dense
+  const Shape* shape;  // of the row, if it is not dense throughout
   const int64_t* stride;
 
-  Operand(const Table& table, const Row& row, int i)
+  Operand() = default;
+  template <int N>
+  Operand(const Table<N>& table, const Row<N>& row, int i)
       : data(row.data[i]),
         type(row.type[i]),
         dense(row.is_dense(i)),
-        layout(row.layout < 0 ? nullptr : &table.layouts[row.layout]),
-        stride(row.layout < 0 ? nullptr : layout->stride[i]) {}
+        shape(row.layout < 0 ? nullptr : &table.layouts[row.layout].shape),
+        stride(row.layout < 0 ? nullptr : table.layouts[row.layout].stride[i]) {}
 };
 
 // Calls run(offset in the operand, first element, number of elements) for each innermost run of the elements [begin, begin +
 // count).
 template <typename Run>
 void for_each_run(const Operand& x, int64_t begin, int count, const Run& run) {
-  const Shape& shape = x.layout->shape;
+  const Shape& shape = *x.shape;
   const int64_t inner = shape.size[shape.dims - 1];
   for (int done = 0; done < count;) {
     const int64_t index = begin + done;
@@ -166,7 +168,7 @@ T* read(const Operand& x, int64_t begin, int count, T* buffer) {
     if (x.dense) {
       load(data + begin, 1, count, buffer);
     } else {
-      const int64_t stride = x.stride[x.layout->shape.dims - 1];
+      const int64_t stride = x.stride[x.shape->dims - 1];
       for_each_run(x, begin, count, [&](int64_t offset, int first, int n) { load(data + offset, stride, n, buffer + first); });
     }
   });
@@ -184,7 +186,7 @@ void write(const Operand& x, int64_t begin, int count, const T* buffer) {
     if (x.dense) {
       store(buffer, 1, count, data + begin);
     } else {
-      const int64_t stride = x.stride[x.layout->shape.dims - 1];
+      const int64_t stride = x.stride[x.shape->dims - 1];
       for_each_run(x, begin, count, [&](int64_t offset, int first, int n) { store(buffer + first, stride, n, data + offset); });
     }
   });

@@ -26,90 +26,79 @@ struct Lanes {
   typedef T type __attribute__((vector_size(kLanes * sizeof(T)), aligned(sizeof(T)), may_alias));
 };
 
+template <typename T>
+METAADAMW_INLINE typename Lanes<T>::type& lanes_at(T* x) {
+  return *reinterpret_cast<typename Lanes<T>::type*>(x);
+}
+template <typename T>
+METAADAMW_INLINE const typename Lanes<T>::type& lanes_at(const T* x) {
+  return *reinterpret_cast<const typename Lanes<T>::type*>(x);
+}
+
 // Sums by lane, in float64. They become one number at the end of a chunk only: additions that wait for one another are slow.
-using LaneSums = double[kSums][kLanes];
+template <class R>
+using LaneSums = double[R::kSums][kLanes];
 
 // Adds what the lanes of a block hold to those of its chunk.
-template <typename V>
-METAADAMW_INLINE void add_lanes(const V (&sums)[kSums], int begin, int end, LaneSums& totals) {
-  using Doubles = typename Lanes<double>::type;
+template <class R, typename V>
+METAADAMW_INLINE void add_lanes(const V (&sums)[R::kSums], int begin, int end, LaneSums<R>& totals) {
   for (int s = begin; s < end; ++s) {
-    *reinterpret_cast<Doubles*>(totals[s]) += __builtin_convertvector(sums[s], Doubles);
+    lanes_at(totals[s]) += __builtin_convertvector(sums[s], typename Lanes<double>::type);
   }
 }
 
-// Adds the sums [begin, end) of n <= kBlock elements to `totals`. Products and lanes are in the arithmetic type, over kBlock /
-// kLanes = 64 additions at most; everything after that is float64.
-template <bool counts, typename T>
-METAADAMW_INLINE void block_sums(const T* g, const T* m, const T* p, const T* v, int n, int begin, int end, LaneSums& totals) {
+// Adds the sums [begin, end) of n <= kBlock elements of all streams to `totals`. Products and lanes are in the arithmetic type,
+// over kBlock / kLanes = 64 additions at most; everything after that is float64.
+template <class R, bool counts, typename T>
+METAADAMW_CLONES void sum_block(const T* const* streams, int n, int begin, int end, LaneSums<R>& totals) {
   using Vector = typename Lanes<T>::type;
-  Vector sums[kSums] = {};
+  const T* at[kStreams<R>];
+  std::copy_n(streams, kStreams<R>, at);
+  Vector sums[R::kSums] = {}, x[R::kOperands] = {};
   const int ahead = kPrefetch;
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    for (const T* stream : {g, m, p, v}) {
-      __builtin_prefetch(stream + i + ahead);
+    for (int k = 0; k < kStreams<R>; ++k) {
+      __builtin_prefetch(at[k] + i + ahead);
+      x[stream<R>(k)] = lanes_at(at[k] + i);
     }
-    accumulate<counts, Vector>(sums, *reinterpret_cast<const Vector*>(g + i), *reinterpret_cast<const Vector*>(m + i),
-                               *reinterpret_cast<const Vector*>(p + i), *reinterpret_cast<const Vector*>(v + i));
+    accumulate<R, counts>(sums, x);
   }
   if (i < n) {  // the tail, padded with zeros, which add nothing to any sum
-    Vector tail[4] = {};
-    const T* operands[4] = {g, m, p, v};
-    for (int k = 0; k < 4; ++k) {
-      std::memcpy(&tail[k], operands[k] + i, (n - i) * sizeof(T));
+    Vector tail[R::kOperands] = {};
+    for (int k = 0; k < kStreams<R>; ++k) {
+      std::memcpy(&tail[stream<R>(k)], at[k] + i, (n - i) * sizeof(T));
     }
-    accumulate<counts, Vector>(sums, tail[0], tail[1], tail[2], tail[3]);
+    accumulate<R, counts>(sums, tail);
   }
-  add_lanes(sums, begin, end, totals);
+  add_lanes<R>(sums, begin, end, totals);
 }
 
-#define METAADAMW_BLOCK_SUMS(T, counts)                                                                                      \
-  METAADAMW_CLONES void block_sums_##T##_##counts(const T* g, const T* m, const T* p, const T* v, int n, int begin, int end, \
-                                                  LaneSums& totals) {                                                        \
-    block_sums<counts, T>(g, m, p, v, n, begin, end, totals);                                                                \
-  }
-METAADAMW_BLOCK_SUMS(float, false)
-METAADAMW_BLOCK_SUMS(float, true)
-METAADAMW_BLOCK_SUMS(double, false)
-METAADAMW_BLOCK_SUMS(double, true)
-#undef METAADAMW_BLOCK_SUMS
-
-void sum_block(const float* g, const float* m, const float* p, const float* v, int n, int begin, int end, LaneSums& totals) {
-  (end > kUpdateSums ? block_sums_float_true : block_sums_float_false)(g, m, p, v, n, begin, end, totals);
-}
-void sum_block(const double* g, const double* m, const double* p, const double* v, int n, int begin, int end, LaneSums& totals) {
-  (end > kUpdateSums ? block_sums_double_true : block_sums_double_false)(g, m, p, v, n, begin, end, totals);
-}
-
-// The sums of gradient and momentum over a block of each half of a chunk, with the bits of two block_sums.
-template <typename T>
-METAADAMW_INLINE void pair_sums(const T* g, const T* m, int64_t half, LaneSums (&totals)[2]) {
+// The sums of the first two streams of several over a block of each half of a chunk, with the bits of two calls of sum_block.
+template <class R, typename T>
+METAADAMW_CLONES void sum_pair(const T* first, const T* second, int64_t half, int end, LaneSums<R> (&totals)[2]) {
   using Vector = typename Lanes<T>::type;
-  Vector sums[2][kSums] = {};
+  Vector sums[2][R::kSums] = {};
   const int ahead = kPrefetch;
   for (int i = 0; i < kBlock; i += kLanes) {
     for (const int k : {0, 1}) {
-      const T *x = g + k * half + i, *y = m + k * half + i;
-      __builtin_prefetch(x + ahead);
+      const T *y = first + k * half + i, *z = second + k * half + i;
       __builtin_prefetch(y + ahead);
-      accumulate<false, Vector>(sums[k], *reinterpret_cast<const Vector*>(x), *reinterpret_cast<const Vector*>(y), Vector{},
-                                Vector{});
+      __builtin_prefetch(z + ahead);
+      Vector x[R::kOperands] = {};
+      x[stream<R>(0)] = lanes_at(y);
+      x[stream<R>(1)] = lanes_at(z);
+      accumulate<R, false>(sums[k], x);
     }
   }
   for (const int k : {0, 1}) {
-    add_lanes(sums[k], kGradSquared, kMomentumSquared + 1, totals[k]);
+    add_lanes<R>(sums[k], 0, end, totals[k]);
   }
-}
-METAADAMW_CLONES void sum_pair(const float* g, const float* m, int64_t half, LaneSums (&totals)[2]) {
-  pair_sums(g, m, half, totals);
-}
-METAADAMW_CLONES void sum_pair(const double* g, const double* m, int64_t half, LaneSums (&totals)[2]) {
-  pair_sums(g, m, half, totals);
 }
 
 // The sums [begin, end) of a chunk are those of its two halves, so that these can be read side by side: two streams of each operand
 // come from memory 4 % faster than one. A chunk of one block has one half.
+template <class R>
 class ChunkSums {
  public:
   ChunkSums(int64_t count, int begin, int end)
@@ -119,8 +108,8 @@ class ChunkSums {
     }
   }
   int64_t half() const { return half_; }
-  LaneSums& of_block(int64_t first) { return sums_[first >= half_]; }
-  LaneSums (&of_halves())[2] { return sums_; }
+  LaneSums<R>& of_block(int64_t first) { return sums_[first >= half_]; }
+  LaneSums<R> (&of_halves())[2] { return sums_; }
   // Lanes of both halves, then lanes of lanes, always in this order.
   void add_to(double* totals) {
     for (int s = begin_; s < end_; ++s) {
@@ -140,7 +129,7 @@ class ChunkSums {
  private:
   int64_t half_;
   int halves_, begin_, end_;
-  LaneSums sums_[2];
+  LaneSums<R> sums_[2];
 };
 
 }  // namespace

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) scaled_gradients_kernel(const Scaled
   __shared__ double total;
   double squared[1] = {0.0};
   for (int64_t t = threadIdx.x; t < x.tensors; t += kThreads) {
-    squared[0] += x.statistics[t * x.width + kGradSquared];
+    squared[0] += x.statistics[t * x.width + AdamW::kGradSquared];
   }
   const double of_block = block_sums(squared);
   if (threadIdx.x == 0) {
@@ -85,13 +85,13 @@ std::tuple<Tensor, Tensor, Tensor> scaled_gradients_on_cuda(Tensor statistics, s
   });
 }
 
-// The vectors of an update, [kVectors, T], from in[t], the hyper-parameters of tensor t; a thread for each tensor.
+// The vectors of an update, [AdamW::kVectors, T], from in[t], the hyper-parameters of tensor t; a thread for each tensor.
 template <typename Input>
 __global__ void vectors_kernel(const Input in, double* vectors) {
   const int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (t < in.tensors) {
     const Hyperparameters h = in[t];
-    write_vectors(vectors, in.tensors, t, h, bias_corrections(h.beta1, h.beta2, h.step));
+    AdamW::write_vectors(vectors, in.tensors, t, h, bias_corrections(h.beta1, h.beta2, h.step));
   }
 }
 

@@ -153,14 +153,15 @@ __device__ __forceinline__ double block_sums(double (&values)[N]) {
 // Threads of one block write the partial sums and thread 0 takes the ticket for all of them; this is no release by one thread. It
 // holds because __threadfence is a sequentially consistent fence: every such fence of the device stands in one order, and that of
 // the writers comes before the ticket, hence before that of the readers.
-template <int N, typename F>
-__device__ __forceinline__ void tensor_sums(const Table& table, const Chunk& chunk, double (&values)[N], const F& finish) {
+// A table of rule R has room for R::kSums of them per chunk.
+template <class R, int N, int M, typename F>
+__device__ __forceinline__ void tensor_sums(const Table<M>& table, const Chunk& chunk, double (&values)[N], const F& finish) {
   __shared__ bool last;
   const int64_t begin = table.first_chunk[chunk.tensor], end = table.first_chunk[chunk.tensor + 1];
   double total = block_sums(values);
   if (end - begin > 1) {
     if (threadIdx.x < N) {
-      table.partials[chunk.number * kSums + threadIdx.x] = total;
+      table.partials[chunk.number * R::kSums + threadIdx.x] = total;
       __threadfence();  // the partial sums before the ticket
     }
     __syncthreads();
@@ -182,7 +183,7 @@ __device__ __forceinline__ void tensor_sums(const Table& table, const Chunk& chu
     for (int64_t number = begin + threadIdx.x; number < end; number += kThreads) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        values[i] += __ldcg(&table.partials[number * kSums + i]);  // past the first-level cache, which other blocks do not write
+        values[i] += __ldcg(&table.partials[number * R::kSums + i]);  // past the first-level cache, which other blocks do not write
       }
     }
     total = block_sums(values);

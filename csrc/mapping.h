@@ -46,7 +46,8 @@ struct Chunk {
   int count;
 };
 
-METAADAMW_INLINE Chunk chunk_of_block(const Table& table, int64_t number) {
+template <int N>
+METAADAMW_INLINE Chunk chunk_of_block(const Table<N>& table, int64_t number) {
   Chunk chunk;
   chunk.number = number;
   chunk.tensor = table.tensor_of_chunk[number];
@@ -58,9 +59,10 @@ METAADAMW_INLINE Chunk chunk_of_block(const Table& table, int64_t number) {
 
 // Whether every operand of the row that `operands` has a bit for can be read and written a group at a time. Chunks begin at
 // multiples of the chunk size, so it is the same for all of them.
-METAADAMW_INLINE bool has_whole_groups(const Row& row, int operands) {
+template <int N>
+METAADAMW_INLINE bool has_whole_groups(const Row<N>& row, int operands) {
   bool whole = true;
-  for (int i = 0; i < kOperands; ++i) {
+  for (int i = 0; i < N; ++i) {
     const uintptr_t group_bytes = row.vector * itemsize(row.type[i]);
     whole = whole && (!(operands >> i & 1) || (row.is_dense(i) && reinterpret_cast<uintptr_t>(row.data[i]) % group_bytes == 0));
   }
@@ -146,7 +148,8 @@ METAADAMW_INLINE int64_t offset_in_chunk(const Shape& shape, const int64_t* coor
 
 // Where element `index` of a chunk lies. Rows that are dense throughout have neither a layout nor the `coordinates` of the chunk's
 // first element.
-METAADAMW_INLINE char* address_in_chunk(const Row& row, const Layout& layout, int operand, int64_t first,
+template <int N>
+METAADAMW_INLINE char* address_in_chunk(const Row<N>& row, const Layout<N>& layout, int operand, int64_t first,
                                         const int64_t* coordinates, int64_t chunk_size, int index) {
   const int size = itemsize(row.type[operand]);
   if (row.is_dense(operand)) {

@@ -11,12 +11,24 @@
 namespace metaadamw {
 namespace {
 
-Tensor launch_table(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, List params, List exp_avg_sqs, List max_exp_avg_sqs,
-                    List low_precision_params, bool written, int64_t chunk_size) {
-  const auto memory = make_table(Lists{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs),
-                                        std::move(max_exp_avg_sqs), std::move(low_precision_params)},
-                                       written},
-                                 chunk_size);
+// `tensors` are the lists of the operands, one after the other, and lengths[i] says how many tensors are of operand i; -1: no list.
+Tensor launch_table(int64_t rule, std::vector<Tensor> tensors, std::vector<int64_t> lengths, bool written, int64_t chunk_size) {
+  const auto memory = with_rule(rule, [&](auto of) {
+    using R = decltype(of);
+    METAADAMW_CHECK(lengths.size() == kOperandsOf<R>, "the rule has ", kOperandsOf<R>, " operands, not ", lengths.size());
+    Lists<R> lists{{}, written};
+    auto next = tensors.begin();
+    for (int i = 0; i < kOperandsOf<R>; ++i) {
+      if (lengths[i] >= 0) {
+        METAADAMW_CHECK(lengths[i] <= tensors.end() - next, "there are fewer tensors than the lengths say");
+        lists.tensors[i] = std::vector<Tensor>(next, next + lengths[i]);
+        next += lengths[i];
+      }
+    }
+    METAADAMW_CHECK(lists.tensors[kGrad] && lists.tensors[kGrad + 1], "a launch needs ", lists.name(kGrad), " and ",
+                    lists.name(kGrad + 1));
+    return make_table(lists, chunk_size);
+  });
   Tensor table = torch::stable::empty({static_cast<int64_t>(memory.size())}, ScalarType::Long);
   std::memcpy(table.data_ptr(), memory.data(), memory.size() * sizeof(int64_t));
   return table;
@@ -25,7 +37,8 @@ Tensor launch_table(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Lis
 enum Outcome : int64_t { kSame, kOtherAddresses, kOtherTable, kNegatives };  // see metaadamw_fast/launch.py
 
 // Whether `grad` is the gradient that the table expects in this row, but for its address. As few calls of the ABI as possible.
-bool is_expected(const Tensor& grad, const Row& row, const int64_t* shape, int64_t dims, int64_t device) {
+template <int N>
+bool is_expected(const Tensor& grad, const Row<N>& row, const int64_t* shape, int64_t dims, int64_t device) {
   if (grad.layout() != torch::headeronly::Layout::Strided || device_of(grad) != device) {
     return false;
   }
@@ -37,9 +50,8 @@ bool is_expected(const Tensor& grad, const Row& row, const int64_t* shape, int64
 
 // The addresses of other gradients into the table. Nothing but addresses can be changed here, and nothing is unless all gradients
 // are of the dtypes and layouts that the table was made for.
-int64_t launch_set_gradients(Tensor memory, std::vector<Tensor> grads) {
-  const Header& header = *static_cast<Header*>(memory.data_ptr());
-  const Table table(header, static_cast<char*>(memory.data_ptr()));
+template <int N>
+int64_t set_gradients(const Header& header, const Table<N>& table, const std::vector<Tensor>& grads) {
   if (static_cast<int64_t>(grads.size()) != table.tensors) {
     return kOtherTable;
   }
@@ -47,7 +59,7 @@ int64_t launch_set_gradients(Tensor memory, std::vector<Tensor> grads) {
   std::vector<char*> addresses(grads.size());
   bool same = true;
   for (int64_t t = 0; t < table.tensors; ++t) {
-    const Row& row = table.rows[t];
+    const Row<N>& row = table.rows[t];
     const int64_t begin = table.shape_begin[t], dims = (table.shape_begin[t + 1] - begin) / 2;
     if (is_expected(grads[t], row, shapes + begin, dims, header.device)) {
       addresses[t] = static_cast<char*>(grads[t].data_ptr());
@@ -63,6 +75,13 @@ int64_t launch_set_gradients(Tensor memory, std::vector<Tensor> grads) {
     table.rows[t].data[kGrad] = addresses[t];
   }
   return same ? kSame : kOtherAddresses;
+}
+
+int64_t launch_set_gradients(Tensor memory, std::vector<Tensor> grads) {
+  const Header& header = *static_cast<Header*>(memory.data_ptr());
+  return with_rule(header.rule, [&](auto rule) {
+    return set_gradients(header, Table<kOperandsOf<decltype(rule)>>(header, static_cast<char*>(memory.data_ptr())), grads);
+  });
 }
 
 // Where a gradient has the negative bit: a view whose elements are minus what lies in memory. torch would hand the op a copy, whose
@@ -84,16 +103,12 @@ STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
       " Tensor(f!)[]? low_precision_params=None) -> ()");
   // The same on a launch table. They reach the tensors through addresses that no schema can tell of, so they are not for
   // torch.compile. `copy` is the GPU's part of the table, None on the CPU.
-  m.def(
-      "launch_table(Tensor[] grads, Tensor[] exp_avgs, Tensor[]? params, Tensor[]? exp_avg_sqs, Tensor[]? max_exp_avg_sqs,"
-      " Tensor[]? low_precision_params, bool written, int chunk_size=0) -> Tensor");
+  m.def("launch_table(int rule, Tensor[] tensors, int[] lengths, bool written, int chunk_size=0) -> Tensor");
   m.def("launch_capture(Tensor like) -> int");  // CUDA only
   m.def("launch_set_gradients(Tensor(a!) table, Tensor[] grads) -> int");
-  m.def(
-      "launch_tensor_stats(Tensor table, Tensor? copy, bool params, bool exp_avg_sqs, bool count_nonzero, ScalarType dtype,"
-      " Tensor? carried=None) -> Tensor");
-  m.def("launch_adamw_update_(Tensor table, Tensor? copy, Tensor vectors, Tensor(a!)? new_sums, int? rounding_seed) -> ()");
-  // The vectors that it takes, [8, T], from hyper-parameters [T] each.
+  m.def("launch_measure(Tensor table, Tensor? copy, int sums, ScalarType dtype, Tensor? carried=None) -> Tensor");
+  m.def("launch_update_(Tensor table, Tensor? copy, Tensor vectors, Tensor(a!)? new_sums, int? rounding_seed) -> ()");
+  // The vectors of an update by AdamW or AVGrad, [8, T], from hyper-parameters [T] each.
   m.def(
       "update_vectors(Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1, Tensor beta2, Tensor eps, Tensor? "
       "grad_scale)"

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor> scaled_gradients_on_cpu(Tensor statistics, st
   return scaled_gradients(statistics, sign, loss_scale, max_norm, [](const auto& x) {
     double squared = 0.0;
     for (int64_t t = 0; t < x.tensors; ++t) {
-      squared += x.statistics[t * x.width + kGradSquared];
+      squared += x.statistics[t * x.width + AdamW::kGradSquared];
     }
     const GradientFactor factor = x.factor(squared);
     *x.norm = factor.norm;

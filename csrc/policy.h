@@ -3,7 +3,7 @@
 // and algorithm 1. No torch types: compiled by the host compiler and by nvcc.
 #pragma once
 
-#include "sums.h"
+#include "adamw.h"
 
 namespace metaadamw {
 
@@ -35,17 +35,17 @@ METAADAMW_INLINE T at_least(T x, T floor) {
 // What is averaged over the tensors of a group.
 template <typename T>
 METAADAMW_INLINE void tensor_values(const FeatureColumns& columns, const T* sums, T numel, T (&x)[kMaxValues]) {
-  x[0] = std::sqrt(sums[kGradSquared]);
-  x[1] = std::sqrt(sums[kMomentumSquared]);
+  x[0] = std::sqrt(sums[AdamW::kGradSquared]);
+  x[1] = std::sqrt(sums[AdamW::kMomentumSquared]);
   if (columns.enhanced) {
     const T count = at_least(numel, T(1));  // an empty tensor has no zeros
-    x[2] = (numel - sums[kGradNonzero]) / count;
-    x[3] = (numel - sums[kMomentumNonzero]) / count;
+    x[2] = (numel - sums[AdamW::kGradNonzero]) / count;
+    x[3] = (numel - sums[AdamW::kMomentumNonzero]) / count;
   } else {
     const T floor = static_cast<T>(kNormFloor);
-    x[2] = std::sqrt(sums[kParamSquared]);
-    x[3] = sums[kGradMomentum] / (at_least(x[0], floor) * at_least(x[1], floor));
-    x[4] = columns.v_norm ? std::sqrt(sums[kSecondMomentSquared]) : T(0);
+    x[2] = std::sqrt(sums[AdamW::kParamSquared]);
+    x[3] = sums[AdamW::kGradMomentum] / (at_least(x[0], floor) * at_least(x[1], floor));
+    x[4] = columns.v_norm ? std::sqrt(sums[AdamW::kSecondMomentSquared]) : T(0);
   }
 }
 
@@ -124,15 +124,19 @@ METAADAMW_INLINE GradientFactor gradient_factor(double squared, double loss_scal
   return {max_norm > 0.0 && !(clip > 1.0) ? unscale * clip : unscale, norm};  // a clip of NaN is one
 }
 
-// The statistics of one tensor's gradient that is multiplied with `factor`. Clipping multiplies with 0 where the sum of squares
-// overflows: whether the gradient itself is finite then shows in its product with the momentum.
+// The statistics of one tensor's gradient that is multiplied with `factor`; the first column is Σg², of AdamW's the second Σg·m.
+// Clipping multiplies with 0 where the sum of squares overflows: whether the gradient itself is finite then shows in Σg·m alone.
 template <typename T>
 METAADAMW_INLINE void scale_statistics(double factor, const T* from, int64_t width, T* to) {
   for (int64_t k = 0; k < width; ++k) {
     to[k] = from[k];
   }
-  to[kGradMomentum] = static_cast<T>(from[kGradMomentum] * factor);
-  to[kGradSquared] = factor == 0.0 ? to[kGradMomentum] : static_cast<T>(factor * factor * from[kGradSquared]);
+  const bool has_product = width > AdamW::kGradMomentum;
+  if (has_product) {
+    to[AdamW::kGradMomentum] = static_cast<T>(from[AdamW::kGradMomentum] * factor);
+  }
+  to[AdamW::kGradSquared] =
+      factor == 0.0 && has_product ? to[AdamW::kGradMomentum] : static_cast<T>(factor * factor * from[AdamW::kGradSquared]);
 }
 
 // What the update takes of one tensor, of its group's scales; float64.

@@ -39,8 +39,9 @@ inline StepCounts check_features(const FeatureColumns& columns, const Tensor& st
   const ScalarType dtype = statistics.scalar_type();
   METAADAMW_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, "statistics are float32 or float64, not ",
                   torch::headeronly::toString(dtype));
-  METAADAMW_CHECK(statistics.dim() == 2 && statistics.size(1) == (columns.enhanced ? kSums : kUpdateSums) && constants.dim() == 2,
-                  "statistics must be [T, ", columns.enhanced ? kSums : kUpdateSums, "] and constants [G, D]");
+  METAADAMW_CHECK(
+      statistics.dim() == 2 && statistics.size(1) == (columns.enhanced ? AdamW::kSums : AdamW::kUpdateSums) && constants.dim() == 2,
+      "statistics must be [T, ", columns.enhanced ? AdamW::kSums : AdamW::kUpdateSums, "] and constants [G, D]");
   const int64_t statistic_columns = columns.enhanced ? 9 : columns.values() * (1 + columns.deviations);
   METAADAMW_CHECK(constants.size(1) >= statistic_columns && columns.time < constants.size(1), "constants have ", constants.size(1),
                   " columns, too few for the features");
@@ -79,9 +80,8 @@ template <typename Run>
 std::tuple<Tensor, Tensor, Tensor> scaled_gradients(const Tensor& statistics, const std::optional<Tensor>& sign,
                                                     const std::optional<Tensor>& loss_scale, double max_norm, const Run& run) {
   const ScalarType dtype = statistics.scalar_type();
-  METAADAMW_CHECK(
-      (dtype == ScalarType::Double || dtype == ScalarType::Float) && statistics.dim() == 2 && statistics.size(1) >= kUpdateSums,
-      "statistics must be [T, S], float32 or float64");
+  METAADAMW_CHECK((dtype == ScalarType::Double || dtype == ScalarType::Float) && statistics.dim() == 2 && statistics.size(1) >= 1,
+                  "statistics must be [T, S], float32 or float64");
   check_vector(statistics, "statistics", dtype, statistics.numel(), statistics);
   if (sign) check_vector(*sign, "sign", ScalarType::Double, statistics.size(0), statistics);
   if (loss_scale) check_vector(*loss_scale, "loss_scale", ScalarType::Float, 1, statistics);
@@ -196,17 +196,17 @@ inline ModulationInput modulation_input(const Tensor& scales, const Tensor& grou
 }
 
 inline Tensor empty_vectors(int64_t tensors, torch::stable::Device device) {
-  return torch::stable::empty({static_cast<int64_t>(kVectors), tensors}, ScalarType::Double, std::nullopt, device);
+  return torch::stable::empty({static_cast<int64_t>(AdamW::kVectors), tensors}, ScalarType::Double, std::nullopt, device);
 }
 
-// The vectors of an update, [kVectors, T], from in[t], the hyper-parameters of tensor t.
+// The vectors of an update, [AdamW::kVectors, T], from in[t], the hyper-parameters of tensor t.
 template <typename Input>
 Tensor vectors_on_cpu(const Input& in) {
   Tensor vectors = empty_vectors(in.tensors, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   CorrectionsInTurn corrections;
   for (int64_t t = 0; t < in.tensors; ++t) {
     const Hyperparameters h = in[t];
-    write_vectors(static_cast<double*>(vectors.data_ptr()), in.tensors, t, h, corrections.of(h.beta1, h.beta2, h.step));
+    AdamW::write_vectors(static_cast<double*>(vectors.data_ptr()), in.tensors, t, h, corrections.of(h.beta1, h.beta2, h.step));
   }
   return vectors;
 }

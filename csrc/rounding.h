@@ -20,7 +20,7 @@ METAADAMW_INLINE uint32_t scrambled(uint32_t x) {
 
 // What makes the random bits of one operand of one tensor in one step. Elements are counted in 32 bits within it, so those from
 // 2^32 on have another key. So have steps from 2^32 on; below, the high half of their number changes nothing.
-constexpr uint32_t kRoundedOperands = 5;  // not kOperands: the bits stay what they are when an operand is added
+constexpr uint32_t kRoundedOperands = 5;  // of any rule: the bits stay what they are when an operand is added
 METAADAMW_INLINE uint32_t rounding_key(int64_t seed, double step, int64_t tensor, int operand, int64_t first_element) {
   uint32_t key = scrambled(static_cast<uint32_t>(seed));
   key = scrambled(key ^ static_cast<uint32_t>(seed >> 32));
@@ -67,11 +67,6 @@ METAADAMW_INLINE T round_stochastically(T x, ElementType type, uint32_t random) 
   return type == ElementType::kBFloat16  ? static_cast<T>(round_to_bfloat16(static_cast<float>(x), random))
          : type == ElementType::kFloat16 ? static_cast<T>(round_to_float16(static_cast<float>(x), random))
                                          : x;
-}
-
-// The operands that are rounded so: a running maximum would be the maximum of the roundings, and grow.
-METAADAMW_INLINE bool is_rounded_stochastically(int operand) {
-  return operand == kParam || operand == kMomentum || operand == kSecondMoment;
 }
 
 }  // namespace metaadamw

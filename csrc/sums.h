@@ -1,68 +1,82 @@
-// The sums that describe one tensor, in the order of the columns of `optimizer.statistics`.
-//
-// V is the type of one accumulator: float or double in a GPU thread, a vector of lanes on the CPU.
+// The sums of a rule R by number: which ones a call wants, and where they go.
 #pragma once
 
-#include "adamw.h"
+#include "table.h"
 
 namespace metaadamw {
 
-enum Sum { kGradSquared, kGradMomentum, kMomentumSquared, kParamSquared, kSecondMomentSquared, kGradNonzero, kMomentumNonzero };
-constexpr int kSums = 7;
-
-// The sums that one call of tensor_stats returns.
+// The sums that one call of `measure` returns: those that `mask` has a bit for, in their order.
+template <class R>
 struct Columns {
   int count = 0;
-  int sum[kSums];
+  int sum[R::kSums];
 
-  Columns(bool params, bool exp_avg_sqs, bool count_nonzero) {
-    const bool wanted[kSums] = {true, true, true, params, exp_avg_sqs, count_nonzero, count_nonzero};
-    for (int s = 0; s < kSums; ++s) {
-      if (wanted[s]) sum[count++] = s;
+  explicit Columns(int mask) {
+    for (int s = 0; s < R::kSums; ++s) {
+      if (mask >> s & 1) sum[count++] = s;
     }
   }
 };
 
-// The sums that the update makes, of what it finds in g and m and of what it leaves in p and v: all but the counts.
-constexpr int kUpdateSums = kSecondMomentSquared + 1;
+// Of the sums that an update makes, the ones of what it leaves: they are carried over to the next call of `measure`.
+template <class R>
+METAADAMW_INLINE constexpr bool is_carried(int sum) {
+  return sum >= R::kFirstLeft && sum < R::kUpdateSums;
+}
+template <class R>
+constexpr int kCarriedSums = R::kUpdateSums - R::kFirstLeft;
+template <class R>
+constexpr int kCarriedMask = (1 << R::kUpdateSums) - (1 << R::kFirstLeft);
 
-// Of these, the ones of what it leaves: they are carried over to the next statistics, which then do not read p and v.
-METAADAMW_INLINE constexpr bool is_carried(int sum) { return sum == kParamSquared || sum == kSecondMomentSquared; }
-constexpr int kCarriedSums = kUpdateSums - kParamSquared;
+// The operands (bit i: operand i) that the sums of a mask, or the sums [begin, end), read.
+template <class R>
+METAADAMW_INLINE constexpr int reads_of(int mask) {
+  int operands = 0;
+  for (int s = 0; s < R::kSums; ++s) {
+    operands |= mask >> s & 1 ? R::reads(s) : 0;
+  }
+  return operands;
+}
+template <class R>
+METAADAMW_INLINE constexpr int reads_of(int begin, int end) {
+  return reads_of<R>((1 << end) - (1 << begin));
+}
 
-// Where the update writes its sums, [T, 2] or [T, 5]: Σp², Σv² of what it leaves, and before them Σg², Σg·m, Σm² of what it found.
+// The operands that sums read at all, by number.
+template <class R>
+constexpr int kStreams = [] {
+  int count = 0;
+  for (int i = 0; i < R::kOperands; ++i) count += reads_of<R>(0, R::kSums) >> i & 1;
+  return count;
+}();
+template <class R>
+METAADAMW_INLINE constexpr int stream(int number) {
+  int operand = 0;
+  for (int left = number; left > 0 || !(reads_of<R>(0, R::kSums) >> operand & 1); ++operand) {
+    left -= reads_of<R>(0, R::kSums) >> operand & 1;
+  }
+  return operand;
+}
+
+// Where an update writes its sums: [T, kCarriedSums] of what it leaves or, before them, also those of what it found, [T,
+// kUpdateSums].
+template <class R>
 struct NewSums {
   double* data;  // null if nobody wants them
   int columns;
 
-  METAADAMW_INLINE bool found() const { return columns > 2; }
-  METAADAMW_INLINE int first() const { return kUpdateSums - columns; }
+  METAADAMW_INLINE bool found() const { return columns > kCarriedSums<R>; }
+  METAADAMW_INLINE int first() const { return R::kUpdateSums - columns; }
   METAADAMW_INLINE double& at(int64_t t, int sum) const { return data[t * columns + sum - first()]; }
 };
 
-template <typename V>
-METAADAMW_INLINE void accumulate_found(V (&sums)[kSums], V g, V m) {
-  sums[kGradSquared] += g * g;
-  sums[kGradMomentum] += g * m;
-  sums[kMomentumSquared] += m * m;
-}
-
-template <typename V>
-METAADAMW_INLINE void accumulate_left(V (&sums)[kSums], V p, V v) {
-  sums[kParamSquared] += p * p;
-  sums[kSecondMomentSquared] += v * v;
-}
-
-// counts = false leaves the last two untouched: only the `enhanced` features want them.
-template <bool counts, typename V>
-METAADAMW_INLINE void accumulate(V (&sums)[kSums], V g, V m, V p, V v) {
-  accumulate_found(sums, g, m);
-  accumulate_left(sums, p, v);
+// All sums of elements x.
+template <class R, bool counts, typename V>
+METAADAMW_INLINE void accumulate(V (&sums)[R::kSums], const V (&x)[R::kOperands]) {
+  R::accumulate_found(sums, x);
+  R::accumulate_left(sums, x);
   if constexpr (counts) {
-    const V zero = V{};
-    const V one = zero + 1;
-    sums[kGradNonzero] += g != zero ? one : zero;
-    sums[kMomentumNonzero] += m != zero ? one : zero;
+    R::accumulate_counts(sums, x);
   }
 }
 

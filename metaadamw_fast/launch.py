@@ -46,6 +46,7 @@ class Operands(NamedTuple):
     low_precision_params: list[Tensor] | None = None
 
 
+RULES = ("adamw", "avgrad")  # csrc/rules.h
 _MAX_DIMS = 16  # csrc/chunks.h
 _SAME, _OTHER_ADDRESSES, _OTHER_TABLE, _NEGATIVES = range(4)  # what launch_set_gradients returns; csrc/ops.cpp
 
@@ -157,7 +158,9 @@ class CppLaunch:
         low_precision_params: OptionalTensors | None = None,
         *,
         written: bool,
+        rule: str = "adamw",
     ) -> None:
+        self._rule = rule
         operands, self._absent = _operands(exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs, low_precision_params)
         self._operands: Callable[[], Operands] = lambda: operands
         if any(x.is_neg() for xs in operands for x in xs or ()):
@@ -193,7 +196,11 @@ class CppLaunch:
         return copies
 
     def _make_table(self, grads: list[Tensor]) -> None:
-        self._table: Tensor = self.namespace.launch_table.default(grads, *self._operands(), self._written, self.chunk_size)
+        lists = (grads, *self._operands())
+        tensors = [x for xs in lists for x in xs or ()]
+        lengths = [-1 if xs is None else len(xs) for xs in lists]
+        table: Tensor = self.namespace.launch_table.default(RULES.index(self._rule), tensors, lengths, self._written, self.chunk_size)
+        self._table = table
         self._device_copy = DeviceCopy(self._table, self._absent.device, self._in_graphs) if self.on_gpu else None
 
     def let_go(self, operands: Callable[[], Operands]) -> None:
@@ -243,8 +250,8 @@ class CppLaunch:
 
         ``carried``, float64 [T, 2], are the columns Σp² and Σv² of a call that asks for neither.
         """
-        op = self.namespace.launch_tensor_stats.default
-        statistics: Tensor = op(self._table, self._copy(), params, exp_avg_sqs, count_nonzero, dtype, carried)
+        sums = 0b111 | params << 3 | exp_avg_sqs << 4 | count_nonzero * 0b1100000  # the columns, in csrc/adamw.h
+        statistics: Tensor = self.namespace.launch_measure.default(self._table, self._copy(), sums, dtype, carried)
         return statistics
 
     def adamw_update_(
@@ -260,7 +267,7 @@ class CppLaunch:
         would find now; [T, 5] before them Σg², Σg·m, Σm² of what the update found, in the bits of a pass before it. Rows without a
         gradient, or whose step is 0, keep what it holds.
         """
-        self.namespace.launch_adamw_update_.default(self._table, self._copy(), vectors, new_sums, rounding_seed)
+        self.namespace.launch_update_.default(self._table, self._copy(), vectors, new_sums, rounding_seed)
 
 
 class ReferenceLaunch:

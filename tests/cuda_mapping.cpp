@@ -20,6 +20,11 @@ using namespace metaadamw;
 
 namespace {
 
+constexpr int kOperands = 6;
+using Row = metaadamw::Row<kOperands>;
+using Layout = metaadamw::Layout<kOperands>;
+using Table = metaadamw::Table<kOperands>;
+
 // A table in host memory, as checks.h lays it out; addresses are numbers only, nothing is read or written there.
 struct Memory {
   std::vector<int64_t> words;

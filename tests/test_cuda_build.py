@@ -14,11 +14,14 @@ from bench import loops
 from bench.compiled import ARCHITECTURES, compile_cuda, cuda_home
 
 ROOT = Path(__file__).parent.parent
-STATS = ("tensor_stats_kernel<false>", "tensor_stats_kernel<true>")  # without and with counts
+STATS = (loops.STATS, loops.STATS.replace("false", "true"))  # without and with counts
 # With the sums of what it finds (lagged mode) or without, rounding by chance or to the nearest.
 UPDATES = (loops.UPDATE, loops.STOCHASTIC, loops.FOUND, loops.BOTH)
 MASTERS = tuple(x.replace("update", "update_masters") for x in UPDATES)  # with low-precision parameters
-KERNELS = STATS + UPDATES + MASTERS
+AVGRAD_STATS = "measure_kernel<metaadamw::AVGrad, false>"
+AVGRAD_UPDATES = tuple(x.replace("AdamW", "AVGrad") for x in (loops.UPDATE, loops.STOCHASTIC, *MASTERS[:2]))
+ALL_STATS, ALL_UPDATES = (*STATS, AVGRAD_STATS), (*UPDATES, *MASTERS, *AVGRAD_UPDATES)
+KERNELS = ALL_STATS + ALL_UPDATES
 POLICY = (
     "group_features_kernel<float>",
     "group_features_kernel<double>",
@@ -58,8 +61,11 @@ def test_registers_and_no_spills(one):
         **dict.fromkeys(UPDATES[:2], budget("kUpdateBlocks")),
         **dict.fromkeys(UPDATES[2:], budget("kUpdateBlocksWithFoundSums")),
         **dict.fromkeys(MASTERS, budget("kUpdateBlocksWithMasters")),
+        AVGRAD_STATS: budget("kMeasureBlocks"),
+        AVGRAD_UPDATES[0]: budget("kUpdateBlocks"),
+        **dict.fromkeys(AVGRAD_UPDATES[1:], budget("kUpdateBlocksWithMasters")),
     }
-    assert [*budgets.values()] == [64, 80, 80, 80, 128, 128, *[128] * 4]
+    assert [*budgets.values()] == [64, 80, 80, 80, 128, 128, *[128] * 4, 64, 80, *[128] * 3]
     for kernel in KERNELS:
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in one[kernel].report, kernel
         assert one[kernel].registers <= budgets[kernel], kernel
@@ -75,10 +81,12 @@ def test_accesses_of_16_bytes_to_global_memory(one):
     for kernel in KERNELS:
         sass = one[kernel].sass
         loads, stores = re.findall(r"\bLDG\.E[.\w]*", sass), re.findall(r"\bSTG\.E[.\w]*", sass)
-        # Four tensors are read whatever the dtypes are; the update writes three, with amsgrad four.
-        assert sum(".128" in x for x in loads) >= 4, kernel
+        # Four tensors are read whatever the dtypes are, one to clip AVGrad's gradients; the update writes three, with amsgrad four.
+        assert sum(".128" in x for x in loads) >= (1 if kernel == AVGRAD_STATS else 4), kernel
         if kernel in UPDATES + MASTERS:
             assert sum(".128" in x for x in stores) >= 3 + 4
+        if kernel in AVGRAD_UPDATES:
+            assert sum(".128" in x for x in stores) >= 4
         assert not re.search(r"\b(LD|ST)\.E", sass), f"{kernel} does not know that an address is global"
 
 
@@ -101,7 +109,7 @@ def test_no_fused_approximate_or_flushing_operation(one):
         wrong = re.findall(r"\b(?:fma\.\S+|mad\.\S*f\d\d|\w+\.\S*(?:approx|ftz)\S*)", one[kernel].ptx)
         assert not wrong, (kernel, set(wrong))
     for operation in ("div.rn.f32", "sqrt.rn.f32", "div.rn.f64", "sqrt.rn.f64"):
-        assert all(operation in one[kernel].ptx for kernel in UPDATES + MASTERS)
+        assert all(operation in one[kernel].ptx for kernel in ALL_UPDATES)
 
 
 def test_an_extension_with_the_kernels_loads_where_there_is_no_gpu(tmp_path):

@@ -184,10 +184,10 @@ def test_launches_of_torch():
 
 
 def test_a_kernel_that_was_renamed_or_changed_is_an_error():
-    others = {"adamw_update_kernel<false, false, true>": 1, "adamw_update_kernel<true, false>": 2, "tensor_sums_kernel": 3}
-    assert kernels.find_kernel(others, "adamw_update_kernel<false, false>") == 1
-    with pytest.raises(loops.LoopNotFoundError, match=r"0 kernels tensor_stats_kernel<false>.* has .*tensor_sums_kernel"):
-        kernels.find_kernel(others, "tensor_stats_kernel<false>")
+    others = {"update_kernel<AdamW, false, false, true>": 1, "update_kernel<AdamW, true, false>": 2, "sums_kernel": 3}
+    assert kernels.find_kernel(others, "update_kernel<AdamW, false, false>") == 1
+    with pytest.raises(loops.LoopNotFoundError, match=r"0 kernels measure_kernel<false>.* has .*sums_kernel"):
+        kernels.find_kernel(others, "measure_kernel<false>")
     with pytest.raises(loops.LoopNotFoundError, match="2 kernels"):
         kernels.find_kernel({"k<false, 1>": 1, "k<false, 2>": 2}, "k<false>")
     case = loops.cases()[0]

@@ -1,0 +1,482 @@
+// Both ops of a rule on a CUDA device: one kernel launch for each, whatever the number of tensors; a block for each chunk
+// (mapping.h).
+//
+// The kernels read everything from device memory: the table, the vectors, and through the table's addresses the tensors. So a
+// captured launch does the right thing at every replay with whatever stands there then. Nothing is kept between calls but the
+// tickets, which are 0 again when a kernel ends; two launches of one table must therefore not overlap, which the order of a stream
+// sees to.
+#pragma once
+
+#include "checks.h"
+#include "cuda_launch.cuh"
+#include "cuda_utils.cuh"
+#include "rounding.h"
+#include "rules.h"
+
+namespace metaadamw {
+namespace {
+
+// What a block knows of its chunk, in shared memory.
+template <int N>
+struct Work {
+  Chunk chunk;
+  Row<N> row;
+  char* base[N];     // of the chunk, where the operand is dense
+  Layout<N> layout;  // of rows that have one, and the coordinates of the chunk's first element
+  int64_t coordinates[kMaxDims];
+
+  // By all threads of the block; ends with a barrier.
+  __device__ void begin(const Table<N>& table, int64_t number) {
+    if (threadIdx.x == 0) {
+      chunk = chunk_of_block(table, number);
+      row = table.rows[chunk.tensor];
+      for (int i = 0; i < N; ++i) {
+        base[i] = row.data[i] + chunk.first * itemsize(row.type[i]);
+      }
+    }
+    __syncthreads();
+    if (row.layout >= 0) {
+      // Every element asks for sizes and strides: from global memory that would be two loads per element, operand and dimension.
+      constexpr int kWords = sizeof(Layout<N>) / sizeof(int64_t);
+      static_assert(kWords <= kThreads && sizeof(Layout<N>) % sizeof(int64_t) == 0);
+      if (threadIdx.x < kWords) {
+        reinterpret_cast<int64_t*>(&layout)[threadIdx.x] =
+            reinterpret_cast<const int64_t*>(&table.layouts[row.layout])[threadIdx.x];
+      }
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        coordinates_of(layout.shape, chunk.first, coordinates);
+      }
+      __syncthreads();
+    }
+  }
+
+  __device__ char* address(const Table<N>& table, int operand, int index) const {
+    return address_in_chunk(row, layout, operand, chunk.first, coordinates, table.chunk_size, index);
+  }
+};
+
+// What is read from shared memory after this is read there again. Without it each value that a loop needs would be held in a
+// register all through the loop, together with what the compiler derives from it, and there are too few.
+__device__ __forceinline__ void forget_registers() { asm volatile("" ::: "memory"); }
+
+template <typename T, int N>
+__device__ __forceinline__ void add(T (&sums)[N], const T (&more)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    sums[i] += more[i];
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------ measure
+
+template <class R>
+struct MeasureOutput {
+  void* data;  // [T, columns.count]
+  bool is_double;
+  Columns<R> columns;
+  const double* carried;  // [T, kCarriedSums], null if they were read
+
+  __device__ void put(int64_t tensor, int sum, double value) const {
+    if (carried != nullptr && is_carried<R>(sum)) {
+      value = carried[tensor * kCarriedSums<R> + sum - R::kFirstLeft];
+    }
+#pragma unroll
+    for (int c = 0; c < R::kSums; ++c) {
+      if (c < columns.count && columns.sum[c] == sum) {
+        const int64_t index = tensor * columns.count + c;
+        if (is_double) {
+          static_cast<double*>(data)[index] = value;
+        } else {
+          static_cast<float*>(data)[index] = static_cast<float>(value);
+        }
+      }
+    }
+  }
+};
+
+// The sums of one thread over its elements, in the arithmetic type; `operands` has a bit for each operand that is there and wanted.
+template <class R, int V, bool counts, typename T, int N>
+__device__ __forceinline__ void measure_chunk(const Table<N>& table, const Work<N>& work, int operands,
+                                              double (&totals)[R::kSums]) {
+  constexpr int kMany = kStreams<R>;
+  const Row<N>& row = work.row;
+  T sums[R::kSums] = {};
+  for_each_group<V, false>(
+      threadIdx.x, work.chunk.count, has_whole_groups(row, operands),
+      [&](int first) {
+        forget_registers();
+        Groups<kMany> groups{};
+        if constexpr (V > 1) {
+#pragma unroll
+          for (int i = 0; i < kMany; ++i) {
+            if (operands >> stream<R>(i) & 1) {
+              const int size = itemsize(row.type[stream<R>(i)]);
+              groups.bits[i] = load_group<V>(work.base[stream<R>(i)] + first * size, size);
+            }
+          }
+        }
+        return groups;
+      },
+      [&](int, const Groups<kMany>& groups) {
+        if constexpr (V > 1) {
+#pragma unroll
+          for (int part = 0; part < V; part += kPart) {
+            float x[kMany][kPart];
+#pragma unroll
+            for (int i = 0; i < kMany; ++i) {
+              unpack<V>(groups.bits[i], row.type[stream<R>(i)], part, x[i]);
+            }
+            T of_part[R::kSums] = {};
+#pragma unroll
+            for (int k = 0; k < kPart; ++k) {
+              T element[R::kOperands] = {};
+#pragma unroll
+              for (int i = 0; i < kMany; ++i) {
+                element[stream<R>(i)] = x[i][k];
+              }
+              accumulate<R, counts>(of_part, element);
+            }
+            add(sums, of_part);
+          }
+        }
+      },
+      [&](int begin, int end) {
+        T of_part[R::kSums] = {};
+#pragma unroll 1
+        for (int index = begin; index < end; ++index) {
+          forget_registers();
+          T element[R::kOperands] = {};
+#pragma unroll
+          for (int i = 0; i < kMany; ++i) {
+            if (operands >> stream<R>(i) & 1) {
+              element[stream<R>(i)] = load_element<T>(work.address(table, stream<R>(i), index), row.type[stream<R>(i)]);
+            }
+          }
+          accumulate<R, counts>(of_part, element);
+        }
+        add(sums, of_part);
+      });
+#pragma unroll
+  for (int i = 0; i < R::kSums; ++i) {
+    totals[i] = sums[i];
+  }
+}
+
+template <class R, bool counts>
+__global__ void __launch_bounds__(kThreads, counts ? kMeasureBlocksWithCounts : kMeasureBlocks)
+    measure_kernel(const Table<kOperandsOf<R>> table, const int wanted, const MeasureOutput<R> output) {
+  __shared__ Work<kOperandsOf<R>> work;
+  work.begin(table, blockIdx.x);
+  const auto& row = work.row;
+  int operands = wanted;
+#pragma unroll
+  for (int i = 0; i < R::kOperands; ++i) {
+    operands &= ~((row.data[i] == nullptr) << i);
+  }
+  double totals[R::kSums];
+  if (row.is_double) {
+    measure_chunk<R, 1, counts, double>(table, work, operands, totals);
+  } else if (row.vector == 4) {
+    measure_chunk<R, 4, counts, float>(table, work, operands, totals);
+  } else {
+    measure_chunk<R, 8, counts, float>(table, work, operands, totals);
+  }
+  tensor_sums<R>(table, work.chunk, totals, [&](int sum, double value) { output.put(work.chunk.tensor, sum, value); });
+}
+
+// ------------------------------------------------------------------------------------------------------------------- update
+
+template <class R, bool found>
+constexpr int kNewSums = found ? R::kUpdateSums : kCarriedSums<R>;
+template <class R, bool found>
+using Totals = double[kNewSums<R, found> > 0 ? kNewSums<R, found> : 1];
+
+// Also returns the thread's sums of what it leaves, as it was stored, and before them, if `found`, of what it found: all in the
+// order in which measure_chunk adds them up. With `optional` the row has its last operand, if the rule's is optional; with `master`
+// it may have a low-precision parameter.
+template <class R, int V, bool found, bool stochastic, bool optional, bool master, typename T, int N>
+__device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N>& work,
+                                             const typename R::template Scalars<T>& scalars, const uint32_t (&keys)[R::kOperands],
+                                             Totals<R, found>& totals) {
+  constexpr int kParam = R::kParam, kLowPrecision = R::kOperands;
+  constexpr int kUsed = R::kOperands - (R::kLastIsOptional && !optional);
+  constexpr int kMoved = kUsed + master;  // behind those that are used, the low-precision parameter
+  const auto operand_of = [](int i) constexpr { return i < kUsed ? i : kLowPrecision; };
+  const Row<N>& row = work.row;
+  const auto has = [&](int i) { return i < kUsed || row.data[kLowPrecision] != nullptr; };
+  T sums[R::kSums] = {};
+  for_each_group<V, found && kLoadsAhead>(
+      threadIdx.x, work.chunk.count, has_whole_groups(row, (1 << kUsed) - 1 | (master && has(kUsed)) << kLowPrecision),
+      [&](int first) {
+        forget_registers();
+        Groups<kMoved> groups{};
+        if constexpr (V > 1) {
+#pragma unroll
+          for (int i = 0; i < kMoved; ++i) {
+            if (has(i)) {
+              const int size = itemsize(row.type[operand_of(i)]);
+              groups.bits[i] = load_group<V>(work.base[operand_of(i)] + first * size, size);
+            }
+          }
+        }
+        return groups;
+      },
+      [&](int first, Groups<kMoved> groups) {
+        if constexpr (V > 1) {
+          Bits(&bits)[kMoved] = groups.bits;
+          const auto s = scalars;
+#pragma unroll
+          for (int part = 0; part < V; part += kPart) {
+            float x[R::kOperands][kPart] = {};
+            T of_part[R::kSums] = {};
+#pragma unroll
+            for (int i = 0; i < kUsed; ++i) {
+              unpack<V>(bits[i], row.type[i], part, x[i]);
+            }
+            if constexpr (master) {
+              const ElementType type = row.type[kLowPrecision];
+              float low[kPart];
+              unpack<V>(bits[kUsed], type, part, low);
+#pragma unroll
+              for (int k = 0; k < kPart; ++k) {
+                const float start = start_of_update(x[kParam][k], rounded_to_half(type, x[kParam][k]), low[k]);
+                x[kParam][k] = has(kUsed) ? start : x[kParam][k];
+              }
+            }
+#pragma unroll
+            for (int k = 0; k < kPart; ++k) {
+              float element[R::kOperands];
+#pragma unroll
+              for (int i = 0; i < R::kOperands; ++i) {
+                element[i] = x[i][k];
+              }
+              if constexpr (found) {
+                R::accumulate_found(of_part, element);
+              }
+              R::template update<optional>(s, element);
+#pragma unroll
+              for (int i = kGrad + 1; i < kUsed; ++i) {
+                x[i][k] = element[i];
+              }
+            }
+            if constexpr (stochastic) {
+#pragma unroll
+              for (int i = kGrad + 1; i < kUsed; ++i) {
+#pragma unroll
+                for (int k = 0; k < kPart && R::kRoundedStochastically >> i & 1; ++k) {
+                  const uint32_t element = static_cast<uint32_t>(work.chunk.first) + first + part + k;
+                  x[i][k] = round_stochastically(x[i][k], row.type[i], random_bits(keys[i], element));
+                }
+              }
+            }
+#pragma unroll
+            for (int i = kGrad + 1; i < kUsed; ++i) {
+              pack<V>(bits[i], row.type[i], part, x[i]);
+              if (reads_of<R>(R::kFirstLeft, R::kUpdateSums) >> i & 1 || (master && i == kParam)) {
+                unpack<V>(bits[i], row.type[i], part, x[i]);
+              }
+            }
+            if constexpr (master) {
+              pack<V>(bits[kUsed], row.type[kLowPrecision], part, x[kParam]);
+            }
+#pragma unroll
+            for (int k = 0; k < kPart; ++k) {
+              float stored[R::kOperands];
+#pragma unroll
+              for (int i = 0; i < R::kOperands; ++i) {
+                stored[i] = x[i][k];
+              }
+              R::accumulate_left(of_part, stored);
+            }
+            add(sums, of_part);
+          }
+#pragma unroll
+          for (int i = kGrad + 1; i < kMoved; ++i) {
+            if (has(i)) {
+              const int size = itemsize(row.type[operand_of(i)]);
+              store_group<V>(work.base[operand_of(i)] + first * size, size, bits[i]);
+            }
+          }
+        }
+      },
+      [&](int begin, int end) {
+        const auto s = scalars;
+        T of_part[R::kSums] = {};
+#pragma unroll 1
+        for (int index = begin; index < end; ++index) {
+          forget_registers();
+          char* address[kMoved];
+          T x[R::kOperands] = {};
+#pragma unroll
+          for (int i = 0; i < kUsed; ++i) {
+            address[i] = work.address(table, i, index);
+            x[i] = load_element<T>(address[i], row.type[i]);
+          }
+          if (master && has(kUsed)) {
+            const ElementType type = row.type[kLowPrecision];
+            address[kMoved - 1] = work.address(table, kLowPrecision, index);
+            const T rounded = rounded_to_half(type, static_cast<float>(x[kParam]));
+            x[kParam] = start_of_update(x[kParam], rounded, load_element<T>(address[kMoved - 1], type));
+          }
+          if constexpr (found) {
+            R::accumulate_found(of_part, x);
+          }
+          R::template update<optional>(s, x);
+#pragma unroll
+          for (int i = kGrad + 1; i < kUsed; ++i) {
+            if constexpr (stochastic) {
+              if (R::kRoundedStochastically >> i & 1) {
+                const uint32_t element = static_cast<uint32_t>(work.chunk.first) + index;
+                x[i] = round_stochastically(x[i], row.type[i], random_bits(keys[i], element));
+              }
+            }
+            x[i] = store_element<T>(address[i], row.type[i], x[i]);
+          }
+          if (master && has(kUsed)) {
+            store_element<T>(address[kMoved - 1], row.type[kLowPrecision], x[kParam]);
+          }
+          R::accumulate_left(of_part, x);
+        }
+        add(sums, of_part);
+      });
+#pragma unroll
+  for (int i = 0; i < kNewSums<R, found>; ++i) {
+    totals[i] = sums[R::kUpdateSums - kNewSums<R, found> + i];
+  }
+}
+
+template <class R, int V, bool found, bool stochastic, bool master, typename T, int N>
+__device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N>& work,
+                                             const typename R::template Scalars<T>& scalars, const uint32_t (&keys)[R::kOperands],
+                                             Totals<R, found>& totals) {
+  if (!R::kLastIsOptional || work.row.data[R::kOperands - 1] != nullptr) {
+    update_chunk<R, V, found, stochastic, true, master, T>(table, work, scalars, keys, totals);
+  } else if constexpr (R::kLastIsOptional) {
+    update_chunk<R, V, found, stochastic, false, master, T>(table, work, scalars, keys, totals);
+  }
+}
+
+// What a block knows of its tensor's vectors, in shared memory. Three warps read them while warp 0 reads the row, so that all these
+// loads are under way at once. Only the row says which arithmetic it takes, so the scalars are made for both.
+template <class R>
+struct Numbers {
+  typename R::template Scalars<float> in_float32;
+  typename R::template Scalars<double> in_float64;
+  uint32_t keys[R::kOperands];
+  bool skipped;
+
+  // By all threads of the block; a barrier must follow.
+  template <bool stochastic, int N>
+  __device__ void begin(const Table<N>& table, const Update& update, int64_t number) {
+    const int64_t tensor = table.tensor_of_chunk[number];
+    if (threadIdx.x == kWarp) {
+      in_float32 = R::template scalars<float>(update, tensor);
+    } else if (threadIdx.x == 2 * kWarp) {
+      in_float64 = R::template scalars<double>(update, tensor);
+    } else if (threadIdx.x == 3 * kWarp) {
+      skipped = update.at(R::kStep, tensor) == 0.0;
+    } else if (stochastic && threadIdx.x > 3 * kWarp && threadIdx.x <= 3 * kWarp + R::kOperands) {
+      const int operand = threadIdx.x - 3 * kWarp - 1;
+      const int64_t first = (number - table.first_chunk[tensor]) * table.chunk_size;
+      keys[operand] = rounding_key(update.rounding_seed, update.at(R::kStep, tensor), tensor, operand, first);
+    }
+  }
+};
+
+template <class R, bool found, bool stochastic, bool masters>
+__device__ __forceinline__ void update_chunk_of_block(const Table<kOperandsOf<R>>& table, const Update& update,
+                                                      const NewSums<R>& new_sums) {
+  __shared__ Work<kOperandsOf<R>> work;
+  __shared__ Numbers<R> numbers;
+  // Backward through what the statistics went through forward: the last chunks may still be in the second-level cache.
+  const int64_t number = gridDim.x - 1 - blockIdx.x;
+  numbers.template begin<stochastic>(table, update, number);
+  work.begin(table, number);
+  if (work.row.lacks_gradient() || numbers.skipped) {
+    return;
+  }
+  Totals<R, found> totals;
+  if (work.row.is_double) {
+    update_chunk<R, 1, found, stochastic, masters>(table, work, numbers.in_float64, numbers.keys, totals);
+  } else if (masters || work.row.vector == 4) {
+    update_chunk<R, 4, found, stochastic, masters>(table, work, numbers.in_float32, numbers.keys, totals);
+  } else if constexpr (!masters) {
+    update_chunk<R, 8, found, stochastic, false>(table, work, numbers.in_float32, numbers.keys, totals);
+  }
+  if (kNewSums<R, found> > 0 && new_sums.data != nullptr) {
+    tensor_sums<R>(table, work.chunk, totals, [&](int sum, double value) {
+      new_sums.at(work.chunk.tensor, R::kUpdateSums - kNewSums<R, found> + sum) = value;
+    });
+  }
+}
+
+// Five operands that are always there are 40 KiB under way with two blocks, and the dice take the registers of a third.
+template <class R, bool stochastic>
+constexpr int kBlocks = stochastic && R::kOperands - R::kLastIsOptional > 4 ? 2 : kUpdateBlocks;
+
+template <class R, bool found, bool stochastic>
+__global__ void __launch_bounds__(kThreads, found ? kUpdateBlocksWithFoundSums : kBlocks<R, stochastic>)
+    update_kernel(const Table<kOperandsOf<R>> table, const Update update, const NewSums<R> new_sums) {
+  update_chunk_of_block<R, found, stochastic, false>(table, update, new_sums);
+}
+
+// Where some row has a low-precision parameter: then no row is taken in groups of 8, since a master is of float32. A kernel of its
+// own, so that the other keeps its registers.
+template <class R, bool found, bool stochastic>
+__global__ void __launch_bounds__(kThreads, kUpdateBlocksWithMasters)
+    update_masters_kernel(const Table<kOperandsOf<R>> table, const Update update, const NewSums<R> new_sums) {
+  update_chunk_of_block<R, found, stochastic, true>(table, update, new_sums);
+}
+
+// ----------------------------------------------------------------------------------------------------------------- launches
+
+// The GPU's copy of a table.
+template <class R>
+Table<kOperandsOf<R>> table_on_device(const Header& header, const std::optional<Tensor>& copy) {
+  METAADAMW_CHECK(copy && device_of(*copy) == header.device && copy->is_contiguous() &&
+                      copy->numel() * static_cast<int64_t>(copy->element_size()) >= header.device_bytes,
+                  "the copy of the launch table must lie on the device of the tensors, with room for the partial sums");
+  return {header, static_cast<char*>(copy->data_ptr())};
+}
+
+template <class R>
+Tensor measure(const Header& header, const std::optional<Tensor>& copy, int mask, ScalarType dtype,
+               const std::optional<Tensor>& carried) {
+  const auto table = table_on_device<R>(header, copy);
+  const double* carried_sums = check_measured<R>(header, mask, carried, dtype);
+  const torch::stable::accelerator::DeviceGuard guard(header.device);
+  const Columns<R> columns(carried ? mask | kCarriedMask<R> : mask);
+  Tensor result = torch::stable::empty({header.tensors, columns.count}, dtype, std::nullopt,
+                                       torch::stable::Device(torch::headeronly::DeviceType::CUDA, header.device));
+  if (header.chunks != 0) {
+    const MeasureOutput<R> output{result.data_ptr(), dtype == ScalarType::Double, columns, carried_sums};
+    const auto kernel = mask >> R::kFirstCount ? measure_kernel<R, (R::kFirstCount < R::kSums)> : measure_kernel<R, false>;
+    kernel<<<header.chunks, kThreads, 0, current_stream(header.device)>>>(table, reads_of<R>(mask), output);
+    check_cuda(cudaGetLastError(), "measure");
+  }
+  return result;
+}
+
+template <class R, bool found, bool stochastic>
+auto update_kernel_of(bool masters) {
+  return masters ? update_masters_kernel<R, found, stochastic> : update_kernel<R, found, stochastic>;
+}
+
+template <class R>
+void update(const Header& header, const std::optional<Tensor>& copy, const Update& vectors, const NewSums<R>& new_sums) {
+  const auto table = table_on_device<R>(header, copy);
+  const torch::stable::accelerator::DeviceGuard guard(header.device);
+  if (header.chunks != 0) {
+    constexpr bool finds = R::kFirstLeft > 0;
+    const bool found = finds && new_sums.found();
+    const auto kernel =
+        (vectors.stochastic ? (found ? update_kernel_of<R, finds, true> : update_kernel_of<R, false, true>)
+                            : (found ? update_kernel_of<R, finds, false> : update_kernel_of<R, false, false>))(header.masters);
+    kernel<<<header.chunks, kThreads, 0, current_stream(header.device)>>>(table, vectors, new_sums);
+    check_cuda(cudaGetLastError(), "update");
+  }
+}
+
+}  // namespace
+}  // namespace metaadamw

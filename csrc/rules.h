@@ -1,0 +1,27 @@
+// The rules there are, by the number that a launch table has of its own.
+#pragma once
+
+#include "adamw.h"
+#include "avgrad.h"
+
+namespace metaadamw {
+
+// The operands of a row: those of the rule and, last, the low-precision parameter.
+template <class R>
+constexpr int kOperandsOf = R::kOperands + 1;
+
+// The numbers are also known to metaadamw_fast/launch.py.
+template <class R>
+constexpr int rule_number = -1;
+template <>
+inline constexpr int rule_number<AdamW> = 0;
+template <>
+inline constexpr int rule_number<AVGrad> = 1;
+
+// f(a rule) of the rule with this number.
+template <typename F>
+auto with_rule(int number, const F& f) {
+  return number == rule_number<AVGrad> ? f(AVGrad()) : f(AdamW());
+}
+
+}  // namespace metaadamw
