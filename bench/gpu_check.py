@@ -62,6 +62,7 @@ def parts(options: argparse.Namespace, results: Path) -> list[Part]:
     build = {"METAADAMW_CUDA": "1" if gpu else "0"}
     # Without a GPU nothing is measured: one thread, so that a busy machine does not hold up those that wait for each other.
     threads = {} if gpu else {"OMP_NUM_THREADS": "1"}
+    slack = 1 if gpu else 10  # the limits are those of a GPU machine
     if gpu:
         build["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
     # Compiling Triton's kernels takes most of the tests' time: processes side by side, where pytest-xdist is there.
@@ -79,11 +80,11 @@ def parts(options: argparse.Namespace, results: Path) -> list[Part]:
             command = [python, "-m", "bench.gpu_step", "--model", model, "--dtype", dtype, "--device", device, *backends]
             command += ["--seconds", str(options.seconds), "--json", str(table)]
             command += ["--profile"] * (model == profiled and dtype == "float32")
-            todo.append(Part(f"table {model} {dtype}", command, 60, threads, table))
+            todo.append(Part(f"table {model} {dtype}", command, 60 * slack, threads, table))
     script = [python, "-m", "bench.sanitize", "--device", device, *backends]
     for tool in ("memcheck", "racecheck", "initcheck"):
         checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *script] if gpu else script
-        todo.append(Part(tool, checked, 90, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **threads}))
+        todo.append(Part(tool, checked, 90 * slack, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **threads}))
     ignored = [f"--ignore=tests/{name}.py" for name in WITHOUT_GPU]
     todo.append(Part("other tests", [*pytest, "-m", "not gpu", *ignored], 240))
     return [part for part in todo if not options.parts or any(part.name.startswith(x) for x in options.parts)]
@@ -193,7 +194,7 @@ def main() -> int:
     kernels = ROOT / "metaadamw_fast" / "kernels"
     if options.device == "cuda" and not kernels.exists():
         kernels.symlink_to("../kernels")  # where an installation has them; this runs from the sources
-    end = time.monotonic() + options.limit
+    end = time.monotonic() + options.limit * (1 if options.device == "cuda" else 10)
     outcomes: list[Outcome] = []
     tables: list[dict[str, Any]] = []
     about = {"device": name, "torch": torch.__version__, "Python": platform.python_version(), "CUDA": str(torch.version.cuda)}

@@ -16,6 +16,7 @@ Both classes take the same arguments:
         nearest, else from the parameter, which somebody has written then; it writes the master and, into the parameter, its
         rounding. The statistics are of the master alone: whoever wants them of what others wrote updates the masters first.
     written: whether the update will be called; then no tensors but the gradients may share memory.
+    rule: whose update it is, ``adamw`` or ``avgrad``. AVGrad has its means in ``max_exp_avg_sqs``, a tensor in every row.
 
 Elements are walked in the order of the parameters' memory, or of the first moments' without parameters. Errors are those of the ops
 of the same names in :mod:`metaadamw_fast.ops`; nothing has changed then.
@@ -47,6 +48,7 @@ class Operands(NamedTuple):
 
 
 RULES = ("adamw", "avgrad")  # csrc/rules.h
+_LAST_STATE = {"adamw": "max_exp_avg_sqs", "avgrad": "average_sqs"}
 _MAX_DIMS = 16  # csrc/chunks.h
 _SAME, _OTHER_ADDRESSES, _OTHER_TABLE, _NEGATIVES = range(4)  # what launch_set_gradients returns; csrc/ops.cpp
 
@@ -199,7 +201,9 @@ class CppLaunch:
         lists = (grads, *self._operands())
         tensors = [x for xs in lists for x in xs or ()]
         lengths = [-1 if xs is None else len(xs) for xs in lists]
-        table: Tensor = self.namespace.launch_table.default(RULES.index(self._rule), tensors, lengths, self._written, self.chunk_size)
+        table: Tensor = self.namespace.launch_table.default(
+            RULES.index(self._rule), tensors, lengths, self._written, self.chunk_size
+        )
         self._table = table
         self._device_copy = DeviceCopy(self._table, self._absent.device, self._in_graphs) if self.on_gpu else None
 
@@ -246,15 +250,20 @@ class CppLaunch:
     def tensor_stats(
         self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype, carried: Tensor | None = None
     ) -> Tensor:
-        """Sums [T, S], as :func:`metaadamw_fast.ops.tensor_stats`; columns that are not asked for are not read.
+        """Sums [T, S] of AdamW, as :func:`metaadamw_fast.ops.tensor_stats`; columns that are not asked for are not read.
 
         ``carried``, float64 [T, 2], are the columns Σp² and Σv² of a call that asks for neither.
         """
-        sums = 0b111 | params << 3 | exp_avg_sqs << 4 | count_nonzero * 0b1100000  # the columns, in csrc/adamw.h
+        sums = 0b111 | params << 3 | exp_avg_sqs << 4 | count_nonzero * 0b1100000  # csrc/adamw.h
         statistics: Tensor = self.namespace.launch_measure.default(self._table, self._copy(), sums, dtype, carried)
         return statistics
 
-    def adamw_update_(
+    def squares(self, dtype: torch.dtype) -> Tensor:
+        """Σg² alone, [T, 1]."""
+        sums: Tensor = self.namespace.launch_measure.default(self._table, self._copy(), 1, dtype)
+        return sums
+
+    def update_(
         self,
         vectors: Tensor,
         new_sums: Tensor | None = None,
@@ -263,11 +272,13 @@ class CppLaunch:
         """Updates in place; see :func:`metaadamw_fast.ops.adamw_update_`.
 
         ``vectors``, float64 [V, T], absent rows counted, are what the backend's ``update_vectors`` or ``modulation`` returned.
-        ``new_sums``, float64 [T, 2], gets Σp² and Σv² of what the update leaves, in the bits that ``tensor_stats(True, True, ...)``
-        would find now; [T, 5] before them Σg², Σg·m, Σm² of what the update found, in the bits of a pass before it. Rows without a
-        gradient, or whose step is 0, keep what it holds.
+        ``new_sums``, of AdamW only, float64 [T, 2], gets Σp² and Σv² of what the update leaves, in the bits that
+        ``tensor_stats(True, True, ...)`` would find now; [T, 5] before them Σg², Σg·m, Σm² of what the update found, in the bits of
+        a pass before it. Rows without a gradient, or whose step is 0, keep what it holds.
         """
         self.namespace.launch_update_.default(self._table, self._copy(), vectors, new_sums, rounding_seed)
+
+    adamw_update_ = update_
 
 
 class ReferenceLaunch:
@@ -283,7 +294,9 @@ class ReferenceLaunch:
         low_precision_params: OptionalTensors | None = None,
         *,
         written: bool,
+        rule: str = "adamw",
     ) -> None:
+        self._rule = rule
         operands, self._absent = _operands(exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs, low_precision_params)
         self._operands: Callable[[], Operands] = lambda: operands
         self._written = written
@@ -301,7 +314,7 @@ class ReferenceLaunch:
         leaders = [OpList("params", mine.params, self._written), OpList("exp_avgs", mine.exp_avgs, self._written)]
         others = (
             OpList("exp_avg_sqs", mine.exp_avg_sqs, self._written),
-            OpList("max_exp_avg_sqs", mine.max_exp_avg_sqs, self._written, optional=True),
+            OpList(_LAST_STATE[self._rule], mine.max_exp_avg_sqs, self._written, optional=self._rule == "adamw"),
             OpList("low_precision_params", mine.low_precision_params, self._written, optional=True),
         )
         lists = (*leaders[mine.params is None :], OpList("grads", grads, optional=True), *others)
@@ -332,20 +345,27 @@ class ReferenceLaunch:
         read = reference.tensor_stats(self._grads, mine.exp_avgs, *chosen, count_nonzero, dtype, arithmetic)
         return reference.beside(read, carried)
 
-    def adamw_update_(
+    def squares(self, dtype: torch.dtype) -> Tensor:
+        """As :meth:`CppLaunch.squares`."""
+        return self.tensor_stats(False, False, False, dtype)[:, :1]
+
+    def update_(
         self,
         vectors: Tensor,
         new_sums: Tensor | None = None,
         rounding_seed: int | None = None,
     ) -> None:
-        """As :meth:`CppLaunch.adamw_update_`."""
+        """As :meth:`CppLaunch.update_`."""
         mine = self._operands()
         if not self._written or mine.params is None or mine.exp_avg_sqs is None:
             raise RuntimeError("the launch was not made for updates: written=False")
         lists = (mine.params, self._grads, mine.exp_avgs, mine.exp_avg_sqs, mine.max_exp_avg_sqs)
         step_size, decay_factor, step, beta1, beta2, eps, grad_scale = vectors.unbind()
         hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
-        reference.adamw_update_(*lists, *hyperparameters, new_sums, rounding_seed, mine.low_precision_params)
+        update = reference.adamw_update_ if self._rule == "adamw" else reference.avgrad_update_
+        update(*lists, *hyperparameters, new_sums, rounding_seed, mine.low_precision_params)
+
+    adamw_update_ = update_
 
 
 class FakeLaunch:
@@ -361,6 +381,7 @@ class FakeLaunch:
         low_precision_params: OptionalTensors | None = None,
         *,
         written: bool,
+        rule: str = "adamw",
     ) -> None:
         exp_avgs = list(exp_avgs)
         self._rows, self._device = len(exp_avgs), exp_avgs[0].device if exp_avgs else torch.device("cpu")
@@ -382,5 +403,11 @@ class FakeLaunch:
         """As :meth:`CppLaunch.kept`."""
         return []
 
-    def adamw_update_(self, vectors: Tensor, new_sums: Tensor | None = None, rounding_seed: int | None = None) -> None:
-        """As :meth:`CppLaunch.adamw_update_`."""
+    def squares(self, dtype: torch.dtype) -> Tensor:
+        """As :meth:`CppLaunch.squares`."""
+        return torch.empty(self._rows, 1, dtype=dtype, device=self._device)
+
+    def update_(self, vectors: Tensor, new_sums: Tensor | None = None, rounding_seed: int | None = None) -> None:
+        """As :meth:`CppLaunch.update_`."""
+
+    adamw_update_ = update_

@@ -6,7 +6,7 @@ algorithm 1 for the update.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -179,9 +179,59 @@ def adamw_update_(
     low_precision_params: Tensors | None = None,
 ) -> None:
     """The modulated AdamW update; see :func:`metaadamw_fast.ops.adamw_update_`."""
+    lists, hyperparameters = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs), (step_size, decay_factor, step, beta1, beta2)
+    others = (eps, grad_scale, new_sums, rounding_seed, low_precision_params)
+    _update(lambda maximum, v, _: torch.maximum(maximum, v), *lists, *hyperparameters, *others)
+
+
+def avgrad_update_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    average_sqs: Tensors | None,
+    step_size: Tensor,
+    decay_factor: Tensor,
+    step: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    grad_scale: Tensor | None,
+    new_sums: Tensor | None = None,
+    rounding_seed: int | None = None,
+    low_precision_params: Tensors | None = None,
+) -> None:
+    """AVGrad: as :func:`adamw_update_`, with A ← A + (v - A)/step, the mean of v over all steps, in the place of v.
+
+    Ozkara et al., *MADA*, arXiv 2401.08893 (2024). A has v's bias correction.
+    """
+    lists, hyperparameters = (params, grads, exp_avgs, exp_avg_sqs, average_sqs), (step_size, decay_factor, step, beta1, beta2)
+    others = (eps, grad_scale, new_sums, rounding_seed, low_precision_params)
+    _update(lambda average, v, k: average + (v - average) / k, *lists, *hyperparameters, *others)
+
+
+def _update(
+    of_denominator: Callable[[Tensor, Tensor, Tensor], Tensor],
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    denominators: Tensors | None,
+    step_size: Tensor,
+    decay_factor: Tensor,
+    step: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    grad_scale: Tensor | None,
+    new_sums: Tensor | None = None,
+    rounding_seed: int | None = None,
+    low_precision_params: Tensors | None = None,
+) -> None:
+    """Both updates. The denominator is of v or, where there is one, of ``of_denominator(the state of it, v, step)``."""
     hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
-    check_update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyperparameters, low_precision_params=low_precision_params)
-    check_distinct(*update_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision_params))
+    check_update(params, grads, exp_avgs, exp_avg_sqs, denominators, *hyperparameters, low_precision_params=low_precision_params)
+    check_distinct(*update_lists(params, grads, exp_avgs, exp_avg_sqs, denominators, low_precision_params))
     bias_correction1 = 1 - beta1**step
     bias_correction2 = 1 - beta2**step
     for t, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
@@ -202,9 +252,9 @@ def adamw_update_(
         write = _Writer(skip, None if rounding_seed is None else (rounding_seed, step[t], t), param)
         write(exp_avg, m, rounding.MOMENTUM)
         write(exp_avg_sq, v, rounding.SECOND_MOMENT)
-        if max_exp_avg_sqs is not None and max_exp_avg_sqs[t].numel():
-            v = torch.maximum(max_exp_avg_sqs[t].to(arithmetic), v)
-            _write(max_exp_avg_sqs[t], v, skip)
+        if denominators is not None and denominators[t].numel():
+            v = of_denominator(denominators[t].to(arithmetic), v, step[t])
+            _write(denominators[t], v, skip)
         m_hat = m / bias_correction1[t]
         v_hat = v / bias_correction2[t]
         low = None if low_precision_params is None or not low_precision_params[t].numel() else low_precision_params[t]
