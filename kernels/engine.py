@@ -149,36 +149,60 @@ def measure_constants(rule: Rule, columns: tuple[int, ...], kinds: tuple[int, ..
 
 
 @triton.jit
+def _with_param(others, param):
+    """All operands, from those but the parameter."""
+    x = others[:PARAM]
+    x += (param,)
+    return x + others[PARAM:]
+
+
+@triton.jit
+def _write(
+    x, addresses, begin, offsets, places, mask, key, rounded: tl.constexpr, operand: tl.constexpr, kind: tl.constexpr,
+    aligned: tl.constexpr,
+):  # fmt: skip
+    """Rounds and stores an operand; returns it as a later load will see it."""
+    if key is not None and contains(rounded, operand):
+        x = round_stochastically(x, key, begin, offsets, operand, kind)
+    return store(addresses[operand], begin, places[operand], mask, x, operand, kind, aligned)
+
+
+@triton.jit
 def _update_block(
     lanes, addresses, begin, offsets, mask, layout, scalars, key, formula: tl.constexpr, term: tl.constexpr, found: tl.constexpr,
     left: tl.constexpr, rounded: tl.constexpr, kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
-    """Updates one block, and adds what it finds and what it leaves to the lanes of the sums."""
+    """Updates one block, and adds what it finds and what it leaves to the lanes of the sums.
+
+    The formula needs the parameter last, so it is read and written last: that saves registers.
+    """
     operands: tl.constexpr = length(addresses) - 1
     low: tl.constexpr = operands
     has_master: tl.constexpr = storage_type(kind, low) is not None
     places = operand_offsets(layout, begin, offsets, operands + 1, strided)
-    before = ()
+    others = ()
     for k in tl.static_range(operands):
-        x = load(addresses[k], begin, places[k], mask, k, kind, aligned)
-        if k == PARAM and has_master:
-            x = start_of_update(x, load(addresses[low], begin, places[low], mask, low, kind, aligned), storage_type(kind, low))
-        before += (x,)
+        if k != PARAM:
+            others += (load(addresses[k], begin, places[k], mask, k, kind, aligned),)
+    p = load(addresses[PARAM], begin, places[PARAM], mask, PARAM, kind, aligned)
+    if has_master:
+        p = start_of_update(p, load(addresses[low], begin, places[low], mask, low, kind, aligned), storage_type(kind, low))
+    before = _with_param(others, p)
     more = ()
     for i in tl.static_range(length(found)):
         more += (lanes[i] + term(before, element(found, i)),)
 
     new = formula(before, scalars, kind)
-    after = ()
+    written = ()
     for k in tl.static_range(operands):
-        y = new[k]
-        if k != GRAD and storage_type(kind, k) is not None:
-            if key is not None and contains(rounded, k):
-                y = round_stochastically(y, key, begin, offsets, k, kind)
-            y = store(addresses[k], begin, places[k], mask, y, k, kind, aligned)
-            if k == PARAM and has_master:
-                store(addresses[low], begin, places[low], mask, y, low, kind, aligned)
-        after += (y,)
+        if k == GRAD or (k != PARAM and storage_type(kind, k) is None):
+            written += (new[k],)
+        elif k != PARAM:
+            written += (_write(new[k], addresses, begin, offsets, places, mask, key, rounded, k, kind, aligned),)
+    p = _write(new[PARAM], addresses, begin, offsets, places, mask, key, rounded, PARAM, kind, aligned)
+    if has_master:
+        store(addresses[low], begin, places[low], mask, p, low, kind, aligned)
+    after = _with_param(written, p)
     for i in tl.static_range(length(left)):
         of_sum = term(after, element(left, i))
         if mask is not None:
