@@ -65,23 +65,23 @@ def compile_all_cuda(csrc: Path, architectures: list[str], chunk: int, directory
 
 def triton_constants(case: Case) -> tuple[Any, dict[str, Any]]:
     """The Triton kernel of a case and its compile-time arguments."""
-    from metaadamw_fast.kernels.adamw_update import adamw_update_kernel
-    from metaadamw_fast.kernels.tensor_stats import tensor_stats_kernel
+    from metaadamw_fast.kernels.adamw import ADAMW
+    from metaadamw_fast.kernels.engine import measure_constants, measure_kernel, update_constants, update_kernel
 
     kinds = (kind(*({4: 1, 2: 2}[size] for size in case.loads)),)
     if not case.is_update:
-        everything = len(case.loads) == 4
-        return tensor_stats_kernel, {"parameters": everything, "squares": everything, "counts": False, "kinds": kinds}
-    constants: dict[str, Any] = {"found": case.kernel in (FOUND, BOTH), "kinds": kinds}
+        return measure_kernel, measure_constants(ADAMW, (0, 1, 2, 3, 4) if len(case.loads) == 4 else (0, 1, 2), kinds)
+    sums = len(ADAMW.left) + (len(ADAMW.found) if case.kernel in (FOUND, BOTH) else 0)
+    constants = update_constants(ADAMW, sums, kinds)
     if case.kernel in (UPDATE, FOUND):
         constants["rounding_seed"] = None
-    return adamw_update_kernel, constants
+    return update_kernel, constants
 
 
 def compile_all_triton(architectures: list[str], directory: Path) -> list[Compiled]:
     """The same cases in Triton, but for misaligned addresses."""
-    from metaadamw_fast.kernels.adamw_update import register_limit
     from metaadamw_fast.kernels.elements import BLOCK, CHUNK, WARPS
+    from metaadamw_fast.kernels.engine import register_limit
 
     made = []
     for case in cases():
@@ -89,7 +89,7 @@ def compile_all_triton(architectures: list[str], directory: Path) -> list[Compil
             function, constants = triton_constants(case)
             limit = {}
             if case.is_update:
-                limit = register_limit(constants["kinds"], constants["found"], "rounding_seed" not in constants)
+                limit = register_limit(constants["kinds"], bool(constants["found"]), "rounding_seed" not in constants)
             kernel = compile_triton(function, constants, int(a.replace(".", "")), directory / "triton", num_warps=WARPS, **limit)
             renamed = case._replace(kernel=function.__name__)
             loop = triton_loop(kernel, renamed, BLOCK.value // kernel.threads)

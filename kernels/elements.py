@@ -1,7 +1,7 @@
 """What both kernels share: where the elements of a chunk lie, how they are read and written, and how sums are finished.
 
-Every program takes one chunk of one tensor and walks it in blocks of BLOCK lanes. Names and order of the arithmetic are those of
-csrc/adamw.h and csrc/sums.h; the kernels are compiled without contraction of a*b+c (``enable_fp_fusion=False``).
+Every program takes one chunk of one tensor and walks it in blocks of BLOCK lanes. The kernels are compiled without contraction of
+a*b+c (``enable_fp_fusion=False``): the C++ is, too, and the bits are the same.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ BLOCK = tl.constexpr(2**10)  # lanes: 8 for each of 128 threads, so that float32
 CHUNK = tl.constexpr(16 * 2**10)
 WARPS = 4
 
-# The table: int64. First these fields, T entries each; then the row of each chunk; then the layouts.
-ADDRESSES = tl.constexpr(0)  # six fields, in the order of the operands; 0: the row has no such operand
-# Where a row has a low-precision parameter, of bfloat16 or float16, PARAM is its float32 master.
-GRAD, EXP_AVG, PARAM, EXP_AVG_SQ, MAXIMUM, LOW_PRECISION = (tl.constexpr(i) for i in range(6))
-NUMEL = tl.constexpr(6)
-FIRST_CHUNK = tl.constexpr(7)  # the number of chunks before the row; an empty row has one, too, which writes its sums
-KIND = tl.constexpr(8)  # which of the kinds of rows it is, see `LaunchTable.kinds`
-LAYOUT = tl.constexpr(9)  # where in the table the row's layout lies: dims, then for each, innermost first, size and six strides
-FIELDS = tl.constexpr(10)
+# The table: int64. First an address of each operand, and one of the low-precision parameter (0: the row has no such operand), then
+# these fields, T entries each; then the row of each chunk; then the layouts. A kernel counts `addresses`: the operands and one.
+NUMEL = tl.constexpr(0)
+FIRST_CHUNK = tl.constexpr(1)  # the number of chunks before the row; an empty row has one, too, which writes its sums
+KIND = tl.constexpr(2)  # which of the kinds of rows it is, see `LaunchTable.kinds`
+LAYOUT = tl.constexpr(3)  # where in the table the row's layout lies: dims, then for each, innermost first, size and all strides
+FIELDS = tl.constexpr(4)
+
+# Of every rule. Where a row has a low-precision parameter, of bfloat16 or float16, PARAM is its float32 master. The number of the
+# low-precision parameter follows those of the rule's operands.
+GRAD, PARAM = tl.constexpr(0), tl.constexpr(2)
+STEP = tl.constexpr(2)  # the row of the vectors that holds the step count; 0: the update leaves the tensor alone
 
 # A kind says what rows have in common that the kernels are compiled for: four bits for the dtype of each operand (0: none of the
 # rows has it), then one for rows that are not walked flat. A kernel has one branch for each kind that occurs, around everything.
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
-OPERANDS = 6
-STRIDED_KIND = 1 << (4 * OPERANDS)
+MAX_OPERANDS = 15  # the low-precision parameter included
+STRIDED_KIND = 1 << (4 * MAX_OPERANDS)
 
 
 @triton.constexpr_function
@@ -44,7 +47,7 @@ def storage_type(kind, operand):
 @triton.constexpr_function
 def arithmetic_type(kind):
     """float64 if any operand is, else float32."""
-    return tl.float64 if any(kind >> (4 * operand) & 15 == 4 for operand in range(6)) else tl.float32
+    return tl.float64 if any(kind >> (4 * operand) & 15 == 4 for operand in range(15)) else tl.float32
 
 
 @triton.constexpr_function
@@ -54,13 +57,25 @@ def vector_bytes(kind, operand):
     With 16 bytes of bfloat16 a thread would hold more of its elements than of float32, and they would change hands in every block.
     """
     sizes = (0, 4, 2, 2, 8)
-    return 16 * sizes[kind >> (4 * operand) & 15] // max(sizes[kind >> (4 * each) & 15] for each in range(6))
+    return 16 * sizes[kind >> (4 * operand) & 15] // max(sizes[kind >> (4 * each) & 15] for each in range(15))
 
 
 @triton.constexpr_function
 def is_strided(kind):
     """Whether the elements of these rows are found through their layout."""
-    return kind >> 24 != 0
+    return kind >> 60 != 0
+
+
+@triton.constexpr_function
+def contains(items, item):
+    """Whether a compile-time tuple has ``item``."""
+    return item in items
+
+
+@triton.constexpr_function
+def any_contains(tuples, item):
+    """Whether one of a compile-time tuple of tuples has ``item``."""
+    return any(item in items for items in tuples)
 
 
 @triton.constexpr_function
@@ -88,10 +103,16 @@ INTERPRETED = tl.constexpr(isinstance(_nothing, InterpretedFunction))
 
 
 @triton.jit
-def chunk_bounds(table, tensors, chunk, row):
+def field(table, tensors, row, addresses: tl.constexpr, name: tl.constexpr):
+    """An entry of the table: NUMEL, FIRST_CHUNK, KIND or LAYOUT of the row."""
+    return tl.load(table + (addresses + name) * tensors + row)
+
+
+@triton.jit
+def chunk_bounds(table, tensors, chunk, row, addresses: tl.constexpr):
     """First element of the chunk and number of elements in it; first chunk of the row and number of its chunks."""
-    numel = tl.load(table + NUMEL * tensors + row)
-    first_chunk = tl.load(table + FIRST_CHUNK * tensors + row)
+    numel = field(table, tensors, row, addresses, NUMEL)
+    first_chunk = field(table, tensors, row, addresses, FIRST_CHUNK)
     begin = (chunk - first_chunk) * CHUNK
     count = tl.minimum(numel - begin, CHUNK).to(tl.int32)
     chunks_of_row = tl.maximum((numel + CHUNK - 1) // CHUNK, 1).to(tl.int32)
@@ -99,33 +120,38 @@ def chunk_bounds(table, tensors, chunk, row):
 
 
 @triton.jit
-def operand_offsets(layout, begin, offsets, strided: tl.constexpr):
-    """Where the elements begin + offsets of the row lie in each of the six operands, in elements after its element ``begin``.
+def addresses_of(table, tensors, row, addresses: tl.constexpr):
+    """Of each operand of the row; 0 if it has none."""
+    found = ()
+    for k in tl.static_range(addresses):
+        found += (tl.load(table + k * tensors + row),)
+    return found
+
+
+@triton.jit
+def operand_offsets(layout, begin, offsets, operands: tl.constexpr, strided: tl.constexpr):
+    """Where the elements begin + offsets of the row lie in each operand, in elements after its element ``begin``.
 
     For rows that are walked flat that is ``offsets`` itself; others go through ``layout`` in 64 bits, dimension by dimension.
     """
+    places = ()
     if not strided:
-        return offsets, offsets, offsets, offsets, offsets, offsets
+        for _ in tl.static_range(operands):
+            places += (offsets,)
     else:
         index = begin + offsets
-        grad = offsets * 0 - begin
-        exp_avg = grad
-        param = grad
-        exp_avg_sq = grad
-        maximum = grad
-        low_precision = grad
+        for _ in tl.static_range(operands):
+            places += (offsets * 0 - begin,)
         for _ in range(tl.load(layout)):
             size = tl.load(layout + 1)
             coordinate = index % size
-            grad += coordinate * tl.load(layout + 2)
-            exp_avg += coordinate * tl.load(layout + 3)
-            param += coordinate * tl.load(layout + 4)
-            exp_avg_sq += coordinate * tl.load(layout + 5)
-            maximum += coordinate * tl.load(layout + 6)
-            low_precision += coordinate * tl.load(layout + 7)
+            further = ()
+            for k in tl.static_range(operands):
+                further += (places[k] + coordinate * tl.load(layout + 2 + k),)
+            places = further
             index = index // size
-            layout += 7
-        return grad, exp_avg, param, exp_avg_sq, maximum, low_precision
+            layout += 1 + operands
+    return places
 
 
 @triton.jit
@@ -171,9 +197,9 @@ def _rounded(x, storage: tl.constexpr):
 
 
 @triton.jit
-def start_of_update(master, low, kind: tl.constexpr):
+def start_of_update(master, low, storage: tl.constexpr):
     """What the update of a low-precision parameter starts from, element by element; csrc/adamw.h has the reasons."""
-    rounded = _widened(_rounded(master, storage_type(kind, LOW_PRECISION)), master.dtype)
+    rounded = _widened(_rounded(master, storage), master.dtype)
     return tl.where((rounded == low) | ((rounded != rounded) & (low != low)), master, low)
 
 
@@ -236,6 +262,27 @@ def round_stochastically(x, key, begin, offsets, operand: tl.constexpr, kind: tl
         return x
 
 
+# -------------------------------------------------------------------------------------------------------------- arithmetic
+
+
+@triton.jit
+def square_root(x):
+    """Correctly rounded."""
+    if x.dtype == tl.float64:  # always correctly rounded; sqrt_rn and div_rn exist for float32 only
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def quotient(x, y):
+    """Correctly rounded."""
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.div_rn(x, y)
+
+
 # -------------------------------------------------------------------------------------------------------------------- sums
 
 
@@ -253,28 +300,28 @@ def pairwise_sum(lanes):
 
 
 @triton.jit
-def store_sum(lanes, column, width, row, chunk, chunks, chunks_of_row, partials, out):
-    """The sum of one chunk: into the result [T, width] if it is the whole row, else into partials [width, chunks]."""
-    total = pairwise_sum(lanes)
-    if chunks_of_row == 1:
-        tl.store(out + row * width + column, total)
-    else:
-        tl.store(partials + column * chunks + chunk, total)
+def write_sums(lanes, row, chunk, chunks, first_chunk, chunks_of_row, partials, tickets, out):
+    """The sums of one chunk: into the result [T, sums] if it is the whole row, else into partials [sums, chunks].
 
-
-@triton.jit
-def finish_sums(width, row, chunks, first_chunk, chunks_of_row, partials, tickets, out):
-    """The program that finishes last among those of a row adds their partial sums, in chunk order whichever it is."""
+    Of several programs of a row the one that finishes last adds their partial sums, in chunk order whichever it is.
+    """
+    width: tl.constexpr = length(lanes)
+    for k in tl.static_range(width):
+        total = pairwise_sum(lanes[k])
+        if chunks_of_row == 1:
+            tl.store(out + row * width + k, total)
+        else:
+            tl.store(partials + k * chunks + chunk, total)
     if chunks_of_row > 1:
         tl.debug_barrier()  # all threads have stored before one takes the ticket: its release covers the whole program
         if tl.atomic_add(tickets + row, 1, sem="acq_rel", scope="gpu") == chunks_of_row - 1:
             tl.debug_barrier()
             lane = tl.arange(0, BLOCK)
             for column in range(width):
-                lanes = tl.zeros([BLOCK], tl.float64)
+                all_lanes = tl.zeros([BLOCK], tl.float64)
                 for i in range(0, chunks_of_row, BLOCK):
                     # .cg: from the second-level cache, which all programs share
                     pointers = partials + column * chunks + first_chunk + i + lane
-                    lanes += tl.load(pointers, mask=i + lane < chunks_of_row, other=0.0, cache_modifier=".cg")
-                tl.store(out + row * width + column, pairwise_sum(lanes))
+                    all_lanes += tl.load(pointers, mask=i + lane < chunks_of_row, other=0.0, cache_modifier=".cg")
+                tl.store(out + row * width + column, pairwise_sum(all_lanes))
             tl.store(tickets + row, 0)  # for the next launch

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from . import policy
-from .adamw_update import adamw_update_
-from .elements import INTERPRETED
+from .elements import INTERPRETED, WARPS
+from .engine import measure_constants, measure_kernel, register_limit, update_constants, update_kernel
 from .table import LaunchTable, MaybeTensors
-from .tensor_stats import tensor_stats
 
 Tensors = Iterable[Tensor]
 
@@ -19,8 +18,66 @@ Tensors = Iterable[Tensor]
 class TritonLaunch(LaunchTable):
     """A `LaunchTable` with the ops as methods, one launch each whatever T is."""
 
-    tensor_stats = tensor_stats
-    adamw_update_ = adamw_update_
+    def tensor_stats(
+        self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype, carried: Tensor | None = None
+    ) -> Tensor:
+        """Sums per tensor, [T, S]: Σg², Σg·m, Σm², then Σp², Σv² and the non-zeros of g and m where asked for.
+
+        Args:
+            params, exp_avg_sqs: compute their column, and read them.
+            count_nonzero: append the two counts.
+            dtype: of the result, float32 or float64.
+            carried: float64 [T, 2], the columns Σp² and Σv² where neither is to be read.
+
+        A lane adds at most CHUNK / BLOCK products in the type of the arithmetic. Everything after that is float64, in a fixed
+        order.
+
+        Raises:
+            RuntimeError: another dtype, or a column of a list that the launch does not have.
+        """
+        if dtype not in (torch.float32, torch.float64):
+            raise RuntimeError(f"the statistics are float32 or float64, not {dtype}")
+        if (params and not self.with_params) or (exp_avg_sqs and not self.with_squares):
+            raise RuntimeError("the launch was made without the lists of these columns")
+        columns = (0, 1, 2) + (3,) * params + (4,) * exp_avg_sqs + (5, 6) * count_nonzero
+        out = torch.empty(self.tensors, len(columns), dtype=dtype, device=self.device)
+        if self.tensors:
+            with self.device_guard():
+                measure_kernel[(self.chunks,)](
+                    self.table, self.tensors, self.chunks, self.partials, self.tickets, out,
+                    **measure_constants(self.rule, columns, self.kinds), num_warps=WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
+        return out if carried is None else torch.cat([out[:, :3], carried.to(dtype), out[:, 3:]], dim=1)
+
+    def update_(self, vectors: Tensor, new_sums: Tensor | None = None, rounding_seed: int | None = None) -> None:
+        """The rule's update in place; rows without a gradient, or whose step is 0, stay as they are.
+
+        Args:
+            vectors: contiguous float64 [8, T] on the tensors' device, made by `kernels.policy`.
+            new_sums: contiguous float64 [T, 2] or None; receives Σp², Σv² as stored, in the bits of a later pass of `tensor_stats`;
+                with [T, 5], before them Σg², Σg·m, Σm² as found, in the bits of an earlier pass. Rows that stay as they are keep
+                what it holds.
+            rounding_seed: of stochastic rounding; None rounds to the nearest.
+
+        Raises:
+            RuntimeError: vectors or new_sums of another dtype, shape, layout or device; a launch that is not to be written.
+        """
+        if not self.written:
+            raise RuntimeError("the launch was not made for updates: written=False")
+        self.check_vector("vectors", vectors, (self.rule.vectors, self.tensors))
+        left, every = len(self.rule.left), len(self.rule.left) + len(self.rule.found)
+        found = new_sums is not None and new_sums.dim() == 2 and new_sums.shape[1] == every
+        self.check_vector("new_sums", new_sums, (self.tensors, every if found else left))
+        if self.tensors:
+            sums = 0 if new_sums is None else new_sums.shape[1]
+            with self.device_guard():
+                update_kernel[(self.chunks,)](
+                    self.table, self.tensors, self.chunks, self.partials, self.tickets, new_sums, vectors, rounding_seed,
+                    **update_constants(self.rule, sums, self.kinds), num_warps=WARPS, enable_fp_fusion=False,
+                    **register_limit(self.kinds, found, rounding_seed is not None),
+                )  # fmt: skip
+
+    adamw_update_ = update_
 
 
 class TritonBackend:
@@ -45,7 +102,7 @@ class TritonBackend:
         count_nonzero: bool,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Sums per tensor, [T, S]; see `kernels.tensor_stats`."""
+        """Sums per tensor, [T, S]; see `TritonLaunch.tensor_stats`."""
         _refuse_capture()
         launch = TritonLaunch(grads, exp_avgs, params, exp_avg_sqs, written=False)
         return launch.tensor_stats(params is not None, exp_avg_sqs is not None, count_nonzero, dtype)
@@ -68,7 +125,7 @@ class TritonBackend:
         rounding_seed: int | None = None,
         low_precision_params: MaybeTensors | None = None,
     ) -> None:
-        """The update, in place, with hyper-parameters [T] each; see `kernels.adamw_update`."""
+        """The update, in place, with hyper-parameters [T] each; see `TritonLaunch.update_`."""
         _refuse_capture()
         launch = TritonLaunch(grads, exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs, low_precision_params, written=True)
         vectors = policy.update_vectors(step_size, decay_factor, step, beta1, beta2, eps, grad_scale)

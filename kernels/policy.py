@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adamw_update import integer_power, square_root
+from .elements import square_root
 
 if TYPE_CHECKING:
     from metaadamw_fast.features import FeatureTable
@@ -235,6 +235,29 @@ def scaled_gradients(
 
 
 @triton.jit
+def _integer_power(base, exponent):
+    """base^exponent by repeated squaring in float64: the same bits as on every other machine, which no library's pow promises.
+
+    Of numbers, or of lanes: then until the largest exponent is done.
+    """
+    result = base * 0 + 1.0
+    bits = exponent.to(tl.int64)
+    while _largest(bits) > 0:  # not `!= 0`: a step that is NaN or negative must not run forever
+        result = tl.where(bits & 1 != 0, result * base, result)
+        base *= base
+        bits >>= 1
+    return result
+
+
+@triton.jit
+def _largest(x):
+    if x.type.is_block():
+        return tl.max(x, axis=0)
+    else:
+        return x
+
+
+@triton.jit
 def _store_vectors(vectors, tensors, tensor, mask, step_size, decay_factor, step, beta1, beta2, eps, grad_scale):
     """What an update reads of each tensor, in the rows and bits of csrc/adamw.h: the powers are taken once, not by each program."""
     column = vectors + tensor
@@ -244,12 +267,12 @@ def _store_vectors(vectors, tensors, tensor, mask, step_size, decay_factor, step
     scale = tl.full([ROWS], 1.0, tl.float64)
     if grad_scale is not None:
         scale = tl.load(grad_scale + tensor, mask=mask, other=1.0)
-    tl.store(column, step_size / (1.0 - integer_power(beta1, step)), mask=mask)
+    tl.store(column, step_size / (1.0 - _integer_power(beta1, step)), mask=mask)
     tl.store(column + rows, decay_factor, mask=mask)
     tl.store(column + 2 * rows, step, mask=mask)
     tl.store(column + 3 * rows, beta1, mask=mask)
     tl.store(column + 4 * rows, beta2, mask=mask)
-    tl.store(column + 5 * rows, 1.0 / tl.sqrt(1.0 - integer_power(beta2, step)), mask=mask)
+    tl.store(column + 5 * rows, 1.0 / tl.sqrt(1.0 - _integer_power(beta2, step)), mask=mask)
     tl.store(column + 6 * rows, tl.load(eps + tensor, mask=mask, other=0.0), mask=mask)
     tl.store(column + 7 * rows, scale, mask=mask)
 
@@ -282,7 +305,7 @@ def modulation_kernel(
     step_size = tl.load(lr + tensor, mask=mask, other=0.0) * lr_scale
     decay = step_size * wd_scale * tl.load(weight_decay + tensor, mask=mask, other=0.0)
     if released:
-        decay = decay / (1.0 - integer_power(tl.load(beta1 + tensor, mask=mask, other=0.0), step))
+        decay = decay / (1.0 - _integer_power(tl.load(beta1 + tensor, mask=mask, other=0.0), step))
     _store_vectors(vectors, tensors, tensor, mask, step_size, 1.0 - decay, step, beta1, beta2, eps, grad_scale)
 
 

@@ -11,8 +11,12 @@ from torch import Tensor
 from metaadamw_fast.checks import check_low_precision
 from metaadamw_fast.launch import Operands, resolved
 
+from .adamw import ADAMW
 from .checks import OpList, check_distinct, check_lists
-from .elements import CHUNK, DTYPE_CODES, FIELDS, OPERANDS, STRIDED_KIND
+from .elements import CHUNK, DTYPE_CODES, FIELDS, STRIDED_KIND
+from .engine import Rule
+
+FIFTH = 4  # the number of the operand that comes as max_exp_avg_sqs
 
 Tensors = Iterable[Tensor]
 MaybeTensors = Iterable[Tensor | None]
@@ -26,11 +30,13 @@ class LaunchTable:
             zeros in the statistics and the update leaves the whole row as it is.
         exp_avgs: T first moments.
         params, exp_avg_sqs: T tensors each, or None for an op that does without.
-        max_exp_avg_sqs: T running maxima or None; an entry may be absent as a gradient may: plain AdamW then.
+        max_exp_avg_sqs: T tensors of the rule's fifth operand or None. AdamW's are running maxima; an entry may be absent as a
+            gradient may: no amsgrad then. AVGrad's are the means of the second moments, of float32 or wider, and never absent.
         low_precision_params: T parameters of bfloat16 or float16 whose float32 masters stand in ``params``, or None; an entry may
             be absent as a maximum may. The update starts from the master where the parameter is its rounding, else from the
             parameter.
         written: everything but the gradients will be updated, so their elements must not share memory.
+        rule: whose operands these are.
 
     The elements of a row are walked in the order of the last given of params, else of exp_avgs, in memory. Where all operands are
     dense in that order they are walked flat, else through sizes and strides in the table.
@@ -53,12 +59,15 @@ class LaunchTable:
         low_precision_params: MaybeTensors | None = None,
         *,
         written: bool,
+        rule: Rule = ADAMW,
     ) -> None:
-        self.written = written
+        self.written, self.rule = written, rule
         exp_avgs = list(exp_avgs)
         self.with_params, self.with_squares = params is not None, exp_avg_sqs is not None
         if written and not (self.with_params and self.with_squares):
             raise RuntimeError("the update needs params and exp_avg_sqs")
+        if written and max_exp_avg_sqs is None and FIFTH not in rule.optional:
+            raise RuntimeError(f"the update needs {rule.operands[FIFTH]}")
         self.tensors = len(exp_avgs)
         self.device = exp_avgs[0].device if exp_avgs else torch.device("cpu")
         empty = torch.empty(0, device=self.device)
@@ -87,7 +96,7 @@ class LaunchTable:
             *leaders[mine.params is None :],
             OpList("grads", [empty if x is None else x for x in grads], optional=True),
             OpList("exp_avg_sqs", mine.exp_avg_sqs, self.written),
-            OpList("max_exp_avg_sqs", mine.max_exp_avg_sqs, self.written, optional=True),
+            OpList(self.rule.operands[FIFTH], mine.max_exp_avg_sqs, self.written, optional=FIFTH in self.rule.optional),
             OpList("low_precision_params", mine.low_precision_params, self.written, optional=True),
         )
         check_lists(*check)
@@ -102,7 +111,7 @@ class LaunchTable:
         leading = mine.exp_avgs if mine.params is None else mine.params
 
         addresses = [[0 if x is None else x.data_ptr() for x in row] for row in rows]
-        layouts: list[int] = [1, 2**62] + [1] * OPERANDS  # the one of all rows that are walked flat: offset = index
+        layouts: list[int] = [1, 2**62] + [1] * len(lists)  # the one of all rows that are walked flat: offset = index
         numels, kinds, layout_of, chunk_rows, first_chunks = [], [], [], [], []
         for t, (row, leader) in enumerate(zip(rows, leading, strict=True)):
             dimensions = _layout(row, leader)
@@ -120,7 +129,7 @@ class LaunchTable:
         any_kind = max(kinds, default=0) or of_float32
         kinds = [kind or any_kind for kind in kinds]
         self.kinds = tuple(sorted(set(kinds)))
-        start_of_layouts = FIELDS.value * self.tensors + len(chunk_rows)
+        start_of_layouts = (len(lists) + FIELDS.value) * self.tensors + len(chunk_rows)
         fields = [list(column) for column in zip(*addresses, strict=True)]
         fields += [numels, first_chunks, [self.kinds.index(x) for x in kinds], [start_of_layouts + x for x in layout_of]]
         values = [x for field in fields for x in field] + chunk_rows + layouts
@@ -130,7 +139,7 @@ class LaunchTable:
         self._addresses = [row[0] for row in addresses]
         self._layouts = [None if x is None else (x.dtype, x.shape, x.stride()) for x in (row[0] for row in rows)]
         self.table = torch.empty(len(values), dtype=torch.int64, device=self.device)
-        self.partials = torch.empty(7 * self.chunks, dtype=torch.float64, device=self.device)
+        self.partials = torch.empty(len(self.rule.sum_operands) * self.chunks, dtype=torch.float64, device=self.device)
         self.tickets = torch.zeros(self.tensors, dtype=torch.int32, device=self.device)
         self._upload(self.table, values)
 
@@ -211,7 +220,7 @@ class LaunchTable:
 
 
 def _layout(row: list[Tensor | None], leader: Tensor) -> list[tuple[int, ...]] | None:
-    """Size and six strides of each dimension, outermost first in the leader's memory; None where the row is walked flat.
+    """Size and all strides of each dimension, outermost first in the leader's memory; None where the row is walked flat.
 
     Dimensions of size 1 are dropped, and neighbours merged where every operand allows it: tensors that are transposed or
     channels_last all alike are flat, too.

@@ -9,10 +9,16 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is built for Linux only")
 
 from metaadamw_fast.kernels import policy  # noqa: E402
-from metaadamw_fast.kernels.adamw_update import adamw_update_kernel, register_limit  # noqa: E402
+from metaadamw_fast.kernels.adamw import ADAMW, AVGRAD  # noqa: E402
 from metaadamw_fast.kernels.elements import WARPS  # noqa: E402
+from metaadamw_fast.kernels.engine import (  # noqa: E402
+    measure_constants,
+    measure_kernel,
+    register_limit,
+    update_constants,
+    update_kernel,
+)
 from metaadamw_fast.kernels.table import LaunchTable  # noqa: E402
-from metaadamw_fast.kernels.tensor_stats import tensor_stats_kernel  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
@@ -24,31 +30,45 @@ TARGETS = {name: GPUTarget("cuda", number, 32) for name, number in CUDA.items()}
 FP32, BF16_FP32_STATES = kind(1, 1, 1, 1), kind(2, 1, 2, 1)
 MASTERS = kind(2, 1, 1, 1, 0, 2)  # of bfloat16 parameters and gradients
 MANY = (FP32, kind(2, 2, 2, 2, 2), kind(4, 1, 2, 3, 3), kind(4, 4, 4, 4, 4), kind(0, 1, 3, 1), kind(2, 1, 2, 1, strided=True))
-LEFT = {"found": False, "rounding_seed": None}
-FOUND = {"found": True, "rounding_seed": None}
-SUMS = {"parameters": True, "squares": True, "counts": False}
+ALL_FOUR, COUNTS = (0, 1, 2, 3, 4), (5, 6)  # columns of the statistics
+NO_SUMS, LEFT, FOUND = 0, 2, 5  # sums that an update makes
+
+
+def stats(kinds, columns=ALL_FOUR):
+    return measure_kernel, measure_constants(ADAMW, columns, kinds)
+
+
+def update(kinds, sums=LEFT, stochastic=False, rule=ADAMW):
+    constants = update_constants(rule, sums, kinds)
+    absent = ([] if sums else ["new_sums"]) + ([] if stochastic else ["rounding_seed"])
+    return update_kernel, constants | dict.fromkeys(absent)
+
+
 VARIANTS = {
-    "stats, fp32": (tensor_stats_kernel, {**SUMS, "kinds": (FP32,)}),
-    "stats, bf16 with fp32 states": (tensor_stats_kernel, {**SUMS, "kinds": (BF16_FP32_STATES,)}),
-    "stats of g and m, counts": (tensor_stats_kernel, {"parameters": False, "squares": False, "counts": True, "kinds": (FP32,)}),
-    "stats, many kinds": (tensor_stats_kernel, {**SUMS, "counts": True, "kinds": MANY}),
-    "update, fp32": (adamw_update_kernel, {**LEFT, "kinds": (FP32,)}),
-    "update, fp32, lagged": (adamw_update_kernel, {**FOUND, "kinds": (FP32,)}),
-    "update, fp32, no sums": (adamw_update_kernel, {**LEFT, "new_sums": None, "kinds": (FP32,)}),
-    "update, fp32, amsgrad": (adamw_update_kernel, {**LEFT, "kinds": (kind(1, 1, 1, 1, 1),)}),
-    "update, bf16 with fp32 states": (adamw_update_kernel, {**LEFT, "kinds": (BF16_FP32_STATES,)}),
-    "update, bf16 with fp32 states, by chance": (adamw_update_kernel, {"found": False, "kinds": (BF16_FP32_STATES,)}),
-    "update, all bf16, by chance": (adamw_update_kernel, {"found": False, "kinds": (kind(2, 2, 2, 2),)}),
-    "update, all fp16, by chance": (adamw_update_kernel, {"found": False, "kinds": (kind(3, 3, 3, 3),)}),
-    "update, all bf16": (adamw_update_kernel, {**LEFT, "kinds": (kind(2, 2, 2, 2),)}),
-    "update, bf16 with fp32 states, lagged": (adamw_update_kernel, {**FOUND, "kinds": (BF16_FP32_STATES,)}),
-    "update, all bf16, lagged": (adamw_update_kernel, {**FOUND, "kinds": (kind(2, 2, 2, 2),)}),
-    "update, masters of bf16": (adamw_update_kernel, {**LEFT, "kinds": (MASTERS,)}),
-    "update, masters of fp16, amsgrad": (adamw_update_kernel, {**LEFT, "kinds": (kind(3, 1, 1, 1, 1, 3),)}),
-    "update, masters of bf16, lagged": (adamw_update_kernel, {**FOUND, "kinds": (MASTERS,)}),
-    "update, masters of bf16, many kinds": (adamw_update_kernel, {**LEFT, "kinds": (MASTERS, *MANY)}),
-    "stats, masters of bf16": (tensor_stats_kernel, {**SUMS, "kinds": (MASTERS,)}),
-    "update, many kinds": (adamw_update_kernel, {**LEFT, "kinds": MANY}),
+    "stats, fp32": stats((FP32,)),
+    "stats, bf16 with fp32 states": stats((BF16_FP32_STATES,)),
+    "stats of g and m, counts": stats((FP32,), (0, 1, 2, *COUNTS)),
+    "stats, many kinds": stats(MANY, ALL_FOUR + COUNTS),
+    "update, fp32": update((FP32,)),
+    "update, fp32, lagged": update((FP32,), FOUND),
+    "update, fp32, no sums": update((FP32,), NO_SUMS),
+    "update, fp32, amsgrad": update((kind(1, 1, 1, 1, 1),)),
+    "update, bf16 with fp32 states": update((BF16_FP32_STATES,)),
+    "update, bf16 with fp32 states, by chance": update((BF16_FP32_STATES,), stochastic=True),
+    "update, all bf16, by chance": update((kind(2, 2, 2, 2),), stochastic=True),
+    "update, all fp16, by chance": update((kind(3, 3, 3, 3),), stochastic=True),
+    "update, all bf16": update((kind(2, 2, 2, 2),)),
+    "update, bf16 with fp32 states, lagged": update((BF16_FP32_STATES,), FOUND),
+    "update, all bf16, lagged": update((kind(2, 2, 2, 2),), FOUND),
+    "update, masters of bf16": update((MASTERS,)),
+    "update, masters of fp16, amsgrad": update((kind(3, 1, 1, 1, 1, 3),)),
+    "update, masters of bf16, lagged": update((MASTERS,), FOUND),
+    "update, masters of bf16, many kinds": update((MASTERS, *MANY)),
+    "stats, masters of bf16": stats((MASTERS,)),
+    "update, many kinds": update(MANY),
+    "update of AVGrad, fp32, mean": update((kind(1, 1, 1, 1, 1),), rule=AVGRAD),
+    "update of AVGrad, all bf16, by chance, mean": update((kind(2, 2, 2, 2, 1),), stochastic=True, rule=AVGRAD),
+    "update of AVGrad, masters of bf16, mean, lagged": update((kind(2, 1, 1, 1, 1, 2),), FOUND, rule=AVGRAD),
 }
 PLAIN = {"enhanced": False, "v_norm": True, "deviations": True, "time": 10, "lanes": 16}
 ENHANCED = {"enhanced": True, "v_norm": False, "deviations": False, "time": 9, "lanes": 16}
@@ -77,8 +97,8 @@ def compiled(variant, target, fusion=False):
     """The assembly of each stage."""
     kernel, constants = (VARIANTS | POLICY)[variant]
     limit = {}
-    if kernel is adamw_update_kernel and target in CUDA:
-        limit = register_limit(constants["kinds"], constants["found"], "rounding_seed" not in constants)
+    if kernel is update_kernel and target in CUDA:
+        limit = register_limit(constants["kinds"], bool(constants["found"]), "rounding_seed" not in constants)
     return triton_assembly(kernel, constants, TARGETS[target], num_warps=WARPS, enable_fp_fusion=fusion, **limit).asm
 
 
@@ -106,9 +126,9 @@ def test_kinds_of_lists_with_empty_tensors_compile(sizes):
     lists = [[torch.zeros(n, dtype=dtype) for n in sizes] for dtype in (torch.bfloat16, *[torch.float32] * 3)]
     launch = LaunchTable(*lists, written=True)
     assert len(launch.kinds) == 1
-    for found in (False, True):
-        constants = {"found": found, "rounding_seed": None, "kinds": launch.kinds}
-        assert triton_assembly(adamw_update_kernel, constants, TARGETS["sm_90"], num_warps=WARPS).asm["ptx"]
+    for sums in (LEFT, FOUND):
+        kernel, constants = update(launch.kinds, sums)
+        assert triton_assembly(kernel, constants, TARGETS["sm_90"], num_warps=WARPS).asm["ptx"]
 
 
 def inexact(ptx):
@@ -137,7 +157,7 @@ def test_cuda_resources(variant, target, tmp_path):
     report, _ = ptxas_report(compiled(variant, target)["ptx"], CUDA[target], tmp_path)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
     registers = int(re.search(r"Used (\d+) registers", report)[1])
-    more = [x for x in ("lagged", "chance", "amsgrad", "masters") if x in variant]
+    more = [x for x in ("lagged", "chance", "amsgrad", "mean", "masters") if x in variant]
     limit = 255 if "many" in variant else (96, 128, 168)[len(more)]
     assert registers <= limit, report
 
@@ -157,7 +177,13 @@ def test_kernels_around_the_encoder(variant, target, tmp_path):
 
 @pytest.mark.parametrize(
     ("variant", "loads", "stores"),
-    [("stats, fp32", 4, 0), ("update, fp32", 4, 3), ("update, fp32, amsgrad", 5, 4), ("update, masters of bf16", 3, 3)],
+    [
+        ("stats, fp32", 4, 0),
+        ("update, fp32", 4, 3),
+        ("update, fp32, amsgrad", 5, 4),
+        ("update, masters of bf16", 3, 3),
+        ("update of AVGrad, fp32, mean", 5, 4),
+    ],
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_dense_fp32_moves_16_bytes_at_once(variant, loads, stores, target):

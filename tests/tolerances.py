@@ -80,6 +80,26 @@ def update_bounds(p, g, m, v, new_v, h, arithmetic):
     return [x * SECOND_ORDER + underflow for x in (p_bound, m_bound, v_bound, v_bound)]
 
 
+def avgrad_bounds(p, g, m, v, a, new_v, new_a, h, arithmetic):
+    """As `update_bounds`, of an update that divides by the mean A of the second moments; the last bound is that of A.
+
+    Args:
+        a, new_a: the mean before the update, and exactly after it. The latter is 0 or far from underflow.
+        new_v: the exact second moment.
+    """
+    p_bound, m_bound, v_bound, _ = update_bounds(p, g, m, v, new_a, h, arithmetic)
+    u = unit_roundoff(arithmetic) + _U64
+    # A + (V - A)/t: the error of V, then 3u of the quotient (the difference, t, the division), which is no larger than V/t or A/t,
+    # and u of the sum.
+    a_bound = v_bound / h.step + 3 * u * torch.maximum(new_v, a) / h.step + u * new_a
+    # update_bounds has 4u of the second moment under the root; what A's error is relative to A, halved by the root, comes on top.
+    bias1, bias2 = 1 - h.beta1**h.step, 1 - h.beta2**h.step
+    size_of_m = h.beta1 * m.abs() + (1 - h.beta1) * g.abs() * abs(h.grad_scale)
+    size_of_update = abs(h.step_size) / bias1 * size_of_m / ((new_a / bias2).sqrt() + h.eps)
+    relative = torch.where(new_a == 0, 0.0, a_bound / (2 * new_a))
+    return [p_bound + relative * size_of_update * SECOND_ORDER, m_bound, v_bound, a_bound * SECOND_ORDER]
+
+
 def stored(bound, exact, storage, arithmetic):
     """A bound after storing the result: half an ulp of the storage more, or half the distance of its subnormal numbers."""
     if storage == arithmetic:

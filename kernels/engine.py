@@ -1,0 +1,303 @@
+"""The two kernels on elements, for every optimizer: one measures, one updates, and each takes all tensors in one launch.
+
+A `Rule` says what is an optimizer's own: its operands, its formula, its sums. The kernels get its functions as compile-time
+arguments of their own, since Triton finds changed source text only there and not inside a tuple.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .elements import (
+    BLOCK,
+    FIELDS,
+    GRAD,
+    KIND,
+    LAYOUT,
+    NUMEL,
+    PARAM,
+    STEP,
+    addresses_of,
+    any_contains,
+    arithmetic_type,
+    chunk_bounds,
+    contains,
+    element,
+    field,
+    is_strided,
+    length,
+    load,
+    operand_offsets,
+    round_stochastically,
+    rounding_key,
+    start_of_update,
+    storage_type,
+    store,
+    write_sums,
+)
+
+
+class Rule(NamedTuple):
+    """What the kernels must know of an optimizer.
+
+    An operand's number is its place in ``operands``, a sum's number its place in ``sum_operands``.
+    """
+
+    operands: tuple[str, ...]  # the lists' names
+    optional: tuple[int, ...]  # the operands but the gradient that a row may lack
+    rounded: tuple[int, ...]  # stochastically, if the caller wants that and the storage is narrow; numbers enter the random bits
+    vectors: int  # an update reads float64 [vectors, T]
+    fold: Any  # (vectors + row, T, type of the arithmetic) -> what the formula takes of them
+    formula: Any  # (operands, what `fold` returned, kind) -> operands as the update leaves them; it leaves the gradient alone
+    term: Any  # (operands, number of a sum) -> an element's term of the sum
+    sum_operands: tuple[tuple[int, ...], ...]  # what each sum reads
+    found: tuple[int, ...]  # sums that an update can make of what it finds
+    left: tuple[int, ...]  # sums that an update can make of what it leaves
+
+
+# ------------------------------------------------------------------------------------------------------------------- measure
+
+
+@triton.jit
+def _zeros(count: tl.constexpr, dtype: tl.constexpr):
+    lanes = ()
+    for _ in tl.static_range(count):
+        lanes += (tl.zeros([BLOCK], dtype),)
+    return lanes
+
+
+@triton.jit
+def _measure_block(
+    lanes, addresses, begin, offsets, grad_mask, mask, layout, term: tl.constexpr, columns: tl.constexpr, loads: tl.constexpr,
+    kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
+):  # fmt: skip
+    """Adds one block to the lanes of every sum."""
+    operands: tl.constexpr = length(addresses) - 1
+    places = operand_offsets(layout, begin, offsets, operands + 1, strided)
+    x = _zeros(operands, arithmetic_type(kind))
+    more = ()
+    for i in tl.static_range(length(columns)):
+        for k in tl.static_range(operands):
+            if contains(element(loads, i), k):
+                of_operand = grad_mask if k == GRAD else mask
+                up_to_it = x[:k]
+                up_to_it += (load(addresses[k], begin, places[k], of_operand, k, kind, aligned),)
+                x = up_to_it + x[k + 1 :]
+        more += (lanes[i] + term(x, element(columns, i)),)
+    return more
+
+
+@triton.jit
+def _measure_chunk(
+    table, tensors, chunk, chunks, row, partials, tickets, out, term: tl.constexpr, columns: tl.constexpr, loads: tl.constexpr,
+    operands: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    begin, count, first_chunk, chunks_of_row = chunk_bounds(table, tensors, chunk, row, operands + 1)
+    addresses = addresses_of(table, tensors, row, operands + 1)
+    lanes = _zeros(length(columns), arithmetic_type(kind))
+    lane = tl.arange(0, BLOCK)
+    grad = addresses[GRAD]
+    together = grad
+    for k in tl.static_range(operands):
+        if any_contains(loads, k):
+            together |= addresses[k]
+    layout = table + field(table, tensors, row, operands + 1, LAYOUT)
+    strided: tl.constexpr = is_strided(kind)
+    done = 0
+    if (together % 16 == 0) & (grad != 0) & (not strided):
+        done = count // BLOCK * BLOCK
+        for i in range(0, done, BLOCK):
+            lanes = _measure_block(lanes, addresses, begin, i + lane, None, None, layout, term, columns, loads, kind, False, True)
+    for i in range(done, count, BLOCK):
+        mask = i + lane < count
+        lanes = _measure_block(
+            lanes, addresses, begin, i + lane, mask & (grad != 0), mask, layout, term, columns, loads, kind, strided, False
+        )
+    write_sums(lanes, row, chunk, chunks, first_chunk, chunks_of_row, partials, tickets, out)
+
+
+@triton.jit(do_not_specialize=["tensors", "chunks"], do_not_specialize_on_alignment=["out"])
+def measure_kernel(
+    table, tensors, chunks, partials, tickets, out, term: tl.constexpr, columns: tl.constexpr, loads: tl.constexpr,
+    operands: tl.constexpr, kinds: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk; see `LaunchTable` for the table and the kinds."""
+    chunk = tl.program_id(0)
+    row = tl.load(table + (operands + 1 + FIELDS) * tensors + chunk)
+    kind_of_row = field(table, tensors, row, operands + 1, KIND)
+    for i in tl.static_range(length(kinds)):
+        if kind_of_row == i:
+            _measure_chunk(
+                table, tensors, chunk, chunks, row, partials, tickets, out, term, columns, loads, operands, element(kinds, i)
+            )
+
+
+def measure_constants(rule: Rule, columns: tuple[int, ...], kinds: tuple[int, ...]) -> dict[str, Any]:
+    """The compile-time arguments of the measure kernel for these sums of the rule."""
+    loads, loaded = [], set()
+    for column in columns:
+        loads.append(tuple(k for k in rule.sum_operands[column] if k not in loaded))
+        loaded.update(loads[-1])
+    return {"term": rule.term, "columns": columns, "loads": tuple(loads), "operands": len(rule.operands), "kinds": kinds}
+
+
+# -------------------------------------------------------------------------------------------------------------------- update
+
+
+@triton.jit
+def _with_param(others, param):
+    """All operands, from those but the parameter."""
+    x = others[:PARAM]
+    x += (param,)
+    return x + others[PARAM:]
+
+
+@triton.jit
+def _write(
+    x, addresses, begin, offsets, places, mask, key, rounded: tl.constexpr, operand: tl.constexpr, kind: tl.constexpr,
+    aligned: tl.constexpr,
+):  # fmt: skip
+    """Rounds and stores an operand; returns it as a later load will see it."""
+    if key is not None and contains(rounded, operand):
+        x = round_stochastically(x, key, begin, offsets, operand, kind)
+    return store(addresses[operand], begin, places[operand], mask, x, operand, kind, aligned)
+
+
+@triton.jit
+def _update_block(
+    lanes, addresses, begin, offsets, mask, layout, scalars, key, formula: tl.constexpr, term: tl.constexpr, found: tl.constexpr,
+    left: tl.constexpr, rounded: tl.constexpr, kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
+):  # fmt: skip
+    """Updates one block, and adds what it finds and what it leaves to the lanes of the sums.
+
+    The formula needs the parameter last, so it is read and written last: that saves registers.
+    """
+    operands: tl.constexpr = length(addresses) - 1
+    low: tl.constexpr = operands
+    has_master: tl.constexpr = storage_type(kind, low) is not None
+    places = operand_offsets(layout, begin, offsets, operands + 1, strided)
+    others = ()
+    for k in tl.static_range(operands):
+        if k != PARAM:
+            others += (load(addresses[k], begin, places[k], mask, k, kind, aligned),)
+    p = load(addresses[PARAM], begin, places[PARAM], mask, PARAM, kind, aligned)
+    if has_master:
+        p = start_of_update(p, load(addresses[low], begin, places[low], mask, low, kind, aligned), storage_type(kind, low))
+    before = _with_param(others, p)
+    more = ()
+    for i in tl.static_range(length(found)):
+        more += (lanes[i] + term(before, element(found, i)),)
+
+    new = formula(before, scalars, kind)
+    written = ()
+    for k in tl.static_range(operands):
+        if k == GRAD or (k != PARAM and storage_type(kind, k) is None):
+            written += (new[k],)
+        elif k != PARAM:
+            written += (_write(new[k], addresses, begin, offsets, places, mask, key, rounded, k, kind, aligned),)
+    p = _write(new[PARAM], addresses, begin, offsets, places, mask, key, rounded, PARAM, kind, aligned)
+    if has_master:
+        store(addresses[low], begin, places[low], mask, p, low, kind, aligned)
+    after = _with_param(written, p)
+    for i in tl.static_range(length(left)):
+        of_sum = term(after, element(left, i))
+        if mask is not None:
+            of_sum = tl.where(mask, of_sum, 0.0)
+        more += (lanes[length(found) + i] + of_sum,)
+    return more
+
+
+@triton.jit
+def _update_chunk(
+    table, tensors, chunk, chunks, row, partials, tickets, new_sums, vectors, rounding_seed, fold: tl.constexpr,
+    formula: tl.constexpr, term: tl.constexpr, found: tl.constexpr, left: tl.constexpr, rounded: tl.constexpr,
+    operands: tl.constexpr, kind: tl.constexpr,
+):  # fmt: skip
+    begin, count, first_chunk, chunks_of_row = chunk_bounds(table, tensors, chunk, row, operands + 1)
+    addresses = addresses_of(table, tensors, row, operands + 1)
+    lanes = _zeros(length(found) + length(left), arithmetic_type(kind))
+    lane = tl.arange(0, BLOCK)
+    column = vectors + row
+    rows = tensors.to(tl.int64)
+    scalars = fold(column, rows, arithmetic_type(kind))
+    if rounding_seed is None:
+        key = None
+    else:
+        key = rounding_key(rounding_seed, tl.load(column + STEP * rows), row)
+
+    together = addresses[GRAD]
+    for k in tl.static_range(1, operands + 1):
+        together |= addresses[k]
+    layout = table + field(table, tensors, row, operands + 1, LAYOUT)
+    strided: tl.constexpr = is_strided(kind)
+    done = 0
+    if (together % 16 == 0) & (not strided):
+        done = count // BLOCK * BLOCK
+        for i in range(0, done, BLOCK):
+            lanes = _update_block(
+                lanes, addresses, begin, i + lane, None, layout, scalars, key, formula, term, found, left, rounded, kind,
+                False, True,
+            )  # fmt: skip
+    for i in range(done, count, BLOCK):
+        lanes = _update_block(
+            lanes, addresses, begin, i + lane, i + lane < count, layout, scalars, key, formula, term, found, left, rounded, kind,
+            strided, False,
+        )  # fmt: skip
+    if length(lanes) > 0:
+        write_sums(lanes, row, chunk, chunks, first_chunk, chunks_of_row, partials, tickets, new_sums)
+
+
+@triton.jit(
+    do_not_specialize=["tensors", "chunks", "rounding_seed"],
+    do_not_specialize_on_alignment=["new_sums", "vectors"],
+)
+def update_kernel(
+    table, tensors, chunks, partials, tickets, new_sums, vectors, rounding_seed, fold: tl.constexpr, formula: tl.constexpr,
+    term: tl.constexpr, found: tl.constexpr, left: tl.constexpr, rounded: tl.constexpr, operands: tl.constexpr,
+    kinds: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk; see `LaunchTable` for the table and the kinds."""
+    # Backward through what was measured forward: the first programs find the end of it in the cache.
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = tl.load(table + (operands + 1 + FIELDS) * tensors + chunk)
+    kind_of_row = field(table, tensors, row, operands + 1, KIND)
+    has_gradient = (tl.load(table + GRAD * tensors + row) != 0) | (field(table, tensors, row, operands + 1, NUMEL) == 0)
+    wanted = has_gradient & (tl.load(vectors + STEP * tensors.to(tl.int64) + row) != 0)
+    for i in tl.static_range(length(kinds)):
+        if wanted & (kind_of_row == i):
+            _update_chunk(
+                table, tensors, chunk, chunks, row, partials, tickets, new_sums, vectors, rounding_seed, fold, formula, term,
+                found, left, rounded, operands, element(kinds, i),
+            )  # fmt: skip
+
+
+def update_constants(rule: Rule, sums: int, kinds: tuple[int, ...]) -> dict[str, Any]:
+    """The compile-time arguments of the update kernel that makes so many sums: those of what it leaves, or all, or none."""
+    return {
+        "fold": rule.fold,
+        "formula": rule.formula,
+        "term": rule.term,
+        "found": rule.found if sums > len(rule.left) else (),
+        "left": rule.left if sums else (),
+        "rounded": rule.rounded,
+        "operands": len(rule.operands),
+        "kinds": kinds,
+    }
+
+
+def register_limit(kinds: tuple[int, ...], found: bool, stochastic: bool) -> dict[str, int]:
+    """Triton's option that makes one more program fit a multiprocessor: 5 of 96 registers a thread, or 4 of 128.
+
+    Only where nothing spills then, which the tests read from ptxas for sm_80, sm_90 and sm_100: rows of one kind, in float32
+    arithmetic, walked flat, of four operands and without a master. AMD's compiler knows no such option.
+    """
+    (kind, *others) = kinds
+    has_more = kind >> 16 != 0  # a fifth operand, a master, a layout
+    is_double = any(kind >> (4 * operand) & 15 == 4 for operand in range(4))
+    if others or has_more or is_double or (found and stochastic) or torch.version.hip is not None:
+        return {}
+    return {"maxnreg": 128 if found or stochastic else 96}
