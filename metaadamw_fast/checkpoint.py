@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .core.hyperparameters import check_hyperparameters
+from .core.sharding import laid_out_as
+from .core.states import MASTER
 from .features import training_progress
-from .hyperparameters import check_hyperparameters
 from .rounding import signed
-from .sharding import laid_out_as
-from .states import MASTER
 
 if TYPE_CHECKING:
     from .optimizer import MetaAdamW

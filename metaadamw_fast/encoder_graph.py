@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import sync
+from .core import devices
 from .encoder import GroupEncoder
 
 _log = logging.getLogger("metaadamw_fast")
@@ -158,7 +158,7 @@ def _obstacle(encoder: GroupEncoder, device: torch.device) -> str | None:
     """Why a step is not captured; None if it can be."""
     if not can_capture(device):
         return f"the parameters are on {device}, not on a CUDA device"
-    if sync.capturing(device):
+    if devices.capturing(device):
         return "step() itself is being captured in a CUDA graph"
     if not encoder.is_plain:
         return "the encoder is of a subclass or has hooks"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .hyperparameters import Hyperparameters
+from .core.hyperparameters import Hyperparameters
+from .core.sharding import RankSums
+from .core.states import States
+from .core.watch import as_real, as_real_gradient
 from .optimizer import MetaAdamW
-from .sharding import RankSums
-from .states import States
-from .watch import as_real, as_real_gradient
 
 
 @dataclass

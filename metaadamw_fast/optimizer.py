@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from . import checkpoint, rounding, sync
+from . import checkpoint, rounding
 from . import grouping as grouping_
+from .core import devices
+from .core.hyperparameters import Hyperparameters, HyperparameterTable, check_hyperparameters
+from .core.sharding import RankSums, check_supported, local_gradient, refuse_zero
+from .core.states import States, reason_against
 from .encoder import EncoderConfig, GroupEncoder, check_encoder
 from .encoder_graph import Decision, EncoderGraph, Sources
 from .features import FeatureConfig, FeatureTable, feature_table, of_scaled_gradient
-from .hyperparameters import Hyperparameters, HyperparameterTable, check_hyperparameters
 from .ops import FakeBackend, resolve_backend
 from .reference import gradient_factor
-from .sharding import RankSums, check_supported, local_gradient, refuse_zero
-from .states import States, reason_against
 
 # Instead of a sum of squares: lagged mode has none yet. Its square root is NaN, so the encoder leaves every group at scale 1.
 _NO_SUM = -1.0
@@ -96,7 +97,7 @@ class MetaAdamW(Optimizer):
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves unscaling and skipping to the step
 
-    @sync.outside_inference_mode
+    @devices.outside_inference_mode
     def __init__(
         self,
         params: Any,
@@ -216,7 +217,7 @@ class MetaAdamW(Optimizer):
 
     # ------------------------------------------------------------------------------------------------------- construction
 
-    @sync.outside_inference_mode
+    @devices.outside_inference_mode
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, as ``torch.optim.Optimizer.add_param_group``; groups that exist keep their ids.
 
@@ -292,7 +293,7 @@ class MetaAdamW(Optimizer):
         on_meta = device.type == "meta"  # no data yet: states and the choice of a backend wait for the first step
         device = torch.device("cpu") if on_meta else device
         self._backend = resolve_backend(self._backend_name, device)
-        if any(sync.is_fake(member.param) for member in self._members):
+        if any(devices.is_fake(member.param) for member in self._members):
             self._backend = FakeBackend
         self._rank_sums = RankSums([m.param for m in self._members], self._rank_sums)
         self._counts = self._counts if self._counts.device == device else self._counts.to(device)
@@ -504,7 +505,7 @@ class MetaAdamW(Optimizer):
         # torch.compile breaks its graph here: the launch table's addresses mean nothing to what it traces.
         return self._step_untraced(closure) if torch.compiler.is_compiling() else self._step(closure)
 
-    @sync.outside_inference_mode
+    @devices.outside_inference_mode
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         self._step_calls += 1
@@ -517,7 +518,7 @@ class MetaAdamW(Optimizer):
         go = self._go()
         if go is False:
             return loss
-        if sync.capturing(self._counts.device):
+        if devices.capturing(self._counts.device):
             self._check_capture()
         lists = self._current_lists()
         try:
@@ -572,7 +573,7 @@ class MetaAdamW(Optimizer):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is None:
             return True
-        return not found_inf.item() if sync.readable(found_inf) else found_inf.reshape(()) == 0
+        return not found_inf.item() if devices.readable(found_inf) else found_inf.reshape(()) == 0
 
     def _record_stream(self) -> None:
         """Tells torch's allocator when the optimizer's own tensors are used on another stream than before.
@@ -581,8 +582,8 @@ class MetaAdamW(Optimizer):
         stream may still read it: a launch table, say, that is replaced because a gradient came in another layout. So we name each
         stream to the allocator, which then waits for it, too.
         """
-        stream = None if self._backend is FakeBackend else sync.current_stream(self._counts.device)
-        if stream is None or stream == self._stream or sync.capturing(self._counts.device):
+        stream = None if self._backend is FakeBackend else devices.current_stream(self._counts.device)
+        if stream is None or stream == self._stream or devices.capturing(self._counts.device):
             return
         self._stream = stream
         kept = [
@@ -607,7 +608,7 @@ class MetaAdamW(Optimizer):
         finite = statistics[:, 0].sum().isfinite()
         self._skipped += ~finite & go
         go = finite & go
-        return bool(go) if sync.readable(go) else go
+        return bool(go) if devices.readable(go) else go
 
     def _check_capture(self) -> None:
         """Raises RuntimeError on a step that a CUDA graph would not repeat as it is meant."""
@@ -840,7 +841,7 @@ class MetaAdamW(Optimizer):
     # Both methods call the user's hooks themselves, where torch would call them. A hook of ours, registered for the time of a call,
     # would change a dict that the call of another thread iterates over.
 
-    @sync.outside_inference_mode
+    @devices.outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
         """Torch's state dict with one key more, ``metaadamw``: encoder, step count and what else a bitwise resume needs.
 
@@ -857,7 +858,7 @@ class MetaAdamW(Optimizer):
             state_dict = state_dict if replaced is None else replaced
         return state_dict
 
-    @sync.outside_inference_mode
+    @devices.outside_inference_mode
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of MetaAdamW, or of ``torch.optim.AdamW`` (the encoder then stays as it is, with a warning).
 
@@ -887,7 +888,7 @@ class MetaAdamW(Optimizer):
         # The first step of the copy makes these anew. A backend is a class that need not have a name to be pickled by.
         anew = {"_model": None, "_stream": None, "_lists": None, "_backend": None, "_rank_sums": RankSums([])}
         # By value: a spawned process gets the memory of tensors, and that of a copy made here would be gone before it starts.
-        counts = self._counts if sync.is_fake(self._counts) else self._counts.tolist()
+        counts = self._counts if devices.is_fake(self._counts) else self._counts.tolist()
         return {**kept, **anew, "_counts": counts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

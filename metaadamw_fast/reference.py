@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import features, rounding, sync
+from . import features, rounding
 from .checks import check_distinct, check_stats, check_update, update_lists
+from .core import devices
 
 Tensors = Sequence[Tensor]
 
@@ -63,7 +64,7 @@ def group_features(statistics: Tensor, table: features.FeatureTable, done: Tenso
     The host does not wait for a device to know how many are done.
     """
     progress: float | Tensor
-    if sync.readable(done):
+    if devices.readable(done):
         progress = features.training_progress(float(done) + ahead, total_steps)
     else:
         progress = features.training_progress(done.double() + ahead, total_steps)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaadamw_fast import MetaAdamW, sync
+from metaadamw_fast import MetaAdamW
+from metaadamw_fast.core import devices
 
 OPTIONS = {
     "plain": {},
@@ -55,7 +56,7 @@ def storages_reached(root):
 def test_every_kept_tensor_is_named_to_the_allocator(monkeypatch, backend, options):
     """On the CPU, with streams that only have a name: what a step reads and has not made is recorded, but for the user's own."""
     stream, recorded = "first", []
-    monkeypatch.setattr(sync, "current_stream", lambda device: stream)
+    monkeypatch.setattr(devices, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, s: recorded.append((storage_of(x), s)))
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     opt = MetaAdamW(model.named_parameters(), backend=backend, head_init="xavier", **OPTIONS[options])

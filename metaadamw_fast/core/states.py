@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import sync
-from .checks import DTYPES
+from metaadamw_fast.checks import DTYPES
+from metaadamw_fast.grouping import Member
+from metaadamw_fast.launch import Operands
+from metaadamw_fast.ops import addresses_of, expected_objects, listed_objects, mark_written
+from metaadamw_fast.reference import start_of_update
+
+from . import devices
 from .counts import StepCounts
-from .grouping import Member
-from .launch import Operands
-from .ops import addresses_of, expected_objects, listed_objects, mark_written
-from .reference import start_of_update
 from .sharding import is_sharded, local, local_gradient
 from .watch import FrozenSums, Storages, as_real, as_real_gradient, is_wrapper, version
 
@@ -249,7 +250,7 @@ class States:
 
     def _where(self) -> tuple[list[int], list[tuple[int, ...]]]:
         # Strides of the parameters only: `p.data = p.data.t()` happens, and the addresses stay. Nobody transposes a state in place.
-        if self.params and sync.is_fake(self.params[0]):
+        if self.params and devices.is_fake(self.params[0]):
             return [], []  # no memory
         return [*map(Tensor.data_ptr, self._tensors())], [*map(Tensor.stride, self.params)]
 
@@ -385,7 +386,7 @@ class States:
             numbers = [0.0] * self._total + [1.0]
             for t in compress(self.rows, chosen):
                 numbers[t] = 1.0
-            counts = sync.upload([numbers], torch.float64, self.device)[0]
+            counts = devices.upload([numbers], torch.float64, self.device)[0]
         return _Present(absent, counts, chosen if absent else None)
 
     def _written(self) -> list[Tensor]:
