@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .checkpoint import check_learner, with_adam_states
 from .core import devices
 from .core.sharding import check_supported, is_sharded, local
 from .encoder import threads_for
 from .evaluation import Evaluation, Gradients, LossFn, MicroBatches, no_second_derivative, warn_of_differences, write
 from .features import NORM_FLOOR
 from .lookahead import look_ahead
+from .meta_checkpoint import check_learner, with_adam_states
 from .model_state import ModelState
 from .optimizer import MetaAdamW
 from .parallel import has_static_graph, replicas, reshard
@@ -207,10 +207,10 @@ class MetaLearner:
         gap_batch = val_batch if gap_batch is None else gap_batch
         reshard(self.model)  # a forward pass without a backward may have left an FSDP2 module gathered
         released = self.optimizer.variant == "released"
-        lists = self.optimizer._current_lists()
-        leaves = list(lists.leaves)
-        last_grads = lists.gradients() if released else []
-        lists.let_go()
+        states = self.optimizer._current_states()
+        leaves = list(states.leaves)
+        last_grads = states.gradients() if released else []
+        states.let_go()
         self._check_dtypes(leaves)
         # The released code's θ′ is made from stored moments, so that parameters which have been frozen since move, too.
         state = ModelState(self.model, leaves, frozen=released)

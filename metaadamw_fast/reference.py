@@ -14,6 +14,7 @@ from torch import Tensor
 from . import features, rounding
 from .checks import check_distinct, check_stats, check_update, update_lists
 from .core import devices
+from .core.rule import of_multiplied_gradient
 
 Tensors = Sequence[Tensor]
 
@@ -113,7 +114,7 @@ def scaled_gradients(
     if factors is None:
         factors = statistics.new_ones(len(statistics), dtype=torch.float64)
     assert norm is not None
-    return factors, norm, features.of_scaled_gradient(statistics, factors)
+    return factors, norm, of_multiplied_gradient(statistics, factors, (2, 1))
 
 
 def modulation(

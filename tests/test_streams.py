@@ -75,7 +75,7 @@ def test_every_kept_tensor_is_named_to_the_allocator(monkeypatch, backend, optio
     users = [y for p in model.parameters() for y in (p, p.grad, *(x for name, x in opt.state[p].items() if name != "step"))]
     users += [*opt.encoder.parameters(), *opt.encoder.buffers(), torch.empty(0)]  # the last: what has no memory
     if backend == "cpp":
-        users.append(opt._lists.launch._table)  # on the host
+        users.append(opt._states.launch._table)  # on the host
     used = {storage_of(x) for x in inputs.tensors} & kept.keys() - {storage_of(x) for x in users if x is not None}
     assert len(used) >= 5, "a step that uses nothing of the optimizer's own shows nothing"
     missing = used - {address for address, name in recorded if name == "second"}

@@ -25,7 +25,7 @@ def pair_of(betas: Sequence[Any]) -> tuple[Any, Any]:
 def refuse_differentiable(values: Mapping[str, Any]) -> None:
     """Raises RuntimeError, as torch's fused optimizers, if a graph of the step is asked for."""
     if values.get("differentiable"):
-        raise RuntimeError("MetaAdamW does not support `differentiable`: its kernels write in place and leave no graph")
+        raise RuntimeError("the optimizer does not support `differentiable`: its kernels write in place and leave no graph")
 
 
 def check_hyperparameters(values: Mapping[str, Any]) -> None:

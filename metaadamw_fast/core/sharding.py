@@ -54,12 +54,12 @@ def laid_out_as(value: Tensor, param: Tensor) -> Tensor:
     return distribute_tensor(found.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def check_supported(params: Iterable[Tensor], model: nn.Module | None) -> None:
+def check_supported(params: Iterable[Tensor], model: nn.Module | None = None) -> None:
     """Raises ValueError on parameters whose statistics would be those of fragments."""
     for p in params:
         if is_sharded(p) and any(placement.is_partial() for placement in p.placements):  # type: ignore[attr-defined]
             raise ValueError(
-                "MetaAdamW cannot update a DTensor with a Partial placement: it is not a parameter but a summand of one"
+                "the optimizer cannot update a DTensor with a Partial placement: it is not a parameter but a summand of one"
             )
     module = sys.modules.get("torch.distributed.fsdp")
     if module is None:
@@ -119,7 +119,8 @@ class RankSums:
         self._ranks = sorted(largest.mesh.flatten().tolist())
         if any(not set(mesh.mesh.flatten().tolist()) <= set(self._ranks) for mesh in meshes):
             raise ValueError(
-                "MetaAdamW needs one device mesh that has the ranks of all parameters, got " + ", ".join(sorted(map(str, meshes)))
+                "the optimizer needs one device mesh that has the ranks of all parameters, got "
+                + ", ".join(sorted(map(str, meshes)))
             )
         self._device_type = largest.device_type
         self.group = self._make_group(largest, previous)
