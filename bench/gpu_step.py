@@ -164,7 +164,7 @@ def sides_of(workload: Workload, backends: list[str]) -> tuple[list[Side], dict[
 
 def parts_of(opt: MetaAdamW, backend: str, update: int, statistics: int) -> list[Side]:
     """The two launches over all elements, and what is between them, alone."""
-    lists = opt._current_lists()
+    lists = opt._current_states()
     count = len(lists.params)
     hyper = [
         torch.full((count,), x, dtype=torch.float64, device=lists.device) for x in (LR, 1 - LR * WEIGHT_DECAY, 9, 0.9, 0.999, 1e-8)
@@ -180,7 +180,7 @@ def parts_of(opt: MetaAdamW, backend: str, update: int, statistics: int) -> list
     def hold() -> None:
         # Eager PyTorch needs the tensors themselves, which lists hold during a step only. Kernels go on by addresses.
         if backend == "reference":
-            lists.take_up(opt.state, opt.param_groups)
+            lists.hold(opt.state, opt.param_groups)
 
     @torch.no_grad()
     def write() -> None:

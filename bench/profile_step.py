@@ -22,9 +22,9 @@ from bench.timing import interleaved
 
 def phases(optimizer: Any) -> dict[str, tuple[Any, str]]:
     """The parts of a step, none inside another: label, then the object and the attribute that is called."""
-    lists = optimizer._lists
+    lists = optimizer._states
     return {
-        "take_up": (lists, "take_up"),
+        "hold": (lists, "hold"),
         "set_gradients": (lists, "set_gradients"),
         "tensor_stats": (lists.launch, "tensor_stats"),
         "hyper-parameters": (optimizer._hyperparameters, "update"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from . import sync
+from .core import devices
 from .features import FeatureConfig, standardize
 from .threads import one_thread
 
@@ -272,7 +272,7 @@ class GroupEncoder(nn.Module):
         valid = self._valid(features)
         if valid is None:
             scales = self._scales_of(x, None, weights)
-        elif sync.readable(valid) and valid.any():
+        elif devices.readable(valid) and valid.any():
             rows = valid.nonzero()[:, 0]
             scales = self._scales_of(x.index_select(0, rows), None, weights)
             scales = self._masked.repeat(1, len(valid)).index_copy(1, rows, scales)
@@ -347,7 +347,7 @@ class GroupEncoder(nn.Module):
     def _valid(features: Tensor) -> Tensor | None:
         """[G] bool, or None if it is known without a device sync that every group is valid."""
         features = features.detach()
-        if sync.readable(features) and math.isfinite(features.sum().item()):
+        if devices.readable(features) and math.isfinite(features.sum().item()):
             return None
         largest: Tensor = torch.linalg.vector_norm(features, math.inf, dim=1)  # NaN if there is one
         return largest < math.inf

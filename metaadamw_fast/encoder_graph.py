@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import sync
+from .core import devices
 from .encoder import GroupEncoder
 
 _log = logging.getLogger("metaadamw_fast")
@@ -35,7 +35,7 @@ _log = logging.getLogger("metaadamw_fast")
 _STEPS_BEFORE = 2
 
 
-class Decision(NamedTuple):
+class Encoding(NamedTuple):
     """Features [G, D] and scales [4, G] of a step, and for its update the vectors [V, T] that ``modulation`` makes of them."""
 
     features: Tensor
@@ -61,7 +61,7 @@ class Sources(NamedTuple):
     options: tuple[Any, ...]
 
 
-Decide = Callable[[Sequence[Any], Sequence[Any]], Decision]
+Decide = Callable[[Sequence[Any], Sequence[Any]], Encoding]
 
 
 class EncoderGraph:
@@ -79,7 +79,7 @@ class EncoderGraph:
     def __reduce__(self) -> tuple[type[EncoderGraph], tuple[()]]:
         return EncoderGraph, ()
 
-    def __call__(self, decide: Decide, sources: Sources) -> Decision:
+    def __call__(self, decide: Decide, sources: Sources) -> Encoding:
         """Returns ``decide(sources.written, sources.replaced)``; features and scales are the caller's own."""
         device = sources.encoder.head.weight.device
         obstacle = _obstacle(sources.encoder, device)
@@ -115,7 +115,7 @@ class _Captured:
         self._streams = {_stream(device)}  # on which torch knows that these tensors are used
         self._copied: Sequence[Tensor | None] = [None] * len(self._replaced)  # whose numbers `_replaced` has
 
-        def run() -> tuple[Decision, Tensor]:
+        def run() -> tuple[Encoding, Tensor]:
             decision = decide(self._written, self._replaced)
             return decision, torch.cat([decision.features.flatten(), decision.scales.flatten()])
 
@@ -124,7 +124,7 @@ class _Captured:
         parameters = [x.detach() for x in encoder.read_in_place()]
         self._held = [encoder, encoder.constants(), parameters, list(encoder.float64_copies), sources.objects]
 
-    def replay(self, sources: Sources) -> Decision:
+    def replay(self, sources: Sources) -> Encoding:
         """The decision for the numbers of now."""
         self._use_on_this_stream()
         pairs = list(zip(self._written, sources.written, strict=True))
@@ -142,7 +142,7 @@ class _Captured:
         self._graph.replay()
         features, scales, vectors = self._decision
         of_features, of_scales = self._shown.clone().split([features.numel(), scales.numel()])
-        return Decision(of_features.view(features.shape), of_scales.view(scales.shape), vectors)
+        return Encoding(of_features.view(features.shape), of_scales.view(scales.shape), vectors)
 
     def _use_on_this_stream(self) -> None:
         """Keeps torch from giving the inputs' memory away, when the graph is dropped, before this stream is through with it."""
@@ -158,7 +158,7 @@ def _obstacle(encoder: GroupEncoder, device: torch.device) -> str | None:
     """Why a step is not captured; None if it can be."""
     if not can_capture(device):
         return f"the parameters are on {device}, not on a CUDA device"
-    if sync.capturing(device):
+    if devices.capturing(device):
         return "step() itself is being captured in a CUDA graph"
     if not encoder.is_plain:
         return "the encoder is of a subclass or has hooks"

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from .core.sharding import RankSums, is_sharded, local, local_gradient
 from .model_state import ModelState, TwiceDifferentiable
-from .sharding import RankSums, is_sharded, local, local_gradient, replicas, reshard
+from .parallel import replicas, reshard
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Gradients = list[Tensor | None]

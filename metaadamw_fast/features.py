@@ -180,21 +180,6 @@ def training_progress(step: Number, total_steps: int | None) -> Number:
     return 2 / (1 + math.exp(-step / 1000)) - 1
 
 
-def of_scaled_gradient(statistics: Tensor, scale: Tensor | None) -> Tensor:
-    """Statistics [T, S] of gradients that are multiplied with ``scale`` [T]: Σ(cg)² = c²·Σg² and Σ(cg)m = c·Σgm.
-
-    Clipping multiplies with 0 where Σg² overflows. The product of finite gradients is then 0 and has no infinite Σ(cg)²: whether
-    they are finite shows in Σgm, since infinity and NaN times anything are not.
-    """
-    if scale is None:
-        return statistics
-    statistics = statistics.clone()
-    squared, with_momentum = statistics[:, GRAD_SQUARED], statistics[:, GRAD_MOMENTUM]
-    with_momentum *= scale
-    squared.copy_(torch.where(scale == 0, with_momentum, scale.square() * squared))
-    return statistics
-
-
 def group_features(statistics: Tensor, table: FeatureTable, t: float | Tensor) -> Tensor:
     """Features before gating and standardisation, group embeddings left 0.
 

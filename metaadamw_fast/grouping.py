@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from .core import members as core_members
 
 Grouping = str | Callable[[str, Tensor], Hashable]
 
@@ -30,16 +33,10 @@ _MODULE_RULES: tuple[tuple[str, type[nn.Module]], ...] = (
 
 
 @dataclass(frozen=True)
-class Member:
-    """One parameter and what grouping and features need to know of it.
+class Member(core_members.Member):
+    """One parameter and what grouping and features need to know of it."""
 
-    ``name`` and ``layer`` are None when unknown; ``param_group`` is the index of its entry of ``optimizer.param_groups``.
-    """
-
-    param: Tensor = field(repr=False)
-    name: str | None
     type: str
-    param_group: int
 
     @property
     def layer(self) -> int | None:
@@ -121,11 +118,11 @@ def describe(params: Sequence[tuple[str | None, Tensor, int]], model: nn.Module 
         for module in model.modules():
             for param in module.parameters(recurse=False):
                 owners.setdefault(param, module)
-    members = []
+    described = []
     for given, tensor, index in params:
         name = given or names.get(tensor)
-        members.append(Member(tensor, name, layer_type(name, owners.get(tensor)), index))
-    return members
+        described.append(Member(tensor, name, index, layer_type(name, owners.get(tensor))))
+    return described
 
 
 def resolve(grouping: Grouping, members: Sequence[Member]) -> Grouping:
@@ -185,3 +182,49 @@ def assign(groups: list[Group], members: Sequence[Member], grouping: Grouping, p
         group.params.append(member.param)
         group_ids.append(ids[group.key])
     return group_ids
+
+
+class Groups(NamedTuple):
+    """The groups, and the number of the one to which each parameter belongs."""
+
+    groups: list[Group]
+    ids: list[int]
+
+
+def regroup(
+    before: Groups, members: Sequence[Member], origins: Sequence[int | None], grouping: Grouping
+) -> tuple[Groups, list[int | None]]:
+    """Groups of the parameters that there are now; those that exist keep their order, and new ones come behind them.
+
+    Args:
+        before: of the parameters before.
+        members: the parameters.
+        origins: where each stood before; None for a new one.
+        grouping: resolved.
+
+    Returns:
+        The groups, and the number that each had before; None for a new one.
+    """
+    groups = [replace(group, members=[], names=[], params=[]) for group in before.groups]
+    ids = [None if t is None else before.ids[t] for t in origins]
+    if grouping == "param_groups":  # whose numbers may have changed
+        for number, member in zip(ids, members, strict=True):
+            if number is not None:
+                groups[number] = replace(groups[number], key=member.param_group, name=f"param_group {member.param_group}")
+    joined = [t for t, number in enumerate(ids) if number is None]
+    for t, number in zip(joined, assign(groups, members, grouping, joined), strict=True):
+        ids[t] = number
+    numbers = [number for number in ids if number is not None]
+    used = sorted(set(numbers))
+    names = {t: name for group in before.groups for t, name in zip(group.members, group.names, strict=True)}
+    for number in used:
+        of_group = [t for t, x in enumerate(numbers) if x == number]
+        groups[number].members[:] = of_group
+        groups[number].params[:] = [members[t].param for t in of_group]
+        groups[number].names[:] = [
+            (members[t].name or f"parameter {t}") if origin is None else names[origin]
+            for t, origin in ((t, origins[t]) for t in of_group)
+        ]
+    known = len(before.groups)
+    now = Groups([groups[number] for number in used], [used.index(number) for number in numbers])
+    return now, [number if number < known else None for number in used]

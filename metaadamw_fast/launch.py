@@ -30,8 +30,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, sync
+from . import reference
 from .checks import OpList, check_distinct, check_lists, check_low_precision
+from .core import devices
 
 Tensors = Iterable[Tensor]
 OptionalTensors = Iterable[Tensor | None]
@@ -120,7 +121,7 @@ class DeviceCopy:
     def current(self) -> Tensor:
         """The copy, int64 on the device: the table and, behind it, room for partial sums."""
         capture = 0
-        if sync.capturing(self._device):
+        if devices.capturing(self._device):
             capture = torch.ops.metaadamw_fast.launch_capture.default(self.tensor)
         if capture != self._capture:
             self._capture, self._changed = capture, len(self._table)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .hyperparameters import Hyperparameters
+from .core.gradients import scale
+from .core.hyperparameters import Hyperparameters
+from .core.sharding import RankSums
+from .core.states import States
+from .core.watch import as_real, as_real_gradient
 from .optimizer import MetaAdamW
-from .sharding import RankSums
-from .states import States
-from .watch import as_real, as_real_gradient
 
 
 @dataclass
@@ -90,41 +91,41 @@ def look_ahead(opt: MetaAdamW, g1: Sequence[Tensor | None], last_grads: Sequence
         g1: T gradients of what is minimized, None where there is none.
         last_grads: T gradients of the last training step, for the released code; empty otherwise.
     """
-    lists = opt._current_lists(g1)
+    states = opt._current_states(g1)
     try:
-        return _look_ahead(opt, lists, g1, last_grads)
+        return _look_ahead(opt, states, g1, last_grads)
     finally:
-        lists.let_go()
+        states.let_go()
 
 
-def _look_ahead(opt: MetaAdamW, lists: States, g1: Sequence[Tensor | None], last_grads: Sequence[Tensor | None]) -> LookAhead:
+def _look_ahead(opt: MetaAdamW, states: States, g1: Sequence[Tensor | None], last_grads: Sequence[Tensor | None]) -> LookAhead:
     released = opt.variant == "released"
     opt._record_stream()
     with torch.no_grad():
-        lists.counts.take_writes()
+        states.counts.take_writes()
         hyper = opt._hyperparameters.update(opt.param_groups)
         # A .grad is the gradient of loss_fn, which an optimizer with maximize=True negates. g1 has been negated already.
         grads, sign = (last_grads, hyper.sign) if released else (g1, None)
-        lists.set_gradients(grads)
-        _, statistics = opt._measure(lists)
-        grad_scale, _, statistics = opt._scaled(statistics, sign, None)
+        states.set_gradients(grads)
+        scaled = scale(opt._backend, opt._measure(states)[1], sign, None, opt.max_grad_norm)
+        grad_factor = scaled.factor
         step = opt._counts[:-1] + (0 if released else 1)
         if released:
-            directions = _stored_directions(lists, lists.of_rows(torch.stack([step, hyper.beta1, hyper.beta2, hyper.eps])))
-            if grad_scale is not None:  # so far by the norm of the last gradients: g1 is clipped by its own
-                lists.set_gradients(g1)
-                grad_scale, *_ = opt._scaled(opt._measure(lists)[1], None, None)
+            directions = _stored_directions(states, states.of_rows(torch.stack([step, hyper.beta1, hyper.beta2, hyper.eps])))
+            if grad_factor is not None:  # so far by the norm of the last gradients: g1 is clipped by its own
+                states.set_gradients(g1)
+                grad_factor = scale(opt._backend, opt._measure(states)[1], None, None, opt.max_grad_norm).factor
         else:
-            directions = _next_directions(lists, g1, step, hyper, grad_scale, opt._backend.update_vectors)
-    _, scales = opt._encode(statistics, 0 if released else 1)
+            directions = _next_directions(states, g1, step, hyper, grad_factor, opt._backend.update_vectors)
+    _, scales = opt._encode(scaled.sums, 0 if released else 1)
     return LookAhead(
         scales=scales,
-        clip=1.0 if grad_scale is None else grad_scale[0].to(scales.dtype),
+        clip=1.0 if grad_factor is None else grad_factor[0].to(scales.dtype),
         lr=hyper.lr,
         weight_decay=_released_decay(hyper, step) if released else hyper.weight_decay,
         directions=[
             torch.view_as_complex(u) if u is not None and p.is_complex() else u
-            for p, u in zip(lists.leaves, lists.spread(directions), strict=True)
+            for p, u in zip(states.leaves, states.spread(directions), strict=True)
         ],
         group_of=opt._group_of,
         moves_wd_scale=not released,
@@ -139,34 +140,36 @@ def _released_decay(hyper: Hyperparameters, step: Tensor) -> Tensor:
 
 
 def _next_directions(
-    lists: States,
+    states: States,
     g1: Sequence[Tensor | None],
     step: Tensor,
     hyper: Hyperparameters,
-    grad_scale: Tensor | None,
+    grad_factor: Tensor | None,
     update_vectors: Callable[..., Tensor],
 ) -> list[Tensor | None]:
     """Returns u of each row in a step with g1, by the update op itself on copies: from p = 0, with step size -1 and no decay."""
-    grads = [None if (g := g1[t]) is None else as_real_gradient(g) for t in lists.rows]
+    grads = [None if (g := g1[t]) is None else as_real_gradient(g) for t in states.rows]
     if not grads:
         return []
-    directions = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in lists.params]
-    moments = [
-        None if xs is None else [x if g is None else x.clone() for x, g in zip(xs, grads, strict=True)] for xs in lists.moments()
-    ]
-    launch = type(lists.launch)(grads, moments[0], directions, *moments[1:], written=True)
+    directions = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in states.params]
+    copies = {
+        name: None if xs is None else [x if g is None else x.clone() for x, g in zip(xs, grads, strict=True)]
+        for name, xs in states.lists().items()
+    }
+    launch = type(states.launch)(grads, copies["exp_avg"], directions, copies["exp_avg_sq"], copies["max_exp_avg_sq"], written=True)
     ones = torch.ones_like(step)
-    vectors = update_vectors(-ones, ones, step, hyper.beta1, hyper.beta2, hyper.eps, grad_scale)
-    launch.adamw_update_(lists.of_rows(vectors))
+    vectors = update_vectors(-ones, ones, step, hyper.beta1, hyper.beta2, hyper.eps, grad_factor)
+    launch.adamw_update_(states.of_rows(vectors))
     return [None if g is None else u for g, u in zip(grads, directions, strict=True)]
 
 
-def _stored_directions(lists: States, numbers: Tensor) -> list[Tensor | None]:
+def _stored_directions(states: States, numbers: Tensor) -> list[Tensor | None]:
     """Returns u of each row in the released code: from the stored moments and counts; None before the first step of a parameter.
 
     ``numbers`` [4, R]: step, beta1, beta2, eps.
     """
-    exp_avgs, exp_avg_sqs, maxima = lists.moments()
+    lists = states.lists()
+    exp_avgs, exp_avg_sqs, maxima = lists["exp_avg"] or [], lists["exp_avg_sq"] or [], lists["max_exp_avg_sq"]
     second_moments = exp_avg_sqs if maxima is None else [x if x.numel() else v for x, v in zip(maxima, exp_avg_sqs, strict=True)]
     step, beta1, beta2, eps = numbers.unbind()
     bias_correction1 = (1 - beta1**step).unbind()

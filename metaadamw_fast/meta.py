@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops, sync
-from .checkpoint import check_learner, with_adam_states
+from . import ops
+from .core import devices
+from .core.sharding import check_supported, is_sharded, local
 from .encoder import threads_for
 from .evaluation import Evaluation, Gradients, LossFn, MicroBatches, no_second_derivative, warn_of_differences, write
 from .features import NORM_FLOOR
 from .lookahead import look_ahead
+from .meta_checkpoint import check_learner, with_adam_states
 from .model_state import ModelState
 from .optimizer import MetaAdamW
+from .parallel import has_static_graph, replicas, reshard
 from .schedule import Endless, Schedule
-from .sharding import check_supported, has_static_graph, is_sharded, local, replicas, reshard
 from .weighting import TERM_KINDS, clamp_log_vars_, homoscedastic_sum
 
 TERMS = ("gradient", "loss_decrease", "gen_gap")  # the order of log_vars, priorities, kinds and fixed weights
@@ -84,7 +86,7 @@ class MetaLearner:
             ``hvp="exact"`` with DTensors, ``DistributedDataParallel`` modules on different ranks.
     """
 
-    @sync.outside_inference_mode
+    @devices.outside_inference_mode
     def __init__(
         self,
         optimizer: MetaAdamW,
@@ -166,7 +168,7 @@ class MetaLearner:
 
     # ---------------------------------------------------------------------------------------------------------- the update
 
-    @sync.outside_inference_mode
+    @devices.outside_inference_mode
     def update(self, batch_a: Any, batch_b: Any, val_batch: Any = None, gap_batch: Any = None) -> MetaReport:
         """One meta-update. The model and the optimizer's state stay as they are, bit for bit.
 
@@ -205,10 +207,10 @@ class MetaLearner:
         gap_batch = val_batch if gap_batch is None else gap_batch
         reshard(self.model)  # a forward pass without a backward may have left an FSDP2 module gathered
         released = self.optimizer.variant == "released"
-        lists = self.optimizer._current_lists()
-        leaves = list(lists.leaves)
-        last_grads = lists.gradients() if released else []
-        lists.let_go()
+        states = self.optimizer._current_states()
+        leaves = list(states.leaves)
+        last_grads = states.gradients() if released else []
+        states.let_go()
         self._check_dtypes(leaves)
         # The released code's θ′ is made from stored moments, so that parameters which have been frozen since move, too.
         state = ModelState(self.model, leaves, frozen=released)
@@ -433,7 +435,7 @@ class MetaLearner:
         self.updates += 1
         return True
 
-    @sync.outside_inference_mode
+    @devices.outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
         """Log-variances, the meta-optimizer's state and the number of updates. The encoder is in the optimizer's own state dict.
 
@@ -447,7 +449,7 @@ class MetaLearner:
             "updates": self.updates,
         }
 
-    @sync.outside_inference_mode
+    @devices.outside_inference_mode
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned.
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 
-from .sharding import UnreducedGradients, local
+from .core.sharding import local
+from .parallel import UnreducedGradients
 
 # Every module has these, and they are restored otherwise or not at all. The last three say what the reducer of
 # DistributedDataParallel has done, which no attribute undoes.

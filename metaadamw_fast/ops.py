@@ -23,8 +23,8 @@ from torch import Tensor
 
 from . import reference
 from .checks import HYPERPARAMETERS, check_stats, check_update
+from .core.hyperparameters import pair_of
 from .features import FeatureTable
-from .hyperparameters import pair_of
 from .launch import CppLaunch, FakeLaunch, ReferenceLaunch
 from .rounding import signed
 

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import features, rounding, sync
+from . import features, rounding
 from .checks import check_distinct, check_stats, check_update, update_lists
+from .core import devices
+from .core.rule import of_multiplied_gradient
 
 Tensors = Sequence[Tensor]
 
@@ -63,7 +65,7 @@ def group_features(statistics: Tensor, table: features.FeatureTable, done: Tenso
     The host does not wait for a device to know how many are done.
     """
     progress: float | Tensor
-    if sync.readable(done):
+    if devices.readable(done):
         progress = features.training_progress(float(done) + ahead, total_steps)
     else:
         progress = features.training_progress(done.double() + ahead, total_steps)
@@ -112,7 +114,7 @@ def scaled_gradients(
     if factors is None:
         factors = statistics.new_ones(len(statistics), dtype=torch.float64)
     assert norm is not None
-    return factors, norm, features.of_scaled_gradient(statistics, factors)
+    return factors, norm, of_multiplied_gradient(statistics, factors, (2, 1))
 
 
 def modulation(

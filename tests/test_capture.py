@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaadamw_fast import MetaAdamW, sync
+from metaadamw_fast import MetaAdamW
+from metaadamw_fast.core import devices
 
 from .cases import same_bits
 
@@ -125,8 +126,8 @@ def assert_equal(x, y, what=""):
 def as_on_a_gpu(monkeypatch):
     """Tensors of the CPU are taken for ones that the host must not read; the value set tells whether a capture is under way."""
     under_way = []
-    monkeypatch.setattr(sync, "readable", lambda x: False)
-    monkeypatch.setattr(sync, "capturing", lambda device: bool(under_way))
+    monkeypatch.setattr(devices, "readable", lambda x: False)
+    monkeypatch.setattr(devices, "capturing", lambda device: bool(under_way))
     return under_way
 
 

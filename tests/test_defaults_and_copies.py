@@ -218,7 +218,7 @@ def test_a_pickle_of_an_optimizer_with_triton(monkeypatch, options):
     meta = MetaLearner(opt, model, loss_fn)
     _, loaded, learner = pickle.loads(pickle.dumps((model, opt, meta)))
     assert learner.optimizer is loaded
-    loaded._current_lists()
+    loaded._current_states()
     assert loaded._backend is opt._backend
     assert same(loaded.state_dict(), opt.state_dict())
 

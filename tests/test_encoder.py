@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaadamw_fast import EncoderConfig, FeatureConfig, GroupEncoder, MetaAdamW, sync
+from metaadamw_fast import EncoderConfig, FeatureConfig, GroupEncoder, MetaAdamW
+from metaadamw_fast.core import devices
 
 from .models import expected_scales, noise, perceptron, randomise, torch_encoder, torch_encoder_output
 from .tolerances import ENCODER, ENCODER_FLOAT64
@@ -242,7 +243,7 @@ def test_gates_start_at_sigmoid_of_one():
 @pytest.mark.parametrize("known_to_the_host", [False, True])
 def test_a_non_finite_group_is_as_if_it_did_not_exist(known_to_the_host, version, gating, bad, monkeypatch):
     if not known_to_the_host:  # as on a GPU
-        monkeypatch.setattr(sync, "readable", lambda x: False)
+        monkeypatch.setattr(devices, "readable", lambda x: False)
     encoder = make(version=version, gating=gating)
     x = features_of(encoder, 5)
     x[1, 2] = x[4, 0] = bad
@@ -305,7 +306,7 @@ def test_no_product_is_in_float32(monkeypatch):
     opt = MetaAdamW(model.parameters())
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    monkeypatch.setattr(sync, "readable", lambda x: False)  # as on a GPU
+    monkeypatch.setattr(devices, "readable", lambda x: False)  # as on a GPU
     with Products() as products:
         opt.step()
     assert products.dtypes == {torch.float64}

@@ -17,7 +17,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bench.predictions import BETWEEN
-from metaadamw_fast import FeatureConfig, GroupEncoder, MetaAdamW, MetaLearner, encoder_graph, sync
+from metaadamw_fast import FeatureConfig, GroupEncoder, MetaAdamW, MetaLearner, encoder_graph
+from metaadamw_fast.core import devices
 
 from . import ranks
 from .models import noise, one_thread, randomise  # noqa: F401
@@ -77,8 +78,8 @@ class Run:
 def captures(monkeypatch):
     """Graphs are recordings, and tensors of the CPU are taken for ones that the host must not read. The captures so far."""
     made, under_way = [], []
-    monkeypatch.setattr(sync, "readable", lambda x: False)
-    monkeypatch.setattr(sync, "capturing", lambda device: bool(under_way))
+    monkeypatch.setattr(devices, "readable", lambda x: False)
+    monkeypatch.setattr(devices, "capturing", lambda device: bool(under_way))
     monkeypatch.setattr(encoder_graph, "can_capture", lambda device: True)
 
     def capture(run, device):
@@ -414,10 +415,10 @@ def test_the_user_s_own_graph_has_the_operations(captures, monkeypatch):
             else:
                 if recording is None:
                     written = [*params, *(x for p in params for x in run.opt.state[p].values())]
-                    monkeypatch.setattr(sync, "capturing", lambda device: True)
+                    monkeypatch.setattr(devices, "capturing", lambda device: True)
                     with Recording(written) as recording:
                         run.opt.step()
-                    monkeypatch.setattr(sync, "capturing", lambda device: False)
+                    monkeypatch.setattr(devices, "capturing", lambda device: False)
                 recording.replay()
             if step % 7 == 6:
                 weights_in_place(run)  # not a meta-update, whose gradients would stay in the table that the recording reads
@@ -429,7 +430,7 @@ def test_the_user_s_own_graph_has_the_operations(captures, monkeypatch):
 def sharded(rank):
     patch = pytest.MonkeyPatch()
     captured = []
-    patch.setattr(sync, "readable", lambda x: False)
+    patch.setattr(devices, "readable", lambda x: False)
     patch.setattr(encoder_graph, "can_capture", lambda device: True)
 
     def capture(run, device):
@@ -496,7 +497,7 @@ def launches_of_a_step(**options):
 
 
 def test_operations_of_a_default_step_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(sync, "readable", lambda x: False)
+    monkeypatch.setattr(devices, "readable", lambda x: False)
     launches = launches_of_a_step()
     assert launches.of_torch.total() <= BUDGET, launches.of_torch
     assert launches.of_ours.total() == 4  # statistics, features, modulation, update

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from metaadamw_fast import MetaAdamW, MetaLearner, ops, sync
+from metaadamw_fast import MetaAdamW, MetaLearner, ops
+from metaadamw_fast.core import devices
 
 from .models import OFF, noise
 
@@ -403,7 +404,7 @@ CASES = [
 def test_carried_sums_are_those_of_a_full_pass_whatever_happens_between_steps(decides, backend, seed, options, monkeypatch):
     """200 steps with an event at every other, bitwise: against an optimizer that forgets its sums before every step."""
     if decides == "device":
-        monkeypatch.setattr(sync, "readable", lambda x: False)
+        monkeypatch.setattr(devices, "readable", lambda x: False)
     runs = []
     for forget in (False, True):
         rng = random.Random(seed)

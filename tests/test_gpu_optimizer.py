@@ -94,7 +94,7 @@ def test_tensors_on_two_devices_are_refused():
     opt.step()
     before = a.detach().clone()
     with pytest.raises(RuntimeError, match="another device"):
-        opt._current_lists().set_gradients([torch.ones(3)])
+        opt._current_states().set_gradients([torch.ones(3)])
     assert torch.equal(a, before)
 
 

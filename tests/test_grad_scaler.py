@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from metaadamw_fast import MetaAdamW, sync
+from metaadamw_fast import MetaAdamW
+from metaadamw_fast.core import devices
 
 from .cases import everything, same, set_gradients, two_layers
 from .models import noise
@@ -33,7 +34,7 @@ def new_scaler(**options):
 def who_decides(request, monkeypatch):
     """Where it is found out that a step does not count: on a GPU the host never waits to know."""
     if request.param == "device":
-        monkeypatch.setattr(sync, "readable", lambda x: False)
+        monkeypatch.setattr(devices, "readable", lambda x: False)
 
 
 MODES = pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out(statistics, optio
         p, q = nn.Parameter(noise((40, 30), 0)), nn.Parameter(noise((7,), 1))
         opt = MetaAdamW([p, q], head_init="xavier", skip_nonfinite=True, statistics=statistics, backend=backend, **options)
         if on_device:
-            monkeypatch.setattr(sync, "readable", lambda x: False)
+            monkeypatch.setattr(devices, "readable", lambda x: False)
         for step in range(8):
             poison = {2: float("nan"), 5: float("inf"), 6: 1e30}.get(step)
             if poison is not None and not bad:

@@ -415,7 +415,7 @@ def updates_of(model, opt, after_step, skipped):
 def test_every_follows_the_count_of_the_optimizer(monkeypatch, readable):
     """Neither skipped steps nor a checkpoint that is loaded later shift it; a skipped step after an update brings no second one."""
     if not readable:
-        monkeypatch.setattr("metaadamw_fast.sync.readable", lambda x: False)
+        monkeypatch.setattr("metaadamw_fast.core.devices.readable", lambda x: False)
     model = perceptron()
     opt = make(model)
     after_step = MetaLearner(opt, model, mse).every(3, [batch(model, 20)], [batch(model, 30)], warm_up=1)

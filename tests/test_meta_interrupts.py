@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 import metaadamw_fast
 from metaadamw_fast import MetaLearner
-from metaadamw_fast.sharding import _unreduced, reshard
+from metaadamw_fast.parallel import _unreduced, reshard
 
 from . import ranks
 from .models import batch, make, mse, noise, one_thread, train  # noqa: F401

@@ -56,7 +56,7 @@ def table_of(config, group_ids, like, *, heads=1):
     members = []
     for t in range(len(group_ids)):
         param = nn.Parameter(torch.zeros((t,) if t % 3 == 0 else (1, t)))
-        members.append(Member(param, f"layers.{t % 4}.x" if t % 5 else None, "linear", 0))
+        members.append(Member(param, f"layers.{t % 4}.x" if t % 5 else None, 0, "linear"))
     return feature_table(members, group_ids, max(group_ids) + 1, config, config.width(heads), like)
 
 

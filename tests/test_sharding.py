@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaadamw_fast import MetaAdamW, MetaLearner
-from metaadamw_fast.sharding import reshard
+from metaadamw_fast.parallel import reshard
 
 from . import ranks
 from .models import noise, said, same
@@ -482,7 +482,7 @@ def another_fsdp(rank):
     opt.step()
     batches = [joint(10 + rank), joint(20 + rank), joint(30 + rank)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metaadamw_fast.sharding._unreduced", lambda parts: [part.other_name for part in parts])
+        patch.setattr("metaadamw_fast.parallel._unreduced", lambda parts: [part.other_name for part in parts])
         meta.update(*batches)  # a reduced gradient stands
         opt.zero_grad()
         with pytest.raises(RuntimeError, match=r"other_name.*after the optimizer's step\(\)"):

@@ -406,7 +406,7 @@ def test_release():
     opt = MetaAdamW(params, encoder_graph=True)
     give_gradients(params, 0)
     opt.step()
-    kept = [weakref.ref(x) for x in (opt._lists, opt._lists.launch, opt._table)]
+    kept = [weakref.ref(x) for x in (opt._states, opt._states.launch, opt._table)]
     opt.release()
     gc.collect()
     assert [reference() for reference in kept] == [None] * 3

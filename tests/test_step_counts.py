@@ -48,7 +48,7 @@ def test_large_counts_are_exact(backend):
 def test_the_time_feature_takes_both_dtypes(backend, dtype):
     config = FeatureConfig("basic")
     p = torch.ones(3)
-    table = feature_table([Member(p, "p", "other", 0)], [0], 1, config, 6, torch.empty(0, dtype=torch.float64))
+    table = feature_table([Member(p, "p", 0, "other")], [0], 1, config, 6, torch.empty(0, dtype=torch.float64))
     done = torch.tensor([7.0, LARGE + 1], dtype=dtype)[1]
     features = backend_of(backend).group_features(torch.ones(1, 5, dtype=torch.float64), table, done, 1, 2**25)
     assert features[0, config.time_column].item() == training_progress(float(done) + 1, 2**25)

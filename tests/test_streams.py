@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaadamw_fast import MetaAdamW, sync
+from metaadamw_fast import MetaAdamW
+from metaadamw_fast.core import devices
 
 OPTIONS = {
     "plain": {},
@@ -55,7 +56,7 @@ def storages_reached(root):
 def test_every_kept_tensor_is_named_to_the_allocator(monkeypatch, backend, options):
     """On the CPU, with streams that only have a name: what a step reads and has not made is recorded, but for the user's own."""
     stream, recorded = "first", []
-    monkeypatch.setattr(sync, "current_stream", lambda device: stream)
+    monkeypatch.setattr(devices, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, s: recorded.append((storage_of(x), s)))
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     opt = MetaAdamW(model.named_parameters(), backend=backend, head_init="xavier", **OPTIONS[options])
@@ -74,7 +75,7 @@ def test_every_kept_tensor_is_named_to_the_allocator(monkeypatch, backend, optio
     users = [y for p in model.parameters() for y in (p, p.grad, *(x for name, x in opt.state[p].items() if name != "step"))]
     users += [*opt.encoder.parameters(), *opt.encoder.buffers(), torch.empty(0)]  # the last: what has no memory
     if backend == "cpp":
-        users.append(opt._lists.launch._table)  # on the host
+        users.append(opt._states.launch._table)  # on the host
     used = {storage_of(x) for x in inputs.tensors} & kept.keys() - {storage_of(x) for x in users if x is not None}
     assert len(used) >= 5, "a step that uses nothing of the optimizer's own shows nothing"
     missing = used - {address for address, name in recorded if name == "second"}

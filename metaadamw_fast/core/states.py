@@ -17,38 +17,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
-from . import sync
-from .checks import DTYPES
+from metaadamw_fast.launch import Operands
+from metaadamw_fast.ops import addresses_of, expected_objects, listed_objects, mark_written
+from metaadamw_fast.reference import start_of_update
+
+from . import devices
+from .allocation import MASTER, Allocation, has_row
 from .counts import StepCounts
-from .grouping import Member
-from .launch import Operands
-from .ops import addresses_of, expected_objects, listed_objects, mark_written
-from .reference import start_of_update
+from .members import Member
+from .rule import PARAM, Rule
 from .sharding import is_sharded, local, local_gradient
-from .watch import FrozenSums, Storages, as_real, as_real_gradient, is_wrapper, version
+from .watch import FrozenSums, Storages, as_real, as_real_gradient, version
 
-MASTER = "master_param"
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
-_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 _local_of = attrgetter("_local_tensor")  # of DTensors; as sharding.local, for thousands of them
-
-
-def reason_against(p: Tensor, device: torch.device) -> str | None:
-    """Why no backend on ``device`` can update ``p``; None if one can."""
-    if is_lazy(p):
-        return "MetaAdamW cannot update a parameter that is not initialized: run the model once before"
-    if is_wrapper(p):
-        return f"MetaAdamW cannot update a {type(p).__name__}: it is a subclass that is no plain memory"
-    real = p.dtype.to_real() if p.is_complex() else p.dtype
-    if real not in DTYPES or p.layout is not torch.strided:
-        return f"MetaAdamW needs dense floating-point parameters, got {p.dtype}, {p.layout}"
-    if p.numel() and any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
-        return "MetaAdamW cannot update an expanded parameter: its elements share memory"
-    if p.device != device:
-        return f"MetaAdamW needs all parameters on one device, got {', '.join(sorted((str(device), str(p.device))))}"
-    return None
 
 
 def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
@@ -62,11 +44,9 @@ class _Places(NamedTuple):
     """Where each list stands among the objects that param groups and states list, by a :func:`_picker`."""
 
     leaves: Any  # T
-    params: Any  # R, as all that follow
-    exp_avgs: Any
-    exp_avg_sqs: Any
-    max_exp_avg_sqs: Any  # of the rows that have one
-    masters: Any  # likewise
+    params: Any  # R
+    states: list[Any]  # one for each of the rule's states, of the rows that have it
+    masters: Any  # of the rows that have one
 
 
 class _Present(NamedTuple):
@@ -87,9 +67,10 @@ class States:
     """Allocates the states that are missing, lists them all and hands them to the backend.
 
     Of a DTensor the lists have this rank's shard; its states are DTensors of the same placements. Complex tensors are listed as
-    real ones. The lists are there from :meth:`take_up`, or from the constructor, to :meth:`let_go`.
+    real ones. The lists are there from :meth:`hold`, or from the constructor, to :meth:`let_go`.
 
     Args:
+        rule: of the optimizer.
         members: the T parameters, in the order of ``param_groups``.
         grads: T gradients, None where there is none. A parameter that has one gets a row.
         state: ``optimizer.state``, completed in place.
@@ -97,14 +78,13 @@ class States:
         device: of the rows.
         launch: the class of the backend that holds the lists between two steps.
         counts: float64 [T + 1], the steps of each parameter and, last, of the optimizer; counted in place.
-        early: whether every parameter that requires a gradient, and has data, gets its row now.
         state_dtype: of the moments that are allocated; None for that of the parameter.
         master_weights: whether bfloat16 and float16 parameters have a float32 copy, ``state[p]["master_param"]``, which is updated.
         frozen_sums: of the lists that these replace.
 
     Attributes:
         rows: which parameters have one; ``index`` is the same as int64 [R], None if all have.
-        warm: whether a step was taken with these lists: everything is compiled and uploaded then.
+        captured_ready: whether a step was taken with these lists: everything is compiled and uploaded then, as a capture needs it.
 
     Raises:
         ValueError: a parameter that is to get a row and that no backend can update.
@@ -113,6 +93,7 @@ class States:
 
     def __init__(
         self,
+        rule: Rule,
         members: Sequence[Member],
         grads: Sequence[Tensor | None],
         state: MutableMapping[Tensor, Any],
@@ -121,47 +102,52 @@ class States:
         launch: Any,
         counts: Tensor,
         *,
-        early: bool,
         state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         frozen_sums: FrozenSums | None = None,
     ) -> None:
         leaves = [m.param for m in members]
-        self.device, self.warm = device, False
+        self._rule, self._flags = rule, rule.flags
+        carried = rule.carried.values()
+        self._summed = [0, *(i for i, name in enumerate(rule.names, 1) if name in carried), -1]  # of `_outer`
+        self.device, self.captured_ready = device, False
         self._total = len(leaves)
-        self.rows = [t for t, p in enumerate(leaves) if _has_row(p, grads[t], state, device, early)]
+        self.rows = [t for t, p in enumerate(leaves) if has_row(p, grads[t], state, device, rule)]
         of_rows = [leaves[t] for t in self.rows]
         complete = len(self.rows) == self._total
         self.index = None if complete else torch.tensor(self.rows, dtype=torch.long, device=device)
-        with_maximum = [bool(param_groups[members[t].param_group]["amsgrad"]) for t in self.rows]
-        added: list[tuple[Tensor, str | None]] = []
+        wanted = [[s.flag is None or bool(param_groups[members[t].param_group][s.flag]) for s in rule.states] for t in self.rows]
+        self._has = [[*column] for column in zip(*wanted, strict=True)] or [[] for _ in rule.states]  # R bools for each state
+        allocation = Allocation(state, device, state_dtype, master_weights)
         try:
-            for p, wanted in zip(of_rows, with_maximum, strict=True):
-                _complete(p, state, device, wanted, state_dtype, master_weights and p.dtype in _LOW_PRECISION, added)
-            self._locate(of_rows, with_maximum, state, param_groups)
+            for p, chosen in zip(of_rows, wanted, strict=True):
+                allocation.complete(p, compress(rule.states, chosen))
+            self._locate(of_rows, state, param_groups)
             self.launch: Any = launch([None] * len(self.rows), *self._operands(), written=True)
         except Exception:
-            for p, name in reversed(added):
-                if name is None:
-                    state.pop(p, None)
-                else:
-                    state[p].pop(name, None)
+            allocation.undo()
             raise
         always = any(group.get("capturable") for group in param_groups)
         self.counts = StepCounts(counts, self.index, [state[p] for p in of_rows], always=always)
-        self._locate(of_rows, with_maximum, state, param_groups)  # again: the counts may have put tensors of their own there
+        self._locate(of_rows, state, param_groups)  # again: the counts may have put tensors of their own there
         ask = weakref.WeakMethod(self._operands)  # the launch belongs to these lists
         self.launch.let_go(lambda: ask()())  # type: ignore[misc]
         self._places_of_data = self._where()
         self._storages = Storages(self._tensors())
-        self._sums = torch.zeros(len(self.rows), 2, dtype=torch.float64, device=device)  # Σp², Σv² of what the last update left
+        first = [*rule.sums].index(next(iter(rule.carried))) if rule.carried else 0
+        self._carried_columns = slice(first, first + len(rule.carried))
+        # The carried sums of what the last update left.
+        self._sums = torch.zeros(len(self.rows), len(rule.carried), dtype=torch.float64, device=device)
         self._sums_of: int | None = None  # the `_version` that they are right for; None if they are not
         self._copies_seen: list[int] | None = None  # versions of the parameters with a master when these were brought up to date
         self._present = self._present_without([])
         self._rise: int | None = None  # by how much an update of these rows raises `_version`; None until one has
         self._seen = self._version()  # what the step under way has found
         rest = sorted(set(range(self._total)) - set(self.rows))
-        self.frozen_sums = FrozenSums([leaves[t] for t in rest], launch, device, frozen_sums) if rest else None
+        of_params = [[*rule.sums].index(name) for name, operand in rule.carried.items() if operand == PARAM]
+        self._norm_column = of_params[0] if of_params else None  # Σp²
+        watched = bool(rest) and self._norm_column is not None
+        self.frozen_sums = FrozenSums([leaves[t] for t in rest], launch, device, frozen_sums) if watched else None
         self._rest = torch.tensor(rest, dtype=torch.long, device=device) if rest else None
         # [T, S] for the rows' sums to be put into, and the sums of frozen parameters that it was made of.
         self._around: Tensor | None = None
@@ -169,13 +155,7 @@ class States:
 
     # -------------------------------------------------------------------------------------------- the tensors, during a step
 
-    def _locate(
-        self,
-        params: Sequence[Tensor],
-        with_maximum: Sequence[bool],
-        state: Mapping[Any, Any],
-        param_groups: Sequence[Mapping[str, Any]],
-    ) -> None:
+    def _locate(self, params: Sequence[Tensor], state: Mapping[Any, Any], param_groups: Sequence[Mapping[str, Any]]) -> None:
         """Writes down where each tensor is listed, and takes them all up."""
         at: dict[tuple[int, str], int] = {}
         number = sum(len(group["params"]) for group in param_groups)
@@ -187,32 +167,31 @@ class States:
                     number += 1
             else:
                 number += len(value) if isinstance(value, list) else 1
-        self._with_maximum = list(with_maximum)
         self._with_master = [(id(p), MASTER) in at for p in params]
         self._places = _Places(
             _picker(range(self._total)),
             _picker([places[id(p)] for p in params]),
-            _picker([at[id(p), "exp_avg"] for p in params]),
-            _picker([at[id(p), "exp_avg_sq"] for p in params]),
-            _picker([at[id(p), "max_exp_avg_sq"] for p in compress(params, self._with_maximum)]),
+            [
+                _picker([at[id(p), name] for p in compress(params, chosen)])
+                for name, chosen in zip(self._rule.names, self._has, strict=True)
+            ],
             _picker([at[id(p), MASTER] for p in compress(params, self._with_master)]),
         )
         containers = _containers(state, param_groups)
         found = listed_objects(containers)
         self._addresses = addresses_of(found)
         self._owners = (id(state), id(param_groups))
-        self._outlined = _outline(param_groups)
+        self._outlined = _outline(param_groups, self._flags)
         self._sharded = any(isinstance(x, Tensor) and is_sharded(x) for x in found)
         self._complex = any(p.is_complex() for p in params)
-        self._hold(found)
+        self._take(found)
 
-    def _hold(self, found: list[Any]) -> None:
+    def _take(self, found: list[Any]) -> None:
         places = self._places
         self.leaves: Sequence[Tensor] = places.leaves(found)
-        self._outer = [places.params(found), places.exp_avgs(found), places.exp_avg_sqs(found)]
-        self._outer += [places.max_exp_avg_sqs(found), places.masters(found)]
-        lists = [self._plain(xs) for xs in self._outer]
-        self.params, self._exp_avgs, self._exp_avg_sqs, self._maxima, self._masters = lists
+        # The parameters, each of the rule's states, the masters: as the user has them, then as the kernels take them.
+        self._outer = [places.params(found), *(pick(found) for pick in places.states), places.masters(found)]
+        self.params, *self._of_states, self._masters = [self._plain(xs) for xs in self._outer]
 
     def _plain(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Their shards, as real tensors."""
@@ -221,23 +200,28 @@ class States:
         return [as_real(x.detach()) if x.is_complex() else x for x in tensors] if self._complex else tensors
 
     def let_go(self) -> None:
-        """Holds the tensors no longer; :meth:`take_up` brings them back."""
+        """Holds the tensors no longer; :meth:`hold` brings them back."""
         self._real_gradients: Sequence[Tensor | None] = ()
-        self.leaves = self.params = self._exp_avgs = self._exp_avg_sqs = self._maxima = self._masters = ()
-        self._outer = [()] * 5
+        self.leaves = self.params = self._masters = ()
+        self._of_states = [()] * len(self._rule.states)
+        self._outer = [(), *self._of_states, ()]
 
-    def take_up(self, state: Mapping[Any, Any], param_groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Takes up the tensors, unless one has been replaced, or the data of one (``p.data = x``, ``model.to``), or amsgrad.
+    def hold(self, state: Mapping[Any, Any], param_groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Takes up the tensors, unless one has been replaced, or the data of one (``p.data = x``, ``model.to``), or a flag.
 
         ``state`` and ``param_groups`` are the optimizer's of now, which may be others, too. The lists serve no more if False is
         returned.
         """
-        if (id(state), id(param_groups)) != self._owners or self._storages.freed or _outline(param_groups) != self._outlined:
+        if (
+            (id(state), id(param_groups)) != self._owners
+            or self._storages.freed
+            or _outline(param_groups, self._flags) != self._outlined
+        ):
             return False
         found = expected_objects(_containers(state, param_groups), self._addresses)
         if found is None:
             return False
-        self._hold(found)
+        self._take(found)
         if self._where() == self._places_of_data:
             return True
         self.let_go()
@@ -245,11 +229,11 @@ class States:
 
     def _tensors(self) -> list[Tensor]:
         """All tensors that an update of all rows writes."""
-        return [*self.params, *self._exp_avgs, *self._exp_avg_sqs, *self._maxima, *self._masters]
+        return [*self.params, *chain.from_iterable(self._of_states), *self._masters]
 
     def _where(self) -> tuple[list[int], list[tuple[int, ...]]]:
         # Strides of the parameters only: `p.data = p.data.t()` happens, and the addresses stay. Nobody transposes a state in place.
-        if self.params and sync.is_fake(self.params[0]):
+        if self.params and devices.is_fake(self.params[0]):
             return [], []  # no memory
         return [*map(Tensor.data_ptr, self._tensors())], [*map(Tensor.stride, self.params)]
 
@@ -266,30 +250,35 @@ class States:
         return [next(rest) if here else p for p, here in zip(self.params, self._with_master, strict=True)]
 
     def _operands(self) -> Operands:
-        maxima = self._spread_over_rows(self._maxima, self._with_maximum)
+        """The lists as the arguments of a launch, which has those of AdamW."""
+        lists = self.lists()
         copies = self._spread_over_rows(self.copies(), self._with_master)
-        return Operands([*self._exp_avgs], self._updated(), [*self._exp_avg_sqs], maxima, copies)
+        exp_avgs, maxima = lists["exp_avg"] or [], lists.get("max_exp_avg_sq")
+        return Operands(exp_avgs, self._updated(), lists["exp_avg_sq"] or [], maxima, copies)
 
     def copies(self) -> list[Tensor]:
         """The low-precision parameters that have a master."""
         return list(compress(self.params, self._with_master))
 
-    def moments(self) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
-        """R first moments, second moments and, with amsgrad, running maxima (without elements where a row has none)."""
-        maxima = self._spread_over_rows(self._maxima, self._with_maximum)
-        return [*self._exp_avgs], [*self._exp_avg_sqs], maxima
+    def lists(self) -> dict[str, list[Tensor] | None]:
+        """R tensors of each state, without elements where a row does not have it; None where no row has it."""
+        return {
+            state.name: [*xs] if state.flag is None else self._spread_over_rows(xs, chosen)
+            for state, xs, chosen in zip(self._rule.states, self._of_states, self._has, strict=True)
+        }
 
     # ----------------------------------------------------------------------------------------- rows and all T parameters
 
     def whole(self, sums: Tensor) -> Tensor:
         """[T, S] of all parameters from [R, S] of the rows: of the others Σp² is known, all else is 0."""
-        if self._rest is None or self.frozen_sums is None:
+        if self._rest is None:
             return sums
-        frozen = self.frozen_sums.current()  # another tensor where a number of it has changed
+        frozen = None if self.frozen_sums is None else self.frozen_sums.current()  # another tensor where a number has changed
         around = self._around
         if frozen is not self._around_of or around is None or (around.dtype, around.shape[1]) != (sums.dtype, sums.shape[1]):
             around = sums.new_zeros(self._total, sums.shape[1])
-            around[:, 3].index_copy_(0, self._rest, frozen.to(sums.dtype))
+            if frozen is not None and self._norm_column is not None:
+                around[:, self._norm_column].index_copy_(0, self._rest, frozen.to(sums.dtype))
             self._around, self._around_of = around, frozen
         return around if self.index is None else around.index_copy(0, self.index, sums)
 
@@ -307,17 +296,38 @@ class States:
     # ---------------------------------------------------------------------------------------------- what others have written
 
     def carried(self) -> Tensor | None:
-        """[R, 2] float64 Σp², Σv² as the last update left them, or None if an in-place operation has written one since."""
-        return self._sums if self._sums_of == self._seen else None
+        """[R, C] float64, the carried sums as the last update left them; None if a tensor of theirs has been written since."""
+        return self._sums if self._sums_of == self._seen and self._rule.carried else None
 
-    def new_sums(self, sums: Tensor, go: Tensor | bool = True) -> Tensor:
-        """Where the update writes Σp², Σv², [R, 2] float64; rows that it leaves alone keep those of ``sums`` [R, S]."""
-        if (self._present.absent or go is not True) and self.carried() is None:
-            self._sums.copy_(sums[:, 3:5])
+    def measure(self, dtype: torch.dtype, *, reuse: bool) -> Tensor:
+        """Sums [R, S] of the gradients and the states. What the last update summed is not read again, if ``reuse``."""
+        counts = "grad_nonzero" in self._rule.sums
+        carried = self.carried() if reuse else None
+        whole = carried is None
+        sums: Tensor = self.launch.tensor_stats(whole, whole, counts, dtype, carried)
+        return sums
+
+    def update(self, vectors: Tensor, sums: Tensor, should_step: Tensor | bool, seed: int | None) -> None:
+        """The update with ``vectors`` [V, T]; rows that it leaves alone keep the carried columns of ``sums`` [R, S]."""
+        self.launch.adamw_update_(self.of_rows(vectors), self._new_sums(sums, should_step), seed)
+        self.after_update(should_step)
+
+    def update_and_measure(self, vectors: Tensor, seed: int | None) -> Tensor:
+        """The update with ``vectors`` [V, T]; returns the sums [R, S] of what it found."""
+        columns = self._carried_columns
+        sums = torch.empty(len(self.rows), columns.stop, dtype=torch.float64, device=self.device)
+        self.launch.adamw_update_(self.of_rows(vectors), sums, seed)
+        self.after_update(True)
+        return torch.cat([sums[:, : columns.start], self._exchange_sums(sums[:, columns])], dim=1)
+
+    def _new_sums(self, sums: Tensor, should_step: Tensor | bool) -> Tensor:
+        """Where the update writes the carried sums; rows that it leaves alone keep those of ``sums`` [R, S]."""
+        if (self._present.absent or should_step is not True) and self.carried() is None:
+            self._sums.copy_(sums[:, self._carried_columns])
         return self._sums
 
-    def exchange_sums(self, new: Tensor) -> Tensor:
-        """Puts other sums in the place of :meth:`new_sums`; returns a copy of what was there, [R, 2]."""
+    def _exchange_sums(self, new: Tensor) -> Tensor:
+        """Puts other carried sums in the place of those that were there, and returns these."""
         old = self._sums.clone()
         self._sums.copy_(new)
         return old
@@ -333,12 +343,12 @@ class States:
             self.frozen_sums.forget()
 
     def _version(self) -> int:
-        """The version counters of all that Σp² and Σv² depend on, added up."""
-        params, _, exp_avg_sqs, _, masters = self._outer
-        both = version(params) + version(exp_avg_sqs) + version(masters)
+        """The version counters of all that the carried sums depend on, added up."""
+        summed = [self._outer[i] for i in self._summed]
+        versions = sum(map(version, summed))
         if self._sharded:  # a write through a DTensor or through its shard changes the version of that one only
-            both += sum(version(map(_local_of, filter(is_sharded, xs))) for xs in (params, exp_avg_sqs, masters))
-        return both
+            versions += sum(version(map(_local_of, filter(is_sharded, xs))) for xs in summed)
+        return versions
 
     # ------------------------------------------------------------------------------------------------------------- the steps
 
@@ -385,29 +395,29 @@ class States:
             numbers = [0.0] * self._total + [1.0]
             for t in compress(self.rows, chosen):
                 numbers[t] = 1.0
-            counts = sync.upload([numbers], torch.float64, self.device)[0]
+            counts = devices.upload([numbers], torch.float64, self.device)[0]
         return _Present(absent, counts, chosen if absent else None)
 
     def _written(self) -> list[Tensor]:
         """What an update has just written. The kernels write the shard of a DTensor: both have a version counter."""
-        params, exp_avgs, exp_avg_sqs, maxima, masters = self._outer
         rows = self._present.chosen
         if rows is None:
-            whole = [*params, *exp_avgs, *exp_avg_sqs, *maxima, *masters]
+            whole = [*chain.from_iterable(self._outer)]
         else:
-            whole = [*compress(params, rows), *compress(exp_avgs, rows), *compress(exp_avg_sqs, rows)]
-            whole += compress(maxima, compress(rows, self._with_maximum))
-            whole += compress(masters, compress(rows, self._with_master))
+            params, *of_states, masters = self._outer
+            whole = [*compress(params, rows)]
+            for xs, chosen in zip((*of_states, masters), (*self._has, self._with_master), strict=True):
+                whole += compress(xs, compress(rows, chosen))
         return [*whole, *map(_local_of, filter(is_sharded, whole))] if self._sharded else whole
 
-    def count(self, go: Tensor | bool = True) -> None:
-        """Counts the step of the optimizer and of the rows that have a gradient; nothing if ``go`` is False."""
+    def count(self, should_step: Tensor | bool = True) -> None:
+        """Counts the step of the optimizer and of the rows that have a gradient; nothing if ``should_step`` is False."""
         counts = self._present.counts
-        self.counts.add(counts if go is True else counts * go)
+        self.counts.add(counts if should_step is True else counts * should_step)
 
-    def after_update(self, go: Tensor | bool = True) -> None:
-        """Counts the step and marks what was written; counts nothing if ``go`` is False."""
-        self.count(go)
+    def after_update(self, should_step: Tensor | bool = True) -> None:
+        """Counts the step and marks what was written; counts nothing if ``should_step`` is False."""
+        self.count(should_step)
         before = self._version() if self._rise is None else 0
         mark_written(self._written())
         if self._masters:
@@ -417,7 +427,7 @@ class States:
         # Not the version of now: a user's thread may have written since the step looked, and then the next one reads everything.
         self._sums_of = self._seen + self._rise
 
-    def take_up_copies(self) -> None:
+    def sync_masters(self) -> None:
         """Brings the float32 masters up to date with parameters that others have written: they are the model, what they say counts.
 
         A master stays what it is where its parameter still is its rounding, so that nothing is lost where nothing was written. The
@@ -439,58 +449,11 @@ class States:
         return [p._version + (x._version if x is not p else 0) for p, x in zip(outer, self.copies(), strict=True)]
 
 
-def _has_row(p: Tensor, grad: Tensor | None, state: Mapping[Tensor, Any], device: torch.device, early: bool) -> bool:
-    """Whether a parameter has a state, or is to get one now.
-
-    Raises:
-        ValueError: it is to get one, and no backend can update it.
-    """
-    if "exp_avg" in state.get(p, ()):
-        return True
-    if grad is None:
-        return early and p.requires_grad and not p.is_meta and reason_against(p, device) is None
-    reason = reason_against(p, device)
-    if reason is not None:
-        raise ValueError(reason)
-    return True
-
-
-def _complete(
-    p: Tensor,
-    state: MutableMapping[Tensor, Any],
-    device: torch.device,
-    with_maximum: bool,
-    state_dtype: torch.dtype | None,
-    with_master: bool,
-    added: list[tuple[Tensor, str | None]],
-) -> None:
-    """Gives a parameter the entries of its state that are missing, and notes in ``added`` which (None: the state itself)."""
-    if p not in state:
-        added.append((p, None))
-    own = state.setdefault(p, {})
-    dtype = _COMPLEX.get(state_dtype, p.dtype) if p.is_complex() and state_dtype is not None else state_dtype
-    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if with_maximum else 2]:
-        if name not in own:
-            added.append((p, name))
-            own[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-        elif own[name].device != device:
-            own[name] = own[name].to(device)
-    if with_master:
-        if MASTER not in own:
-            added.append((p, MASTER))
-            own[MASTER] = p.detach().to(torch.float32, copy=True, memory_format=torch.preserve_format)
-        elif own[MASTER].device != device:
-            own[MASTER] = own[MASTER].to(device)
-    if "step" not in own:
-        added.append((p, "step"))
-        own["step"] = torch.zeros((), dtype=torch.float32, device=device)
-
-
 def _containers(state: Mapping[Any, Any], param_groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The parameters as the param groups list them, then all that ``optimizer.state`` holds."""
     params = [x if type(x := group["params"]) is list else list(x) for group in param_groups]
     return [*params, *state.values()]
 
 
-def _outline(param_groups: Sequence[Mapping[str, Any]]) -> list[tuple[bool, int, Any]]:
-    return [(group["amsgrad"], len(group["params"]), group.get("capturable")) for group in param_groups]
+def _outline(param_groups: Sequence[Mapping[str, Any]], flags: Sequence[str]) -> list[tuple[Any, ...]]:
+    return [(*map(group.get, flags), len(group["params"]), group.get("capturable")) for group in param_groups]

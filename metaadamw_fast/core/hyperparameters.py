@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import sync
+from . import devices
 
 
 def pair_of(betas: Sequence[Any]) -> tuple[Any, Any]:
@@ -25,7 +25,7 @@ def pair_of(betas: Sequence[Any]) -> tuple[Any, Any]:
 def refuse_differentiable(values: Mapping[str, Any]) -> None:
     """Raises RuntimeError, as torch's fused optimizers, if a graph of the step is asked for."""
     if values.get("differentiable"):
-        raise RuntimeError("MetaAdamW does not support `differentiable`: its kernels write in place and leave no graph")
+        raise RuntimeError("the optimizer does not support `differentiable`: its kernels write in place and leave no graph")
 
 
 def check_hyperparameters(values: Mapping[str, Any]) -> None:
@@ -99,15 +99,15 @@ class HyperparameterTable:
             (row, column, group[name])
             for row, group in enumerate(param_groups)
             for column, name in enumerate(("lr", "weight_decay"))
-            if isinstance(group[name], Tensor) and not sync.readable(group[name])
+            if isinstance(group[name], Tensor) and not devices.readable(group[name])
         ]
         key = [_numbers(group) for group in param_groups]
         if self._vectors is not None and not live and key == self._key:
             return self._vectors
         table = self._table
         if key != self._key:
-            table = sync.upload(key, torch.float64, self._device)
-        cached = not sync.capturing(self._device)  # what is captured has no content until the graph is replayed
+            table = devices.upload(key, torch.float64, self._device)
+        cached = not devices.capturing(self._device)  # what is captured has no content until the graph is replayed
         if cached:
             self._table, self._key = table, key
         if live:
@@ -132,4 +132,4 @@ def _numbers(group: Mapping[str, Any]) -> tuple[float, ...]:
 
 def _number(value: float | Tensor) -> float:
     """A value as a key: tensors elsewhere than on the CPU are read live and do not count."""
-    return 0.0 if isinstance(value, Tensor) and not sync.readable(value) else float(value)
+    return 0.0 if isinstance(value, Tensor) and not devices.readable(value) else float(value)

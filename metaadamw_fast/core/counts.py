@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import dlpack
 
-from . import sync
+from . import devices
 from .watch import version
 
 
@@ -55,7 +55,7 @@ class StepCounts:
     def _element(self, t: int) -> Tensor:
         """Element ``t`` of what is shown, as a tensor whose storage is four bytes long: it is saved and shared without the rest."""
         view = self._shown[t]
-        return view.clone() if sync.is_fake(view) else dlpack.from_dlpack(dlpack.to_dlpack(view))  # type: ignore[attr-defined]
+        return view.clone() if devices.is_fake(view) else dlpack.from_dlpack(dlpack.to_dlpack(view))  # type: ignore[attr-defined]
 
     def _take(self, found: Sequence[Tensor]) -> None:
         """Makes the counts those of ``found``, R of 0 dimensions, where these are not their roundings."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from . import sync
-from .checks import DTYPES
+from metaadamw_fast.checks import DTYPES
+
+from . import devices
 from .sharding import is_sharded, local
 
 _version_of = attrgetter("_version")
@@ -36,7 +37,7 @@ def as_real_gradient(x: Tensor) -> Tensor:
 def is_wrapper(x: Tensor) -> bool:
     """Whether ``x`` is of a subclass that decides itself what its operations do, as quantized weights are."""
     own = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return own and not sync.is_fake(x) and not is_sharded(x)
+    return own and not devices.is_fake(x) and not is_sharded(x)
 
 
 def has_numbers(x: Tensor, device: torch.device) -> bool:
@@ -66,7 +67,7 @@ class Storages:
             if storages is not None:
                 storages.freed = True
 
-        self._references = [weakref.ref(x.untyped_storage(), tell) for x in tensors if not sync.is_fake(x)]
+        self._references = [weakref.ref(x.untyped_storage(), tell) for x in tensors if not devices.is_fake(x)]
 
 
 class FrozenSums:
@@ -111,7 +112,7 @@ class FrozenSums:
             if p is None:
                 continue
             shard = local(p)
-            fake = sync.is_fake(shard)
+            fake = devices.is_fake(shard)
             seen = 0 if p.is_inference() else p._version  # inference tensors have no counter
             key = (seen, 0 if fake else shard.data_ptr())
             if key != self._keys[t]:
