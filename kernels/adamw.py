@@ -50,7 +50,7 @@ def _parameter(p, m, second, scalars):
 
 @triton.jit
 def _term(x, column: tl.constexpr):
-    """Of Σg², Σg·m, Σm², Σp², Σv², and the numbers of non-zeros of g and m: the columns of csrc/sums.h."""
+    """Of Σg², Σg·m, Σm², Σp², Σv², and the numbers of non-zeros of g and m: the columns of csrc/adamw.h."""
     g, m, p, v, _ = x
     if column == 0:
         return g * g
@@ -109,5 +109,14 @@ def _avgrad(x, scalars, kind: tl.constexpr):
     return grad, m, _parameter(p, m, mean, of_parameter), v, mean
 
 
-# A is not rounded stochastically.
-AVGRAD = ADAMW._replace(operands=(*ADAMW.operands[: MAXIMUM.value], "average_sqs"), optional=(), formula=_avgrad)
+# A is not rounded stochastically. The only sum is that of clipping.
+AVGRAD = ADAMW._replace(
+    operands=(*ADAMW.operands[: MAXIMUM.value], "average_sqs"),
+    optional=(),
+    formula=_avgrad,
+    sum_operands=((0,),),
+    found=(),
+    left=(),
+)
+
+RULES = {"adamw": ADAMW, "avgrad": AVGRAD}

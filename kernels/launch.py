@@ -35,19 +35,36 @@ class TritonLaunch(LaunchTable):
         Raises:
             RuntimeError: another dtype, or a column of a list that the launch does not have.
         """
+        columns = 0b111 | params << 3 | exp_avg_sqs << 4 | count_nonzero * 0b1100000
+        return self.measure(columns, dtype, carried)
+
+    def measure(self, columns: int, dtype: torch.dtype, carried: Tensor | None = None) -> Tensor:
+        """Sums [T, S] of the rule: those that ``columns`` has a bit for.
+
+        Args:
+            columns: bit i asks for sum i of the rule.
+            dtype: of the result, float32 or float64.
+            carried: float64 [T, C], the columns that an update leaves, where none of them is asked for.
+
+        Raises:
+            RuntimeError: as :meth:`tensor_stats`.
+        """
         if dtype not in (torch.float32, torch.float64):
             raise RuntimeError(f"the statistics are float32 or float64, not {dtype}")
-        if (params and not self.with_params) or (exp_avg_sqs and not self.with_squares):
+        wanted = tuple(i for i in range(len(self.rule.sum_operands)) if columns >> i & 1)
+        if any(not self.has(k) for i in wanted for k in self.rule.sum_operands[i]):
             raise RuntimeError("the launch was made without the lists of these columns")
-        columns = (0, 1, 2) + (3,) * params + (4,) * exp_avg_sqs + (5, 6) * count_nonzero
-        out = torch.empty(self.tensors, len(columns), dtype=dtype, device=self.device)
+        out = torch.empty(self.tensors, len(wanted), dtype=dtype, device=self.device)
         if self.tensors:
             with self.device_guard():
                 measure_kernel[(self.chunks,)](
                     self.table, self.tensors, self.chunks, self.partials, self.tickets, out,
-                    **measure_constants(self.rule, columns, self.kinds), num_warps=WARPS, enable_fp_fusion=False,
+                    **measure_constants(self.rule, wanted, self.kinds), num_warps=WARPS, enable_fp_fusion=False,
                 )  # fmt: skip
-        return out if carried is None else torch.cat([out[:, :3], carried.to(dtype), out[:, 3:]], dim=1)
+        if carried is None:
+            return out
+        before = sum(i < self.rule.left[0] for i in wanted)
+        return torch.cat([out[:, :before], carried.to(dtype), out[:, before:]], dim=1)
 
     def update_(self, vectors: Tensor, new_sums: Tensor | None = None, rounding_seed: int | None = None) -> None:
         """The rule's update in place; rows without a gradient, or whose step is 0, stay as they are.

@@ -11,10 +11,9 @@ from torch import Tensor
 from metaadamw_fast.checks import check_low_precision
 from metaadamw_fast.launch import Operands, resolved
 
-from .adamw import ADAMW
+from .adamw import RULES
 from .checks import OpList, check_distinct, check_lists
 from .elements import CHUNK, DTYPE_CODES, FIELDS, STRIDED_KIND
-from .engine import Rule
 
 FIFTH = 4  # the number of the operand that comes as max_exp_avg_sqs
 
@@ -36,7 +35,7 @@ class LaunchTable:
             be absent as a maximum may. The update starts from the master where the parameter is its rounding, else from the
             parameter.
         written: everything but the gradients will be updated, so their elements must not share memory.
-        rule: whose operands these are.
+        rule: whose operands these are, ``adamw`` or ``avgrad``.
 
     The elements of a row are walked in the order of the last given of params, else of exp_avgs, in memory. Where all operands are
     dense in that order they are walked flat, else through sizes and strides in the table.
@@ -59,15 +58,15 @@ class LaunchTable:
         low_precision_params: MaybeTensors | None = None,
         *,
         written: bool,
-        rule: Rule = ADAMW,
+        rule: str = "adamw",
     ) -> None:
-        self.written, self.rule = written, rule
+        self.written, self.rule = written, RULES[rule]
         exp_avgs = list(exp_avgs)
-        self.with_params, self.with_squares = params is not None, exp_avg_sqs is not None
-        if written and not (self.with_params and self.with_squares):
+        self._given = (True, True, params is not None, exp_avg_sqs is not None, max_exp_avg_sqs is not None)
+        if written and (params is None or exp_avg_sqs is None):
             raise RuntimeError("the update needs params and exp_avg_sqs")
-        if written and max_exp_avg_sqs is None and FIFTH not in rule.optional:
-            raise RuntimeError(f"the update needs {rule.operands[FIFTH]}")
+        if written and max_exp_avg_sqs is None and FIFTH not in self.rule.optional:
+            raise RuntimeError(f"the update needs {self.rule.operands[FIFTH]}")
         self.tensors = len(exp_avgs)
         self.device = exp_avgs[0].device if exp_avgs else torch.device("cpu")
         empty = torch.empty(0, device=self.device)
@@ -142,6 +141,10 @@ class LaunchTable:
         self.partials = torch.empty(len(self.rule.sum_operands) * self.chunks, dtype=torch.float64, device=self.device)
         self.tickets = torch.zeros(self.tensors, dtype=torch.int32, device=self.device)
         self._upload(self.table, values)
+
+    def has(self, operand: int) -> bool:
+        """Whether a list of this operand of the rule was given."""
+        return self._given[operand]
 
     def check_vector(self, name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
         """Float64, contiguous, of this shape and on the tensors' device; or None."""

@@ -1,5 +1,6 @@
-"""MetaAdamW with fused kernels: AdamW whose learning rate and weight decay are scaled per parameter group by a tiny encoder."""
+"""Optimizers with fused kernels that tune themselves: MetaAdamW, whose learning rate and weight decay a tiny encoder scales."""
 
+from .avgrad import AVGrad
 from .encoder import EncoderConfig, GroupEncoder
 from .features import FeatureConfig
 from .meta import MetaLearner, MetaReport, MicroBatches
@@ -9,6 +10,7 @@ from .presets import presets
 
 __version__ = "0.1.0"
 __all__ = [
+    "AVGrad",
     "EncoderConfig",
     "FeatureConfig",
     "GroupEncoder",

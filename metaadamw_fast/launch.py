@@ -54,6 +54,11 @@ _MAX_DIMS = 16  # csrc/chunks.h
 _SAME, _OTHER_ADDRESSES, _OTHER_TABLE, _NEGATIVES = range(4)  # what launch_set_gradients returns; csrc/ops.cpp
 
 
+def statistics_columns(params: bool, exp_avg_sqs: bool, count_nonzero: bool) -> int:
+    """The columns of ``tensor_stats`` as the bits that ``measure`` takes: those of csrc/adamw.h."""
+    return 0b111 | params << 3 | exp_avg_sqs << 4 | count_nonzero * 0b1100000
+
+
 def _listed(tensors: Tensors | None) -> list[Tensor] | None:
     return None if tensors is None else list(tensors)
 
@@ -255,13 +260,15 @@ class CppLaunch:
 
         ``carried``, float64 [T, 2], are the columns Σp² and Σv² of a call that asks for neither.
         """
-        sums = 0b111 | params << 3 | exp_avg_sqs << 4 | count_nonzero * 0b1100000  # csrc/adamw.h
-        statistics: Tensor = self.namespace.launch_measure.default(self._table, self._copy(), sums, dtype, carried)
-        return statistics
+        return self.measure(statistics_columns(params, exp_avg_sqs, count_nonzero), dtype, carried)
 
-    def squares(self, dtype: torch.dtype) -> Tensor:
-        """Σg² alone, [T, 1]."""
-        sums: Tensor = self.namespace.launch_measure.default(self._table, self._copy(), 1, dtype)
+    def measure(self, columns: int, dtype: torch.dtype, carried: Tensor | None = None) -> Tensor:
+        """Sums [T, S] of the rule: the columns that ``columns`` has a bit for. What they do not need is not read.
+
+        AdamW's are Σg², Σg·m, Σm², Σp², Σv² and the non-zeros of g and of m, AVGrad's is Σg². ``carried``, float64 [T, C], are the
+        columns that an update leaves in its ``new_sums``, of a call that asks for none of them.
+        """
+        sums: Tensor = self.namespace.launch_measure.default(self._table, self._copy(), columns, dtype, carried)
         return sums
 
     def update_(
@@ -336,6 +343,11 @@ class ReferenceLaunch:
         self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype, carried: Tensor | None = None
     ) -> Tensor:
         """As :meth:`CppLaunch.tensor_stats`."""
+        return self.measure(statistics_columns(params, exp_avg_sqs, count_nonzero), dtype, carried)
+
+    def measure(self, columns: int, dtype: torch.dtype, carried: Tensor | None = None) -> Tensor:
+        """As :meth:`CppLaunch.measure`. All columns of AdamW's that read neither p nor v are made, whatever is asked."""
+        params, exp_avg_sqs, count_nonzero = (bool(columns >> column & 1) for column in (3, 4, 5))
         mine = self._operands()
         if (params and mine.params is None) or (exp_avg_sqs and mine.exp_avg_sqs is None):
             raise RuntimeError("the launch was made without the lists of these columns")
@@ -344,11 +356,7 @@ class ReferenceLaunch:
         rows = zip(*(x for x in lists if x is not None), strict=True)
         arithmetic = [reference.arithmetic_dtype(*row) for row in rows]  # also of the columns that are not read now
         read = reference.tensor_stats(self._grads, mine.exp_avgs, *chosen, count_nonzero, dtype, arithmetic)
-        return reference.beside(read, carried)
-
-    def squares(self, dtype: torch.dtype) -> Tensor:
-        """As :meth:`CppLaunch.squares`."""
-        return self.tensor_stats(False, False, False, dtype)[:, :1]
+        return read[:, :1] if self._rule == "avgrad" else reference.beside(read, carried)
 
     def update_(
         self,
@@ -397,16 +405,16 @@ class FakeLaunch:
         self, params: bool, exp_avg_sqs: bool, count_nonzero: bool, dtype: torch.dtype, carried: Tensor | None = None
     ) -> Tensor:
         """As :meth:`CppLaunch.tensor_stats`."""
-        width = 3 + (2 if carried is not None else params + exp_avg_sqs) + 2 * count_nonzero
+        return self.measure(statistics_columns(params, exp_avg_sqs, count_nonzero), dtype, carried)
+
+    def measure(self, columns: int, dtype: torch.dtype, carried: Tensor | None = None) -> Tensor:
+        """As :meth:`CppLaunch.measure`."""
+        width = columns.bit_count() + (0 if carried is None else carried.shape[1])
         return torch.empty(self._rows, width, dtype=dtype, device=self._device)
 
     def kept(self) -> list[Tensor]:
         """As :meth:`CppLaunch.kept`."""
         return []
-
-    def squares(self, dtype: torch.dtype) -> Tensor:
-        """As :meth:`CppLaunch.squares`."""
-        return torch.empty(self._rows, 1, dtype=dtype, device=self._device)
 
     def update_(self, vectors: Tensor, new_sums: Tensor | None = None, rounding_seed: int | None = None) -> None:
         """As :meth:`CppLaunch.update_`."""

@@ -97,6 +97,10 @@ class FusedOptimizer(TrackingOptimizer):
     def restore(self, extra: dict[str, Any] | None, state_dict: dict[str, Any]) -> None:
         """Takes over what :meth:`saved` returned, of a checkpoint that was checked; None if it is another optimizer's."""
 
+    def converted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint that is to be loaded, with states that another optimizer does not have; ``state_dict`` stays as it is."""
+        return state_dict
+
     def hint(self, state_dict: Any) -> str:
         """What may be behind states that do not fit, as a sentence for the error; empty if nothing is known."""
         return ""
@@ -156,7 +160,13 @@ class FusedOptimizer(TrackingOptimizer):
         scaler_scale = gradients.scaler_scale(self, self._counts.device)
         states.set_gradients(states.gradients())
         states.sync_masters()
-        if should_step is True and self._can_fuse(states):
+        sums: Tensor | None = None
+        counted = should_step if isinstance(should_step, Tensor) else None
+        if not self.rule.carried and not self._measures():
+            factor, norm = gradient_factor(len(self._members), hyper.sign, scaler_scale)[0], None
+            decision = self.decide(None, Step(hyper, factor, self._counts, counted))
+            states.update(decision.vectors, None, should_step, self._rounding_seed)
+        elif should_step is True and self._can_fuse(states):
             factor, norm = gradient_factor(len(self._members), hyper.sign, scaler_scale)[0], None
             decision = self.decide(None, Step(hyper, factor, self._counts, None))
             sums = states.update_and_measure(decision.vectors, self._rounding_seed)
@@ -177,18 +187,16 @@ class FusedOptimizer(TrackingOptimizer):
             # replay's. So the sums are never reused.
             states.forget_sums()
         states.captured_ready = True
-        shown = {} if norm is None else {"_grad_norm": norm}
-        self._publish(should_step, _statistics=sums, **shown, **decision.shown)
+        shown = {"_statistics": sums, "_grad_norm": norm}
+        self._publish(should_step, **{name: x for name, x in shown.items() if x is not None}, **decision.shown)
+
+    def _measures(self) -> bool:
+        """Whether a step needs the sums before its update."""
+        return self.needs_sums() or self.max_grad_norm is not None or self._skipped is not None
 
     def _can_fuse(self, states: States) -> bool:
         """Whether the update itself can make the sums: nothing of them is needed before it, and all gradients are there."""
-        return (
-            not self.needs_sums()
-            and self.max_grad_norm is None
-            and self._skipped is None
-            and states.complete
-            and states.carried() is not None
-        )
+        return not self._measures() and states.complete and states.carried() is not None
 
     def _measure(self, states: States) -> tuple[Tensor, Tensor]:
         """Sums [T, S] of the gradients that ``states`` has and of the states, a missing gradient counting as zeros.
@@ -363,7 +371,7 @@ class FusedOptimizer(TrackingOptimizer):
             raise RuntimeError("the parameters are on the meta device: give the model its data before loading a checkpoint")
         if not repeats(self.param_groups):
             self._sync_params()
-        checkpoint.load(self, state_dict)
+        checkpoint.load(self, self.converted(state_dict))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 

@@ -123,7 +123,7 @@ class States:
             for p, chosen in zip(of_rows, wanted, strict=True):
                 allocation.complete(p, compress(rule.states, chosen))
             self._locate(of_rows, state, param_groups)
-            self.launch: Any = launch([None] * len(self.rows), *self._operands(), written=True)
+            self.launch: Any = launch([None] * len(self.rows), *self._operands(), written=True, rule=self._rule.name)
         except Exception:
             allocation.undo()
             raise
@@ -253,8 +253,8 @@ class States:
         """The lists as the arguments of a launch, which has those of AdamW."""
         lists = self.lists()
         copies = self._spread_over_rows(self.copies(), self._with_master)
-        exp_avgs, maxima = lists["exp_avg"] or [], lists.get("max_exp_avg_sq")
-        return Operands(exp_avgs, self._updated(), lists["exp_avg_sq"] or [], maxima, copies)
+        exp_avgs, exp_avg_sqs, last = (lists[state.name] for state in self._rule.states)
+        return Operands(exp_avgs or [], self._updated(), exp_avg_sqs or [], last, copies)
 
     def copies(self) -> list[Tensor]:
         """The low-precision parameters that have a master."""
@@ -301,22 +301,27 @@ class States:
 
     def measure(self, dtype: torch.dtype, *, reuse: bool) -> Tensor:
         """Sums [R, S] of the gradients and the states. What the last update summed is not read again, if ``reuse``."""
-        counts = "grad_nonzero" in self._rule.sums
         carried = self.carried() if reuse else None
-        whole = carried is None
-        sums: Tensor = self.launch.tensor_stats(whole, whole, counts, dtype, carried)
+        columns = (1 << len(self._rule.sums)) - 1
+        if carried is not None:
+            columns &= ~((1 << self._carried_columns.stop) - (1 << self._carried_columns.start))
+        sums: Tensor = self.launch.measure(columns, dtype, carried)
         return sums
 
-    def update(self, vectors: Tensor, sums: Tensor, should_step: Tensor | bool, seed: int | None) -> None:
-        """The update with ``vectors`` [V, T]; rows that it leaves alone keep the carried columns of ``sums`` [R, S]."""
-        self.launch.adamw_update_(self.of_rows(vectors), self._new_sums(sums, should_step), seed)
+    def update(self, vectors: Tensor, sums: Tensor | None, should_step: Tensor | bool, seed: int | None) -> None:
+        """The update with ``vectors`` [V, T]; rows that it leaves alone keep the carried columns of ``sums`` [R, S].
+
+        No sums are carried over if ``sums`` is None.
+        """
+        new_sums = None if sums is None or not self._rule.carried else self._new_sums(sums, should_step)
+        self.launch.update_(self.of_rows(vectors), new_sums, seed)
         self.after_update(should_step)
 
     def update_and_measure(self, vectors: Tensor, seed: int | None) -> Tensor:
         """The update with ``vectors`` [V, T]; returns the sums [R, S] of what it found."""
         columns = self._carried_columns
         sums = torch.empty(len(self.rows), columns.stop, dtype=torch.float64, device=self.device)
-        self.launch.adamw_update_(self.of_rows(vectors), sums, seed)
+        self.launch.update_(self.of_rows(vectors), sums, seed)
         self.after_update(True)
         return torch.cat([sums[:, : columns.start], self._exchange_sums(sums[:, columns])], dim=1)
 
