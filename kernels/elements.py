@@ -228,6 +228,7 @@ def _scrambled(x):
 def rounding_key(seed, step, row):
     """What makes the random bits of a row in this step, but for the operand."""
     low = tl.full([], 0xFFFFFFFF, tl.int64)
+    seed = seed.to(tl.int64)  # Triton passes a small one in 32 bits, where a shift by 32 is undefined
     key = _scrambled((seed & low).to(tl.uint32))
     key = _scrambled(key ^ ((seed >> 32) & low).to(tl.uint32))
     whole = step.to(tl.int64)
