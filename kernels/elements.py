@@ -18,18 +18,20 @@ BLOCK = tl.constexpr(2**10)  # lanes: 8 for each of 128 threads, so that float32
 CHUNK = tl.constexpr(16 * 2**10)
 WARPS = 4
 
-# The table: int64. First an address of each operand, and one of the low-precision parameter (0: the row has no such operand), then
-# these fields, T entries each; then the row of each chunk; then the layouts. A kernel counts `addresses`: the operands and one.
+# The table: int64. First the addresses, T entries for each operand and T for the low-precision parameter (0: the row has no such
+# operand); then these fields, T entries each; then the row of each chunk; then the layouts.
 NUMEL = tl.constexpr(0)
 FIRST_CHUNK = tl.constexpr(1)  # the number of chunks before the row; an empty row has one, too, which writes its sums
 KIND = tl.constexpr(2)  # which of the kinds of rows it is, see `LaunchTable.kinds`
 LAYOUT = tl.constexpr(3)  # where in the table the row's layout lies: dims, then for each, innermost first, size and all strides
 FIELDS = tl.constexpr(4)
 
-# Of every rule. Where a row has a low-precision parameter, of bfloat16 or float16, PARAM is its float32 master. The number of the
-# low-precision parameter follows those of the rule's operands.
+# Numbers of operands in every rule. Where a row has a low-precision parameter, of bfloat16 or float16, PARAM is its float32 master.
+# The low-precision parameter has the number after the rule's last operand.
 GRAD, PARAM = tl.constexpr(0), tl.constexpr(2)
-STEP = tl.constexpr(2)  # the row of the vectors that holds the step count; 0: the update leaves the tensor alone
+STEP = tl.constexpr(
+    2
+)  # in every rule the row of the vectors with the step count; where that is 0 the update leaves the tensor alone
 
 # A kind says what rows have in common that the kernels are compiled for: four bits for the dtype of each operand (0: none of the
 # rows has it), then one for rows that are not walked flat. A kernel has one branch for each kind that occurs, around everything.
@@ -47,7 +49,7 @@ def storage_type(kind, operand):
 @triton.constexpr_function
 def arithmetic_type(kind):
     """float64 if any operand is, else float32."""
-    return tl.float64 if any(kind >> (4 * operand) & 15 == 4 for operand in range(15)) else tl.float32
+    return tl.float64 if any(kind >> (4 * operand) & 15 == 4 for operand in range(MAX_OPERANDS)) else tl.float32
 
 
 @triton.constexpr_function
@@ -57,13 +59,13 @@ def vector_bytes(kind, operand):
     With 16 bytes of bfloat16 a thread would hold more of its elements than of float32, and they would change hands in every block.
     """
     sizes = (0, 4, 2, 2, 8)
-    return 16 * sizes[kind >> (4 * operand) & 15] // max(sizes[kind >> (4 * each) & 15] for each in range(15))
+    return 16 * sizes[kind >> (4 * operand) & 15] // max(sizes[kind >> (4 * each) & 15] for each in range(MAX_OPERANDS))
 
 
 @triton.constexpr_function
 def is_strided(kind):
     """Whether the elements of these rows are found through their layout."""
-    return kind >> 60 != 0
+    return kind >= STRIDED_KIND
 
 
 @triton.constexpr_function
@@ -226,6 +228,7 @@ def _scrambled(x):
 def rounding_key(seed, step, row):
     """What makes the random bits of a row in this step, but for the operand."""
     low = tl.full([], 0xFFFFFFFF, tl.int64)
+    seed = seed.to(tl.int64)  # Triton passes a small one in 32 bits, where a shift by 32 is undefined
     key = _scrambled((seed & low).to(tl.uint32))
     key = _scrambled(key ^ ((seed >> 32) & low).to(tl.uint32))
     whole = step.to(tl.int64)

@@ -47,16 +47,16 @@ class Rule(NamedTuple):
     An operand's number is its place in ``operands``, a sum's number its place in ``sum_operands``.
     """
 
-    operands: tuple[str, ...]  # the lists' names
+    operands: tuple[str, ...]  # names of the lists
     optional: tuple[int, ...]  # the operands but the gradient that a row may lack
-    rounded: tuple[int, ...]  # stochastically, if the caller wants that and the storage is narrow; numbers enter the random bits
-    vectors: int  # an update reads float64 [vectors, T]
-    fold: Any  # (vectors + row, T, type of the arithmetic) -> what the formula takes of them
+    rounded: tuple[int, ...]  # the operands that stochastic rounding is for; their numbers enter the random bits
+    vectors: int  # the update reads float64 [vectors, T]
+    fold: Any  # (vectors + row, T, type of the arithmetic) -> what the formula takes of the vectors
     formula: Any  # (operands, what `fold` returned, kind) -> operands as the update leaves them; it leaves the gradient alone
     term: Any  # (operands, number of a sum) -> an element's term of the sum
     sum_operands: tuple[tuple[int, ...], ...]  # what each sum reads
-    found: tuple[int, ...]  # sums that an update can make of what it finds
-    left: tuple[int, ...]  # sums that an update can make of what it leaves
+    found: tuple[int, ...]  # the sums that an update can make of what it finds
+    left: tuple[int, ...]  # the sums that an update can make of what it leaves
 
 
 # ------------------------------------------------------------------------------------------------------------------- measure
