@@ -199,11 +199,12 @@ def scaled_gradients_kernel(
             own = own * tl.load(sign + i + row, mask=mask, other=1.0)
         tl.store(factors + i + row, own, mask=mask)
         first = (i + row).to(tl.int64) * width
-        with_momentum = (tl.load(statistics + first + 1, mask=mask, other=0.0) * own).to(number)
+        has_momentum = mask & (width > 1)
+        with_momentum = (tl.load(statistics + first + 1, mask=has_momentum, other=0.0) * own).to(number)
         squared = (own * own * tl.load(statistics + first, mask=mask, other=0.0)).to(number)
         # Clipping multiplies with 0 where the sum overflows: whether the gradient is finite then shows in its product with m.
-        tl.store(scaled + first, tl.where(own == 0.0, with_momentum, squared), mask=mask)
-        tl.store(scaled + first + 1, with_momentum, mask=mask)
+        tl.store(scaled + first, tl.where((own == 0.0) & has_momentum, with_momentum, squared), mask=mask)
+        tl.store(scaled + first + 1, with_momentum, mask=has_momentum)
         for column in range(2, width):
             tl.store(scaled + first + column, tl.load(statistics + first + column, mask=mask), mask=mask)
 
@@ -218,7 +219,7 @@ def scaled_gradients(
     """
     tensors, width = statistics.shape
     dtype = statistics.dtype if statistics.dtype == torch.float64 else torch.float32
-    _check("statistics", statistics, dtype, (tensors, 5), at_least=True)
+    _check("statistics", statistics, dtype, (tensors, 1), at_least=True)
     _check("sign", sign, torch.float64, (tensors,))
     factors = torch.empty(tensors, dtype=torch.float64, device=statistics.device)
     norm, scaled = statistics.new_empty(()), torch.empty_like(statistics)

@@ -87,6 +87,10 @@ class AVGrad(FusedOptimizer):
         """Nothing is decided by them."""
         return False
 
+    def sums_dtype(self) -> torch.dtype:
+        """The norm that clips is as exact as the sums."""
+        return torch.float64
+
     def decide(self, sums: Tensor | None, step: Step) -> Decision:
         """The vectors of the update; no coefficient is learned."""
         hyper, count = step.hyper, step.counts[:-1] + 1

@@ -114,7 +114,7 @@ def scaled_gradients(
     if factors is None:
         factors = statistics.new_ones(len(statistics), dtype=torch.float64)
     assert norm is not None
-    return factors, norm, of_multiplied_gradient(statistics, factors, (2, 1))
+    return factors, norm, of_multiplied_gradient(statistics, factors, (2, 1)[: statistics.shape[1]])
 
 
 def modulation(
