@@ -310,6 +310,8 @@ class ReferenceLaunch:
         self._written = written
         if written and (operands.params is None or operands.exp_avg_sqs is None):
             raise RuntimeError("the update needs params and exp_avg_sqs")
+        if written and rule == "avgrad" and operands.max_exp_avg_sqs is None:
+            raise RuntimeError(f"the update needs {_LAST_STATE[rule]}")
         self.set_gradients(grads)
 
     def set_gradients(self, grads: OptionalTensors) -> None:

@@ -22,7 +22,15 @@ from . import COMPILER, ROOT, Edit, build, unavailable
 # What `make test` runs on the emulation.
 TESTED = [
     f"tests/{name}.py"
-    for name in ("test_policy", "test_step_counts", "test_masters", "test_gpu_random", "test_gpu_ops", "test_gpu_optimizer")
+    for name in (
+        "test_policy",
+        "test_step_counts",
+        "test_masters",
+        "test_avgrad_ops",
+        "test_gpu_random",
+        "test_gpu_ops",
+        "test_gpu_optimizer",
+    )
 ]
 # The other tests, but for those that build or interpret other kernels, measure, or compare with processes that know no emulation.
 OTHERS = [

@@ -1,9 +1,7 @@
-"""AVGrad's rule on the Triton engine, against MADA section 7 in plain float64.
+"""AVGrad's update on every backend, against MADA section 7 in plain float64.
 
-On a GPU, or in a process with TRITON_INTERPRET=1, which test_triton_interpreter.py starts.
+test_triton_interpreter.py and test_cuda_emulated.py run this with their kernels.
 """
-
-import os
 
 import pytest
 import torch
@@ -11,17 +9,18 @@ import torch
 from metaadamw_fast import ops
 
 from .cases import BF16, BLOCK, CHUNK, DTYPES, F32, F64, Hyper, assert_within, clone, place, random_lists, same_bits
+from .test_policy import EMULATED, PLACES
+from .test_policy import place as of_place
 from .tolerances import REDUCTION, avgrad_bounds, stored
 
-pytest.importorskip("triton", reason="Triton is built for Linux only")
 
-from metaadamw_fast.kernels.adamw import AVGRAD
-from metaadamw_fast.kernels.launch import TritonBackend, TritonLaunch
+@pytest.fixture(params=[of_place(*x) for x in ([] if EMULATED else [("reference", "cpu")]) + PLACES])
+def there(request):
+    return request.param
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu")
-REASON = ops._unavailable("triton", DEVICE)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
 SIZES = [(), (0,), (5,), (3, BLOCK + 1), (CHUNK // 2 + 3,), (CHUNK + 1,)]
+F64_ZERO = torch.zeros((), dtype=F64)
 NARROW = [name for name, types in DTYPES.items() if any(x.itemsize == 2 for x in types)]
 
 
@@ -31,14 +30,17 @@ def lists_of(shapes, dtypes, seed=0):
     return lists.replaced("maxima", lambda x: x.to(F64 if x.dtype == F64 else F32))
 
 
-def launched(lists, low=None):
-    there = lists.map(lambda x: None if x is None else clone(x).to(DEVICE))
-    operands = (there.grads, there.exp_avgs, there.params, there.exp_avg_sqs, there.maxima, low)
-    return TritonLaunch(*operands, written=True, rule=AVGRAD), there
+def launched(lists, there, low=None):
+    backend, device = there
+    moved = lists.map(lambda x: None if x is None else clone(x).to(device))
+    operands = (moved.grads, moved.exp_avgs, moved.params, moved.exp_avg_sqs, moved.maxima, low)
+    launch = ops.resolve_backend(backend, torch.device(device)).launch
+    return launch(*operands, written=True, rule="avgrad"), moved
 
 
-def vectors(h, count):
-    return TritonBackend.update_vectors(*h.of_tensors(count, DEVICE))
+def vectors(h, count, there):
+    backend, device = there
+    return h.vectors(count, backend, device)
 
 
 def exactly(lists, h):
@@ -75,91 +77,91 @@ def assert_updated(after, before, h):
 
 @pytest.mark.parametrize("grad_scale", [None, "tensor", -1.0])
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_the_formula(dtypes, grad_scale):
+def test_the_formula(dtypes, grad_scale, there):
     """With decay; of every dtype, size and a step of each tensor's own."""
     lists = lists_of(SIZES, dtypes)
     scale = torch.linspace(0.25, 2, len(SIZES), dtype=F64) if grad_scale == "tensor" else grad_scale
     h = Hyper(step=torch.tensor([1.0, 2, 3, 50, 1000, 1e6], dtype=F64), grad_scale=scale)
-    launch, there = launched(lists)
-    launch.update_(vectors(h, len(SIZES)))
-    assert_updated(there, lists, h)
+    launch, moved = launched(lists, there)
+    launch.update_(vectors(h, len(SIZES), there))
+    assert_updated(moved, lists, h)
 
 
 @pytest.mark.parametrize("layout", [{"offset": 1}, {"order": (1, 0)}, {"step": 3, "gap": 5}])
 @pytest.mark.parametrize("name", ["params", "grads", "maxima"])
-def test_operands_elsewhere_in_memory(name, layout):
+def test_operands_elsewhere_in_memory(name, layout, there):
     lists = lists_of([(37, 53), (2, BLOCK)], "fp32").replaced(name, lambda x: place(x, **layout))
-    launch, there = launched(lists)
-    launch.update_(vectors(Hyper(), 2))
-    assert_updated(there, lists, Hyper())
+    launch, moved = launched(lists, there)
+    launch.update_(vectors(Hyper(), 2, there))
+    assert_updated(moved, lists, Hyper())
 
 
-def test_rows_without_a_gradient_or_a_step_are_left_alone():
+def test_rows_without_a_gradient_or_a_step_are_left_alone(there):
     lists = lists_of([(5,), (BLOCK + 3,), (7,), (3,)], "fp32")
     lists.grads[1] = None
     lists.grads[3].fill_(float("inf"))
     h = Hyper(step=torch.tensor([4.0, 4, 4, 0], dtype=F64))
-    launch, there = launched(lists)
-    sums = torch.full((4, 2), -1.0, dtype=F64, device=DEVICE)
-    launch.update_(vectors(h, 4), sums)
-    assert_updated(there, lists, h)
-    assert sums[[1, 3]].tolist() == [[-1, -1]] * 2
+    launch, moved = launched(lists, there)
+    launch.update_(vectors(h, 4, there))
+    assert_updated(moved, lists, h)
 
 
 @pytest.mark.parametrize("dtypes", ["fp32", "fp64", "bf16"])
-def test_the_update_sums_what_it_finds_and_what_it_leaves(dtypes):
+def test_the_only_sum_is_that_of_clipping(dtypes, there):
     lists = lists_of(SIZES, dtypes)
-    launch, _ = launched(lists)
-    before = launch.tensor_stats(True, True, False, F64)
-    sums = torch.zeros(len(SIZES), 5, dtype=F64, device=DEVICE)
-    launch.update_(vectors(Hyper(), len(SIZES)), sums)
-    after = launch.tensor_stats(True, True, False, F64)
-    assert same_bits(sums.cpu(), torch.cat([before[:, :3], after[:, 3:]], dim=1).cpu())
+    lists.grads[2] = None
+    launch, _ = launched(lists, there)
+    for dtype in (F32, F64):
+        sums = launch.measure(1, dtype)
+        exact = torch.stack([F64_ZERO if g is None else g.double().square().sum() for g in lists.grads])
+        assert sums.shape == (len(SIZES), 1)
+        assert sums.dtype == dtype
+        assert ((sums[:, 0].cpu().double() - exact).abs() <= 1e-6 * exact).all()
 
 
 @pytest.mark.parametrize("dtypes", NARROW)
-def test_the_mean_is_never_rounded_by_chance(dtypes):
+def test_the_mean_is_never_rounded_by_chance(dtypes, there):
     lists = lists_of([(7,), (3, BLOCK)], dtypes).replaced("maxima", lambda x: x.to(BF16))  # float32 would not be rounded at all
-    (nearest, plain), (launch, there), (again, same) = (launched(lists) for _ in range(3))
-    nearest.update_(vectors(Hyper(), 2))
-    launch.update_(vectors(Hyper(), 2), None, 5)
-    again.update_(vectors(Hyper(), 2), None, 5)
-    assert all(map(same_bits, there.maxima, plain.maxima))
-    assert there.same_bits(same)
-    assert not there.same_bits(plain)
+    (nearest, plain), (launch, moved), (again, same) = (launched(lists, there) for _ in range(3))
+    nearest.update_(vectors(Hyper(), 2, there))
+    launch.update_(vectors(Hyper(), 2, there), None, 5)
+    again.update_(vectors(Hyper(), 2, there), None, 5)
+    assert all(map(same_bits, moved.maxima, plain.maxima))
+    assert moved.same_bits(same)
+    assert not moved.same_bits(plain)
 
 
-def test_a_bfloat16_parameter_with_a_master():
+def test_a_bfloat16_parameter_with_a_master(there):
     """The engine keeps it: the master is updated as any parameter is, and the model's parameter is its rounding."""
     lists = lists_of([(5,), (BLOCK + 3,)], "fp32")
-    low = [x.to(BF16).to(DEVICE) for x in lists.params]
-    launch, there = launched(lists, low)
-    launch.update_(vectors(Hyper(), 2))
-    assert_updated(there, lists, Hyper())
-    assert all(same_bits(x, p.to(BF16)) for x, p in zip(low, there.params, strict=True))
+    low = [x.to(BF16).to(there[1]) for x in lists.params]
+    launch, moved = launched(lists, there, low)
+    launch.update_(vectors(Hyper(), 2, there))
+    assert_updated(moved, lists, Hyper())
+    assert all(same_bits(x, p.to(BF16)) for x, p in zip(low, moved.params, strict=True))
 
 
-def test_many_steps():
+def test_many_steps(there):
     """From zero states, as training goes."""
     lists = lists_of([(40,)], "fp64").replaced("exp_avgs", torch.zeros_like)
     lists = lists.replaced("exp_avg_sqs", torch.zeros_like).replaced("maxima", torch.zeros_like)
-    launch, there = launched(lists)
+    launch, moved = launched(lists, there)
     want = lists
     for step in range(1, 31):
         grads = random_lists([(40,)], "fp64", seed=step).grads
         h = Hyper(step=step, beta2=0.99, eps=1e-6)
-        there = there._replace(grads=[x.to(DEVICE) for x in grads])
-        launch.set_gradients(there.grads)
-        launch.update_(vectors(h, 1))
+        moved = moved._replace(grads=[x.to(there[1]) for x in grads])
+        launch.set_gradients(moved.grads)
+        launch.update_(vectors(h, 1, there))
         want = exactly(want._replace(grads=grads), h)
-    for x, y in zip(there, want, strict=True):
+    for x, y in zip(moved, want, strict=True):
         assert (x[0].cpu() - y[0]).norm() <= REDUCTION[F64] * y[0].norm()
 
 
 @pytest.mark.parametrize("absent", ["all", "one"])
-def test_the_mean_is_not_optional(absent):
+def test_the_mean_is_not_optional(absent, there):
     lists = lists_of([(3,), (4, 5)], "fp32")
     lists = lists._replace(maxima=None if absent == "all" else [lists.maxima[0], torch.empty(0)])
     message = "the update needs average_sqs" if absent == "all" else r"average_sqs\[1\] and params\[1\] differ in shape"
     with pytest.raises(RuntimeError, match=message):
-        launched(lists)
+        launched(lists, there)
