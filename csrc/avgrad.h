@@ -1,4 +1,4 @@
-// AVGrad's rule (MADA, Ozkara et al. 2024, arXiv 2401.08893): AdamW with the mean of v over all steps in v's place. Operands,
+// AVGrad's rule (docs/algorithm.md section 12): AdamW with the mean of v over all steps in v's place. Operands,
 // vectors and moments are AdamW's; where amsgrad has the maximum, there is the mean, in every row. It has no statistics, only
 // gradients to be clipped.
 #pragma once

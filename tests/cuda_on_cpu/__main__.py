@@ -99,7 +99,7 @@ THREADS = Tool(
     ),
 )
 
-KERNELS, UTILS, POLICY, MAPPING = "cuda.cu", "cuda_utils.cuh", "cuda_policy.cuh", "mapping.h"
+KERNELS, UTILS, POLICY, MAPPING = "engine_cuda.cuh", "cuda_utils.cuh", "cuda_policy.cuh", "mapping.h"
 BARRIER, FENCE = "__syncthreads();", "__threadfence();"
 BROKEN = [
     ("no barrier after the row", TESTS, Edit(KERNELS, "base[i] = row.data[i] + chunk.first", BARRIER)),
