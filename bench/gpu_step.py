@@ -165,7 +165,7 @@ def sides_of(workload: Workload, backends: list[str]) -> tuple[list[Side], dict[
 def parts_of(opt: MetaAdamW, backend: str, update: int, statistics: int) -> list[Side]:
     """The two launches over all elements, and what is between them, alone."""
     lists = opt._current_states()
-    count = len(lists.params)
+    count = len(lists.held.params)
     hyper = [
         torch.full((count,), x, dtype=torch.float64, device=lists.device) for x in (LR, 1 - LR * WEIGHT_DECAY, 9, 0.9, 0.999, 1e-8)
     ]

@@ -25,9 +25,9 @@ AVGRAD = Rule(
 class AVGrad(FusedOptimizer):
     """AMSGrad with a mean over all steps in place of the maximum, with decoupled weight decay.
 
-    Ozkara et al., *MADA*, arXiv 2401.08893 (2024); docs/algorithm.md section 12. ``m`` and ``v`` are Adam's moments of step t. ``A ← A + (v - A)/t``, and
-    ``p ← (1 - lr·λ)·p - lr·(m/(1-β1^t)) / (√(A/(1-β2^t)) + ε)``. A is kept in float32 beside bfloat16 and float16: in them the mean
-    would stop moving after some hundred steps.
+    Ozkara et al., *MADA*, arXiv 2401.08893 (2024); docs/algorithm.md section 12. ``m`` and ``v`` are Adam's moments of step t.
+    ``A ← A + (v - A)/t``, and ``p ← (1 - lr·λ)·p - lr·(m/(1-β1^t)) / (√(A/(1-β2^t)) + ε)``. A is kept in float32 beside bfloat16
+    and float16: in them the mean would stop moving after some hundred steps.
 
     Args:
         params: parameters, named parameters or param groups, as for any torch optimizer.

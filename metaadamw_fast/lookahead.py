@@ -125,7 +125,7 @@ def _look_ahead(opt: MetaAdamW, states: States, g1: Sequence[Tensor | None], las
         weight_decay=_released_decay(hyper, step) if released else hyper.weight_decay,
         directions=[
             torch.view_as_complex(u) if u is not None and p.is_complex() else u
-            for p, u in zip(states.leaves, states.spread(directions), strict=True)
+            for p, u in zip(states.held.leaves, states.spread(directions), strict=True)
         ],
         group_of=opt._group_of,
         moves_wd_scale=not released,
@@ -151,10 +151,10 @@ def _next_directions(
     grads = [None if (g := g1[t]) is None else as_real_gradient(g) for t in states.rows]
     if not grads:
         return []
-    directions = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in states.params]
+    directions = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in states.held.params]
     copies = {
         name: None if xs is None else [x if g is None else x.clone() for x, g in zip(xs, grads, strict=True)]
-        for name, xs in states.lists().items()
+        for name, xs in states.held.by_name().items()
     }
     launch = type(states.launch)(grads, copies["exp_avg"], directions, copies["exp_avg_sq"], copies["max_exp_avg_sq"], written=True)
     ones = torch.ones_like(step)
@@ -168,7 +168,7 @@ def _stored_directions(states: States, numbers: Tensor) -> list[Tensor | None]:
 
     ``numbers`` [4, R]: step, beta1, beta2, eps.
     """
-    lists = states.lists()
+    lists = states.held.by_name()
     exp_avgs, exp_avg_sqs, maxima = lists["exp_avg"] or [], lists["exp_avg_sq"] or [], lists["max_exp_avg_sq"]
     second_moments = exp_avg_sqs if maxima is None else [x if x.numel() else v for x, v in zip(maxima, exp_avg_sqs, strict=True)]
     step, beta1, beta2, eps = numbers.unbind()

@@ -208,7 +208,7 @@ class MetaLearner:
         reshard(self.model)  # a forward pass without a backward may have left an FSDP2 module gathered
         released = self.optimizer.variant == "released"
         states = self.optimizer._current_states()
-        leaves = list(states.leaves)
+        leaves = list(states.held.leaves)
         last_grads = states.gradients() if released else []
         states.let_go()
         self._check_dtypes(leaves)

@@ -89,6 +89,11 @@ class MetaAdamW(FusedOptimizer):
             steps and again when something changes. The same numbers in fewer launches; a capture waits for the GPU once. Where
             it is not possible, the logger ``metaadamw_fast`` says why.
 
+    ``state_dict`` has one key more than torch's, ``metaadamw``: encoder, step count and what else a bitwise resume needs.
+    ``load_state_dict`` also takes a checkpoint of ``torch.optim.AdamW``; the encoder then stays as it is, with a warning. Where
+    only one side knows the parameters' names, which decide the groups, parameters match by their positions; the encoder is loaded,
+    too, if there are as many groups. ``add_param_group`` leaves the ids of groups that exist.
+
     Raises:
         ValueError: a hyper-parameter out of range; parameters that require a gradient and are sparse, expanded or on several
             devices; missing names for a grouping that needs them; a feature width that the heads do not divide; an argument that
@@ -254,7 +259,11 @@ class MetaAdamW(FusedOptimizer):
         self._table = None
 
     def release(self) -> None:
-        """As :meth:`FusedOptimizer.release`; also of the encoder and its graph."""
+        """Lets go of all memory that the next step can make anew: tables, caches, a captured encoder graph.
+
+        States stay, but for those of parameters that are no longer in ``param_groups``. Nothing that is left refers to the memory
+        of a parameter, a gradient or a state, whether or not this is called: that is free as soon as it is replaced.
+        """
         super().release()
         self.encoder.float64_copies = []
         if self._encoder_graph is not None:

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from metaadamw_fast import features
+from metaadamw_fast.checks import HYPERPARAMETERS
 from metaadamw_fast.core.allocation import Allocation
 from metaadamw_fast.core.optimizer import FusedOptimizer
 from metaadamw_fast.core.rule import Decision, Rule, State, of_multiplied_gradient
 from metaadamw_fast.core.states import States
 from metaadamw_fast.launch import FakeLaunch
-from metaadamw_fast.optimizer import ADAMW
+from metaadamw_fast.optimizer import ADAMW, ADAMW_COUNTING
 
 
 class Plain(FusedOptimizer):
@@ -151,14 +153,14 @@ def test_a_wide_state_is_at_least_float32(dtype, wide):
     state, states = allocated(AVGRAD, nn.Parameter(torch.ones(3, dtype=dtype)))
     assert list(state) == ["exp_avg", "exp_avg_sq", "average_sq", "step"]
     assert [state[name].dtype for name in AVGRAD.names] == [dtype, dtype, wide]
-    assert [len(xs) for xs in states.lists().values()] == [1, 1, 1]
+    assert [len(xs) for xs in states.held.by_name().values()] == [1, 1, 1]
 
 
 def test_a_state_that_a_flag_asks_for():
     for asked in (True, False):
         state, states = allocated(ADAMW, nn.Parameter(torch.ones(3)), amsgrad=asked)
         assert ("max_exp_avg_sq" in state) == asked
-        assert (states.lists()["max_exp_avg_sq"] is not None) == asked
+        assert (states.held.by_name()["max_exp_avg_sq"] is not None) == asked
 
 
 def test_seven_states_are_allocated_and_taken_back():
@@ -174,6 +176,13 @@ def test_seven_states_are_allocated_and_taken_back():
     assert list(found[p]) == [*names, "step"]
     allocation.undo()
     assert found == {}
+
+
+def test_the_rule_of_adamw_is_what_the_ops_and_features_take():
+    assert ADAMW.vectors == HYPERPARAMETERS
+    columns = ("GRAD_SQUARED", "GRAD_MOMENTUM", "MOMENTUM_SQUARED", "PARAM_SQUARED", "SECOND_MOMENT_SQUARED")
+    columns += ("GRAD_NONZERO", "MOMENTUM_NONZERO")
+    assert [getattr(features, name) for name in columns] == [*range(len(ADAMW_COUNTING.sums))]
 
 
 def test_sums_of_a_multiplied_gradient():

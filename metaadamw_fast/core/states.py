@@ -1,52 +1,35 @@
-"""The states of an optimizer as the lists that the ops take, kept from step to step, and what shows that others wrote them.
+"""The states of an optimizer, the launch that updates them, and what shows that others wrote them.
 
 Of the T parameters R have a *row* here: moments, a step count, a line of the launch table. The others (frozen, or without data yet)
 get theirs with their first gradient. Until then no step reads or marks them, and only their norms are known.
 
-Between two steps nothing here holds a parameter or a state. Memory that others replace, by offloading for example, is free at once.
-What is kept are the addresses of the objects and of their data, and weak references that tell when memory is freed.
+Longer than 300 lines: what a step calls here relies on the order of the calls, which is best seen in one class.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from itertools import chain, compress
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metaadamw_fast.launch import Operands
-from metaadamw_fast.ops import addresses_of, expected_objects, listed_objects, mark_written
+from metaadamw_fast.ops import mark_written
 from metaadamw_fast.reference import start_of_update
 
 from . import devices
-from .allocation import MASTER, Allocation, has_row
+from .allocation import Allocation, has_row
 from .counts import StepCounts
+from .held import HeldTensors
 from .members import Member
 from .rule import PARAM, Rule
-from .sharding import is_sharded, local, local_gradient
-from .watch import FrozenSums, Storages, as_real, as_real_gradient, version
+from .sharding import is_sharded, local_gradient
+from .watch import FrozenSums, as_real_gradient, version
 
 _local_of = attrgetter("_local_tensor")  # of DTensors; as sharding.local, for thousands of them
-
-
-def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """A function that takes these elements of a sequence."""
-    if len(positions) > 1:
-        return itemgetter(*positions)
-    return lambda xs: [xs[i] for i in positions]
-
-
-class _Places(NamedTuple):
-    """Where each list stands among the objects that param groups and states list, by a :func:`_picker`."""
-
-    leaves: Any  # T
-    params: Any  # R
-    states: list[Any]  # one for each of the rule's states, of the rows that have it
-    masters: Any  # of the rows that have one
 
 
 class _Present(NamedTuple):
@@ -67,7 +50,7 @@ class States:
     """Allocates the states that are missing, lists them all and hands them to the backend.
 
     Of a DTensor the lists have this rank's shard; its states are DTensors of the same placements. Complex tensors are listed as
-    real ones. The lists are there from :meth:`hold`, or from the constructor, to :meth:`let_go`.
+    real ones. They are there from :meth:`hold`, or from the constructor, to :meth:`let_go`.
 
     Args:
         rule: of the optimizer.
@@ -84,6 +67,7 @@ class States:
 
     Attributes:
         rows: which parameters have one; ``index`` is the same as int64 [R], None if all have.
+        held: the tensors.
         captured_ready: whether a step was taken with these lists: everything is compiled and uploaded then, as a capture needs it.
 
     Raises:
@@ -107,9 +91,9 @@ class States:
         frozen_sums: FrozenSums | None = None,
     ) -> None:
         leaves = [m.param for m in members]
-        self._rule, self._flags = rule, rule.flags
+        self._rule = rule
         carried = rule.carried.values()
-        self._summed = [0, *(i for i, name in enumerate(rule.names, 1) if name in carried), -1]  # of `_outer`
+        self._summed = [0, *(i for i, name in enumerate(rule.names, 1) if name in carried), -1]  # of `held.outer`
         self.device, self.captured_ready = device, False
         self._total = len(leaves)
         self.rows = [t for t, p in enumerate(leaves) if has_row(p, grads[t], state, device, rule)]
@@ -117,23 +101,22 @@ class States:
         complete = len(self.rows) == self._total
         self.index = None if complete else torch.tensor(self.rows, dtype=torch.long, device=device)
         wanted = [[s.flag is None or bool(param_groups[members[t].param_group][s.flag]) for s in rule.states] for t in self.rows]
-        self._has = [[*column] for column in zip(*wanted, strict=True)] or [[] for _ in rule.states]  # R bools for each state
+        chosen = [[*column] for column in zip(*wanted, strict=True)] or [[] for _ in rule.states]
         allocation = Allocation(state, device, state_dtype, master_weights)
         try:
-            for p, chosen in zip(of_rows, wanted, strict=True):
-                allocation.complete(p, compress(rule.states, chosen))
-            self._locate(of_rows, state, param_groups)
-            self.launch: Any = launch([None] * len(self.rows), *self._operands(), written=True, rule=self._rule.name)
+            for p, has in zip(of_rows, wanted, strict=True):
+                allocation.complete(p, compress(rule.states, has))
+            self.held = HeldTensors(rule, members, self.rows, chosen, state, param_groups)
+            self.launch: Any = launch([None] * len(self.rows), *self.held.operands(), written=True, rule=rule.name)
         except Exception:
             allocation.undo()
             raise
         always = any(group.get("capturable") for group in param_groups)
         self.counts = StepCounts(counts, self.index, [state[p] for p in of_rows], always=always)
-        self._locate(of_rows, state, param_groups)  # again: the counts may have put tensors of their own there
-        ask = weakref.WeakMethod(self._operands)  # the launch belongs to these lists
+        # Again: the counts may have put tensors of their own there.
+        self.held = HeldTensors(rule, members, self.rows, chosen, state, param_groups)
+        ask = weakref.WeakMethod(self.held.operands)  # the launch belongs to these states
         self.launch.let_go(lambda: ask()())  # type: ignore[misc]
-        self._places_of_data = self._where()
-        self._storages = Storages(self._tensors())
         first = [*rule.sums].index(next(iter(rule.carried))) if rule.carried else 0
         self._carried_columns = slice(first, first + len(rule.carried))
         # The carried sums of what the last update left.
@@ -153,119 +136,14 @@ class States:
         self._around: Tensor | None = None
         self._around_of: Tensor | None = None
 
-    # -------------------------------------------------------------------------------------------- the tensors, during a step
-
-    def _locate(self, params: Sequence[Tensor], state: Mapping[Any, Any], param_groups: Sequence[Mapping[str, Any]]) -> None:
-        """Writes down where each tensor is listed, and takes them all up."""
-        at: dict[tuple[int, str], int] = {}
-        number = sum(len(group["params"]) for group in param_groups)
-        places = {id(p): i for i, p in enumerate(chain.from_iterable(group["params"] for group in param_groups))}
-        for key, value in state.items():
-            if isinstance(value, dict):
-                for name in value:
-                    at[id(key), name] = number
-                    number += 1
-            else:
-                number += len(value) if isinstance(value, list) else 1
-        self._with_master = [(id(p), MASTER) in at for p in params]
-        self._places = _Places(
-            _picker(range(self._total)),
-            _picker([places[id(p)] for p in params]),
-            [
-                _picker([at[id(p), name] for p in compress(params, chosen)])
-                for name, chosen in zip(self._rule.names, self._has, strict=True)
-            ],
-            _picker([at[id(p), MASTER] for p in compress(params, self._with_master)]),
-        )
-        containers = _containers(state, param_groups)
-        found = listed_objects(containers)
-        self._addresses = addresses_of(found)
-        self._owners = (id(state), id(param_groups))
-        self._outlined = _outline(param_groups, self._flags)
-        self._sharded = any(isinstance(x, Tensor) and is_sharded(x) for x in found)
-        self._complex = any(p.is_complex() for p in params)
-        self._take(found)
-
-    def _take(self, found: list[Any]) -> None:
-        places = self._places
-        self.leaves: Sequence[Tensor] = places.leaves(found)
-        # The parameters, each of the rule's states, the masters: as the user has them, then as the kernels take them.
-        self._outer = [places.params(found), *(pick(found) for pick in places.states), places.masters(found)]
-        self.params, *self._of_states, self._masters = [self._plain(xs) for xs in self._outer]
-
-    def _plain(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Their shards, as real tensors."""
-        if self._sharded:
-            tensors = [local(x) for x in tensors]
-        return [as_real(x.detach()) if x.is_complex() else x for x in tensors] if self._complex else tensors
+    def hold(self, state: Mapping[Any, Any], param_groups: Sequence[Mapping[str, Any]]) -> bool:
+        """As :meth:`HeldTensors.hold`."""
+        return self.held.hold(state, param_groups)
 
     def let_go(self) -> None:
-        """Holds the tensors no longer; :meth:`hold` brings them back."""
+        """As :meth:`HeldTensors.let_go`; also of gradients."""
         self._real_gradients: Sequence[Tensor | None] = ()
-        self.leaves = self.params = self._masters = ()
-        self._of_states = [()] * len(self._rule.states)
-        self._outer = [(), *self._of_states, ()]
-
-    def hold(self, state: Mapping[Any, Any], param_groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Takes up the tensors, unless one has been replaced, or the data of one (``p.data = x``, ``model.to``), or a flag.
-
-        ``state`` and ``param_groups`` are the optimizer's of now, which may be others, too. The lists serve no more if False is
-        returned.
-        """
-        if (
-            (id(state), id(param_groups)) != self._owners
-            or self._storages.freed
-            or _outline(param_groups, self._flags) != self._outlined
-        ):
-            return False
-        found = expected_objects(_containers(state, param_groups), self._addresses)
-        if found is None:
-            return False
-        self._take(found)
-        if self._where() == self._places_of_data:
-            return True
-        self.let_go()
-        return False
-
-    def _tensors(self) -> list[Tensor]:
-        """All tensors that an update of all rows writes."""
-        return [*self.params, *chain.from_iterable(self._of_states), *self._masters]
-
-    def _where(self) -> tuple[list[int], list[tuple[int, ...]]]:
-        # Strides of the parameters only: `p.data = p.data.t()` happens, and the addresses stay. Nobody transposes a state in place.
-        if self.params and devices.is_fake(self.params[0]):
-            return [], []  # no memory
-        return [*map(Tensor.data_ptr, self._tensors())], [*map(Tensor.stride, self.params)]
-
-    def _spread_over_rows(self, tensors: Sequence[Tensor], chosen: Sequence[bool]) -> list[Tensor] | None:
-        """R entries, without elements where a row is not ``chosen``; None if none is."""
-        if not tensors:
-            return None
-        rest, absent = iter(tensors), tensors[0].new_empty(0)
-        return [next(rest) if here else absent for here in chosen]
-
-    def _updated(self) -> list[Tensor]:
-        """What the kernels update as the parameter of each row: its master, or itself."""
-        rest = iter(self._masters)
-        return [next(rest) if here else p for p, here in zip(self.params, self._with_master, strict=True)]
-
-    def _operands(self) -> Operands:
-        """The lists as the arguments of a launch, which has those of AdamW."""
-        lists = self.lists()
-        copies = self._spread_over_rows(self.copies(), self._with_master)
-        exp_avgs, exp_avg_sqs, last = (lists[state.name] for state in self._rule.states)
-        return Operands(exp_avgs or [], self._updated(), exp_avg_sqs or [], last, copies)
-
-    def copies(self) -> list[Tensor]:
-        """The low-precision parameters that have a master."""
-        return list(compress(self.params, self._with_master))
-
-    def lists(self) -> dict[str, list[Tensor] | None]:
-        """R tensors of each state, without elements where a row does not have it; None where no row has it."""
-        return {
-            state.name: [*xs] if state.flag is None else self._spread_over_rows(xs, chosen)
-            for state, xs, chosen in zip(self._rule.states, self._of_states, self._has, strict=True)
-        }
+        self.held.let_go()
 
     # ----------------------------------------------------------------------------------------- rows and all T parameters
 
@@ -349,9 +227,9 @@ class States:
 
     def _version(self) -> int:
         """The version counters of all that the carried sums depend on, added up."""
-        summed = [self._outer[i] for i in self._summed]
+        summed = [self.held.outer[i] for i in self._summed]
         versions = sum(map(version, summed))
-        if self._sharded:  # a write through a DTensor or through its shard changes the version of that one only
+        if self.held.sharded:  # a write through a DTensor or through its shard changes the version of that one only
             versions += sum(version(map(_local_of, filter(is_sharded, xs))) for xs in summed)
         return versions
 
@@ -370,7 +248,7 @@ class States:
 
     def gradients(self) -> list[Tensor | None]:
         """``.grad`` of the T parameters as it is now, of a DTensor this rank's shard."""
-        return [local_gradient(p) for p in self.leaves] if self._sharded else [p.grad for p in self.leaves]
+        return [local_gradient(p) for p in self.held.leaves] if self.held.sharded else [p.grad for p in self.held.leaves]
 
     def lacks(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether a parameter has a gradient and no row."""
@@ -383,7 +261,7 @@ class States:
             RuntimeError: a sparse gradient, or one of another shape or device. Nothing has changed then.
         """
         of_rows = grads if self.index is None else [grads[t] for t in self.rows]
-        if self._complex:
+        if self.held.complex:
             # A launch knows addresses only, and what resolves a conjugated view is nobody else's.
             self._real_gradients = of_rows = [None if g is None else as_real_gradient(g) for g in of_rows]
         self.launch.set_gradients(of_rows)
@@ -407,13 +285,13 @@ class States:
         """What an update has just written. The kernels write the shard of a DTensor: both have a version counter."""
         rows = self._present.chosen
         if rows is None:
-            whole = [*chain.from_iterable(self._outer)]
+            whole = [*chain.from_iterable(self.held.outer)]
         else:
-            params, *of_states, masters = self._outer
+            params, *others = self.held.outer
             whole = [*compress(params, rows)]
-            for xs, chosen in zip((*of_states, masters), (*self._has, self._with_master), strict=True):
-                whole += compress(xs, compress(rows, chosen))
-        return [*whole, *map(_local_of, filter(is_sharded, whole))] if self._sharded else whole
+            for xs, has in zip(others, self.held.chosen, strict=True):
+                whole += compress(xs, compress(rows, has))
+        return [*whole, *map(_local_of, filter(is_sharded, whole))] if self.held.sharded else whole
 
     def count(self, should_step: Tensor | bool = True) -> None:
         """Counts the step of the optimizer and of the rows that have a gradient; nothing if ``should_step`` is False."""
@@ -425,7 +303,7 @@ class States:
         self.count(should_step)
         before = self._version() if self._rise is None else 0
         mark_written(self._written())
-        if self._masters:
+        if self.held.masters:
             self._copies_seen = self._copy_versions()
         if self._rise is None:
             self._rise = self._version() - before
@@ -439,26 +317,16 @@ class States:
         update itself decides the same for each element. It is done before, where a version counter tells of a write, for the sake
         of the statistics, which are the masters'.
         """
-        if not self._masters:
+        if not self.held.masters:
             return
         versions = self._copy_versions()
         seen = self._copies_seen or [-1] * len(versions)
-        for p, master, now, then in zip(self.copies(), self._masters, versions, seen, strict=True):
+        for p, master, now, then in zip(self.held.copies(), self.held.masters, versions, seen, strict=True):
             if now != then:
                 master.copy_(start_of_update(master, p))
         if versions != seen:
             self._copies_seen, self._seen = versions, self._version()
 
     def _copy_versions(self) -> list[int]:
-        outer = list(compress(self._outer[0], self._with_master))
-        return [p._version + (x._version if x is not p else 0) for p, x in zip(outer, self.copies(), strict=True)]
-
-
-def _containers(state: Mapping[Any, Any], param_groups: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The parameters as the param groups list them, then all that ``optimizer.state`` holds."""
-    params = [x if type(x := group["params"]) is list else list(x) for group in param_groups]
-    return [*params, *state.values()]
-
-
-def _outline(param_groups: Sequence[Mapping[str, Any]], flags: Sequence[str]) -> list[tuple[Any, ...]]:
-    return [(*map(group.get, flags), len(group["params"]), group.get("capturable")) for group in param_groups]
+        outer = list(compress(self.held.outer[0], self.held.chosen[-1]))
+        return [p._version + (x._version if x is not p else 0) for p, x in zip(outer, self.held.copies(), strict=True)]

@@ -243,7 +243,7 @@ class TrackingOptimizer(Optimizer, ABC):
         return Moved(before, groups)
 
     def release(self) -> None:
-        """Lets go of all memory that the next step can make anew: tables, caches, a captured encoder graph.
+        """Lets go of all memory that the next step can make anew: tables and caches.
 
         States stay, but for those of parameters that are no longer in ``param_groups``. Nothing that is left refers to the memory
         of a parameter, a gradient or a state, whether or not this is called: that is free as soon as it is replaced.

@@ -1,0 +1,186 @@
+"""The tensors of parameters and states as lists, found anew in every step, and what shows that one of them has been replaced.
+
+Between two steps nothing here holds a parameter or a state. Memory that others replace, by offloading for example, is free at once.
+What is kept are the addresses of the objects and of their data, and weak references that tell when memory is freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, compress
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from metaadamw_fast.launch import Operands
+from metaadamw_fast.ops import addresses_of, expected_objects, listed_objects
+
+from . import devices
+from .allocation import MASTER
+from .members import Member
+from .rule import Rule
+from .sharding import is_sharded, local
+from .watch import Storages, as_real
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """A function that takes these elements of a sequence."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda xs: [xs[i] for i in positions]
+
+
+class _Places(NamedTuple):
+    """Where each list stands among the objects that param groups and states list, by a :func:`_picker`."""
+
+    leaves: Any  # T
+    params: Any  # R
+    states: list[Any]  # one for each of the rule's states and, last, the masters: of the rows that have it
+
+
+class HeldTensors:
+    """Lists of the tensors that an optimizer's rows have, there from the constructor or :meth:`hold` to :meth:`let_go`.
+
+    Args:
+        rule: of the optimizer.
+        members: the T parameters, in the order of ``param_groups``.
+        rows: which R of them have a row.
+        chosen: for each of the rule's states which rows have it, R bools.
+        state: ``optimizer.state``, in which nothing is missing.
+        param_groups: ``optimizer.param_groups``.
+
+    Attributes:
+        leaves: T parameters.
+        outer: the parameters of the rows, each of the rule's states, the masters; as the user has them. A list has the rows that
+            have such a tensor.
+        params, states, masters: the same as the kernels take them: of a DTensor the shard, complex ones as real ones.
+        chosen: for each of the rule's states and, last, the masters: which rows have one.
+        sharded, complex: whether there are such parameters.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        members: Sequence[Member],
+        rows: Sequence[int],
+        chosen: Sequence[Sequence[bool]],
+        state: Mapping[Any, Any],
+        param_groups: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self._rule, self._flags = rule, rule.flags
+        params = [members[t].param for t in rows]
+        at: dict[tuple[int, str], int] = {}
+        number = sum(len(group["params"]) for group in param_groups)
+        places = {id(p): i for i, p in enumerate(chain.from_iterable(group["params"] for group in param_groups))}
+        for key, value in state.items():
+            if isinstance(value, dict):
+                for name in value:
+                    at[id(key), name] = number
+                    number += 1
+            else:
+                number += len(value) if isinstance(value, list) else 1
+        self.chosen = [*chosen, [(id(p), MASTER) in at for p in params]]
+        self._places = _Places(
+            _picker(range(len(members))),
+            _picker([places[id(p)] for p in params]),
+            [
+                _picker([at[id(p), name] for p in compress(params, has)])
+                for name, has in zip((*rule.names, MASTER), self.chosen, strict=True)
+            ],
+        )
+        found = listed_objects(_containers(state, param_groups))
+        self._addresses = addresses_of(found)
+        self._owners = (id(state), id(param_groups))
+        self._outlined = _outline(param_groups, self._flags)
+        self.sharded = any(isinstance(x, Tensor) and is_sharded(x) for x in found)
+        self.complex = any(p.is_complex() for p in params)
+        self._take(found)
+        self._places_of_data = self._where()
+        self._storages = Storages(self.written())
+
+    def _take(self, found: list[Any]) -> None:
+        places = self._places
+        self.leaves: Sequence[Tensor] = places.leaves(found)
+        self.outer: list[Sequence[Tensor]] = [places.params(found), *(pick(found) for pick in places.states)]
+        self.params, *self.states, self.masters = [self._plain(xs) for xs in self.outer]
+
+    def _plain(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Their shards, as real tensors."""
+        if self.sharded:
+            tensors = [local(x) for x in tensors]
+        return [as_real(x.detach()) if x.is_complex() else x for x in tensors] if self.complex else tensors
+
+    def let_go(self) -> None:
+        """Holds the tensors no longer; :meth:`hold` brings them back."""
+        self.leaves = self.params = self.masters = ()
+        self.states = [()] * len(self._rule.states)
+        self.outer = [(), *self.states, ()]
+
+    def hold(self, state: Mapping[Any, Any], param_groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Takes up the tensors, unless one has been replaced, or the data of one (``p.data = x``, ``model.to``), or a flag.
+
+        ``state`` and ``param_groups`` are the optimizer's of now, which may be others, too. The lists serve no more if False is
+        returned.
+        """
+        outlined = _outline(param_groups, self._flags)
+        if (id(state), id(param_groups)) != self._owners or self._storages.freed or outlined != self._outlined:
+            return False
+        found = expected_objects(_containers(state, param_groups), self._addresses)
+        if found is None:
+            return False
+        self._take(found)
+        if self._where() == self._places_of_data:
+            return True
+        self.let_go()
+        return False
+
+    def written(self) -> list[Tensor]:
+        """All tensors that an update of all rows writes, as the kernels take them."""
+        return [*self.params, *chain.from_iterable(self.states), *self.masters]
+
+    def _where(self) -> tuple[list[int], list[tuple[int, ...]]]:
+        # Strides of the parameters only: `p.data = p.data.t()` happens, and the addresses stay. Nobody transposes a state in place.
+        if self.params and devices.is_fake(self.params[0]):
+            return [], []  # no memory
+        return [*map(Tensor.data_ptr, self.written())], [*map(Tensor.stride, self.params)]
+
+    # ------------------------------------------------------------------------------------------------- as the kernels take them
+
+    def copies(self) -> list[Tensor]:
+        """The low-precision parameters that have a master."""
+        return list(compress(self.params, self.chosen[-1]))
+
+    def updated(self) -> list[Tensor]:
+        """What the kernels update as the parameter of each row: its master, or itself."""
+        rest = iter(self.masters)
+        return [next(rest) if here else p for p, here in zip(self.params, self.chosen[-1], strict=True)]
+
+    def by_name(self) -> dict[str, list[Tensor] | None]:
+        """R tensors of each state, without elements where a row does not have it; None where no row has it."""
+        rows = zip(self._rule.states, self.states, self.chosen, strict=False)
+        return {state.name: [*xs] if state.flag is None else _spread(xs, has) for state, xs, has in rows}
+
+    def operands(self) -> Operands:
+        """The lists as the arguments of a launch, which has those of AdamW."""
+        lists, copies = self.by_name(), _spread(self.copies(), self.chosen[-1])
+        exp_avgs, exp_avg_sqs, last = (lists[name] for name in self._rule.names)
+        return Operands(exp_avgs or [], self.updated(), exp_avg_sqs or [], last, copies)
+
+
+def _spread(tensors: Sequence[Tensor], chosen: Sequence[bool]) -> list[Tensor] | None:
+    """R entries, without elements where a row is not ``chosen``; None if none is."""
+    if not tensors:
+        return None
+    rest, absent = iter(tensors), tensors[0].new_empty(0)
+    return [next(rest) if here else absent for here in chosen]
+
+
+def _containers(state: Mapping[Any, Any], param_groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The parameters as the param groups list them, then all that ``optimizer.state`` holds."""
+    params = [x if type(x := group["params"]) is list else list(x) for group in param_groups]
+    return [*params, *state.values()]
+
+
+def _outline(param_groups: Sequence[Mapping[str, Any]], flags: Sequence[str]) -> list[tuple[Any, ...]]:
+    return [(*map(group.get, flags), len(group["params"]), group.get("capturable")) for group in param_groups]
