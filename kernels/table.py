@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from metaadamw_fast.checks import check_low_precision
+from metaadamw_fast.checks import OpList, check_distinct, check_lists, check_low_precision
 from metaadamw_fast.launch import Operands, resolved
 
 from .adamw import RULES
-from .checks import OpList, check_distinct, check_lists
 from .elements import CHUNK, DTYPE_CODES, FIELDS, STRIDED_KIND
 
 FIFTH = 4  # the number of the operand that comes as max_exp_avg_sqs
