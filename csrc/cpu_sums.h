@@ -47,34 +47,39 @@ METAADAMW_INLINE void add_lanes(const V (&sums)[R::kSums], int begin, int end, L
   }
 }
 
-// Adds the sums [begin, end) of n <= kBlock elements of all streams to `totals`. Products and lanes are in the arithmetic type,
-// over kBlock / kLanes = 64 additions at most; everything after that is float64.
+// Adds the sums [begin, end) of n <= kBlock elements to `totals`; of the operands only those are read that sums are of. Products
+// and lanes are in the arithmetic type, over kBlock / kLanes = 64 additions at most; everything after that is float64.
 template <class R, bool counts, typename T>
-METAADAMW_CLONES void sum_block(const T* const* streams, int n, int begin, int end, LaneSums<R>& totals) {
+METAADAMW_CLONES void sum_block(const T* const* operands, int n, int begin, int end, LaneSums<R>& totals) {
   using Vector = typename Lanes<T>::type;
-  const T* at[kStreams<R>];
-  std::copy_n(streams, kStreams<R>, at);
-  Vector sums[R::kSums] = {}, x[R::kOperands] = {};
+  const T* at[R::kOperands] = {};
+  for (int k = 0; k < R::kOperands; ++k) {
+    if (kRead<R> >> k & 1) at[k] = operands[k];
+  }
+  Vector sums[R::kSums] = {};
   const int ahead = kPrefetch;
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    for (int k = 0; k < kStreams<R>; ++k) {
-      __builtin_prefetch(at[k] + i + ahead);
-      x[stream<R>(k)] = lanes_at(at[k] + i);
+    Vector x[R::kOperands] = {};
+    for (int k = 0; k < R::kOperands; ++k) {
+      if (kRead<R> >> k & 1) {
+        __builtin_prefetch(at[k] + i + ahead);
+        x[k] = lanes_at(at[k] + i);
+      }
     }
     accumulate<R, counts>(sums, x);
   }
   if (i < n) {  // the tail, padded with zeros, which add nothing to any sum
     Vector tail[R::kOperands] = {};
-    for (int k = 0; k < kStreams<R>; ++k) {
-      std::memcpy(&tail[stream<R>(k)], at[k] + i, (n - i) * sizeof(T));
+    for (int k = 0; k < R::kOperands; ++k) {
+      if (kRead<R> >> k & 1) std::memcpy(&tail[k], at[k] + i, (n - i) * sizeof(T));
     }
     accumulate<R, counts>(sums, tail);
   }
   add_lanes<R>(sums, begin, end, totals);
 }
 
-// The sums of the first two streams of several over a block of each half of a chunk, with the bits of two calls of sum_block.
+// The sums of the first two operands over a block of each half of a chunk, with the bits of two calls of sum_block.
 template <class R, typename T>
 METAADAMW_CLONES void sum_pair(const T* first, const T* second, int64_t half, int end, LaneSums<R> (&totals)[2]) {
   using Vector = typename Lanes<T>::type;
@@ -86,8 +91,8 @@ METAADAMW_CLONES void sum_pair(const T* first, const T* second, int64_t half, in
       __builtin_prefetch(y + ahead);
       __builtin_prefetch(z + ahead);
       Vector x[R::kOperands] = {};
-      x[stream<R>(0)] = lanes_at(y);
-      x[stream<R>(1)] = lanes_at(z);
+      x[0] = lanes_at(y);
+      x[1] = lanes_at(z);
       accumulate<R, false>(sums[k], x);
     }
   }

@@ -55,7 +55,7 @@ Tensor group_features(Tensor statistics, Tensor order, Tensor begin, Tensor nume
 
 // One block: there are as many rows as tensors.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) scaled_gradients_kernel(const ScaledGradients<T> x) {
+__global__ void __launch_bounds__(kThreads, 1) scaled_gradients_kernel(const ScaledGradients<T> x) {
   __shared__ double total;
   double squared[1] = {0.0};
   for (int64_t t = threadIdx.x; t < x.tensors; t += kThreads) {

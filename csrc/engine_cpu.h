@@ -48,31 +48,32 @@ void for_each_chunk(const Table<N>& table, const F& f) {
 
 // ------------------------------------------------------------------------------------------------------------------ measure
 
-// The sums [0, end) of a chunk, of which row's operands `streams` are read; where their data is null they count as zeros.
+// The sums [0, end) of a chunk; operands whose data is null count as zeros.
 template <class R, typename T>
-void measure_chunk(const Operand (&streams)[kStreams<R>], int64_t first, int64_t count, int end, double* totals) {
+void measure_chunk(const Operand (&operands)[R::kOperands], int64_t first, int64_t count, int end, double* totals) {
   ChunkSums<R> sums(count, 0, end);
-  bool in_pairs = kStreams<R> > 1 && end <= R::kFirstCount && count == 2 * sums.half();
-  for (int k = 0; k < kStreams<R>; ++k) {
-    in_pairs = in_pairs && (k < 2 ? in_place<T>(streams[k]) && streams[k].data != nullptr : streams[k].data == nullptr);
+  bool in_pairs = (kRead<R> & 3) == 3 && end <= R::kFirstCount && count == 2 * sums.half();
+  for (int i = 0; i < R::kOperands; ++i) {
+    const Operand& x = operands[i];
+    in_pairs = in_pairs && (i < 2 ? in_place<T>(x) && x.data != nullptr : x.data == nullptr);
   }
   if (in_pairs) {
     const T* x[2];
-    for (int k = 0; k < 2; ++k) {
-      x[k] = reinterpret_cast<const T*>(streams[k].data) + first;
+    for (int i = 0; i < 2; ++i) {
+      x[i] = reinterpret_cast<const T*>(operands[i].data) + first;
     }
     for (int64_t done = 0; done < sums.half(); done += kBlock) {
       sum_pair<R>(x[0] + done, x[1] + done, sums.half(), end, sums.of_halves());
     }
   } else {
-    T buffers[kStreams<R>][kBlock];
-    const T* x[kStreams<R>];
+    T buffers[R::kOperands][kBlock];
+    const T* x[R::kOperands];
     constexpr bool counts = R::kFirstCount < R::kSums;
     const auto sum = end > R::kFirstCount ? sum_block<R, counts, T> : sum_block<R, false, T>;
     for (int64_t done = 0; done < count; done += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
-      for (int k = 0; k < kStreams<R>; ++k) {
-        x[k] = read<T>(streams[k], first + done, n, buffers[k]);
+      for (int i = 0; i < R::kOperands; ++i) {
+        x[i] = read<T>(operands[i], first + done, n, buffers[i]);
       }
       sum(x, n, 0, end, sums.of_block(done));
     }
@@ -90,12 +91,12 @@ Tensor measure(const Header& header, void* memory, int mask, ScalarType dtype, c
   while (mask >> end != 0) ++end;
   std::vector<std::array<double, R::kSums>> partials(table.chunks, std::array<double, R::kSums>{});
   for_each_chunk<Order::kForward>(table, [&](const auto& row, int64_t, int64_t chunk, int64_t first, int64_t count) {
-    Operand streams[kStreams<R>];
-    for (int k = 0; k < kStreams<R>; ++k) {
-      streams[k] = Operand(table, row, stream<R>(k));
-      if (!(reads >> stream<R>(k) & 1)) streams[k].data = nullptr;
+    Operand operands[R::kOperands];
+    for (int i = 0; i < R::kOperands; ++i) {
+      operands[i] = Operand(table, row, i);
+      if (!(reads >> i & 1)) operands[i].data = nullptr;
     }
-    (row.is_double ? measure_chunk<R, double> : measure_chunk<R, float>)(streams, first, count, end, partials[chunk].data());
+    (row.is_double ? measure_chunk<R, double> : measure_chunk<R, float>)(operands, first, count, end, partials[chunk].data());
   });
 
   const Columns<R> columns(carried ? mask | kCarriedMask<R> : mask);
@@ -293,10 +294,9 @@ void update_chunk(const Operand (&operands)[kOperandsOf<R>], const typename R::t
     }
     write<T>(low_precision, first + done, n, x[R::kParam]);
     if (totals != nullptr && !as_stored) {
-      const T* stored[kStreams<R>];
-      for (int k = 0; k < kStreams<R>; ++k) {
-        const int i = stream<R>(k);
-        stored[k] = left >> i & 1 ? read<T>(operands[i], first + done, n, buffers[i]) : zeros<T>();
+      const T* stored[R::kOperands];
+      for (int i = 0; i < R::kOperands; ++i) {
+        stored[i] = left >> i & 1 ? read<T>(operands[i], first + done, n, buffers[i]) : zeros<T>();
       }
       sum_block<R, false>(stored, n, R::kFirstLeft, R::kUpdateSums, of_block);
     }

@@ -99,41 +99,41 @@ struct MeasureOutput {
 template <class R, int V, bool counts, typename T, int N>
 __device__ __forceinline__ void measure_chunk(const Table<N>& table, const Work<N>& work, int operands,
                                               double (&totals)[R::kSums]) {
-  constexpr int kMany = kStreams<R>;
+  constexpr int kOperands = R::kOperands;
   const Row<N>& row = work.row;
   T sums[R::kSums] = {};
   for_each_group<V, false>(
       threadIdx.x, work.chunk.count, has_whole_groups(row, operands),
       [&](int first) {
         forget_registers();
-        Groups<kMany> groups{};
+        Groups<kOperands> groups{};
         if constexpr (V > 1) {
 #pragma unroll
-          for (int i = 0; i < kMany; ++i) {
-            if (operands >> stream<R>(i) & 1) {
-              const int size = itemsize(row.type[stream<R>(i)]);
-              groups.bits[i] = load_group<V>(work.base[stream<R>(i)] + first * size, size);
+          for (int i = 0; i < kOperands; ++i) {
+            if ((kRead<R> & operands) >> i & 1) {
+              const int size = itemsize(row.type[i]);
+              groups.bits[i] = load_group<V>(work.base[i] + first * size, size);
             }
           }
         }
         return groups;
       },
-      [&](int, const Groups<kMany>& groups) {
+      [&](int, const Groups<kOperands>& groups) {
         if constexpr (V > 1) {
 #pragma unroll
           for (int part = 0; part < V; part += kPart) {
-            float x[kMany][kPart];
+            float x[kOperands][kPart] = {};
 #pragma unroll
-            for (int i = 0; i < kMany; ++i) {
-              unpack<V>(groups.bits[i], row.type[stream<R>(i)], part, x[i]);
+            for (int i = 0; i < kOperands; ++i) {
+              if (kRead<R> >> i & 1) unpack<V>(groups.bits[i], row.type[i], part, x[i]);
             }
             T of_part[R::kSums] = {};
 #pragma unroll
             for (int k = 0; k < kPart; ++k) {
               T element[R::kOperands] = {};
 #pragma unroll
-              for (int i = 0; i < kMany; ++i) {
-                element[stream<R>(i)] = x[i][k];
+              for (int i = 0; i < kOperands; ++i) {
+                element[i] = x[i][k];
               }
               accumulate<R, counts>(of_part, element);
             }
@@ -148,9 +148,9 @@ __device__ __forceinline__ void measure_chunk(const Table<N>& table, const Work<
           forget_registers();
           T element[R::kOperands] = {};
 #pragma unroll
-          for (int i = 0; i < kMany; ++i) {
-            if (operands >> stream<R>(i) & 1) {
-              element[stream<R>(i)] = load_element<T>(work.address(table, stream<R>(i), index), row.type[stream<R>(i)]);
+          for (int i = 0; i < kOperands; ++i) {
+            if ((kRead<R> & operands) >> i & 1) {
+              element[i] = load_element<T>(work.address(table, i, index), row.type[i]);
             }
           }
           accumulate<R, counts>(of_part, element);

@@ -42,21 +42,9 @@ METAADAMW_INLINE constexpr int reads_of(int begin, int end) {
   return reads_of<R>((1 << end) - (1 << begin));
 }
 
-// The operands that sums read at all, by number.
+// The operands that sums read at all.
 template <class R>
-constexpr int kStreams = [] {
-  int count = 0;
-  for (int i = 0; i < R::kOperands; ++i) count += reads_of<R>(0, R::kSums) >> i & 1;
-  return count;
-}();
-template <class R>
-METAADAMW_INLINE constexpr int stream(int number) {
-  int operand = 0;
-  for (int left = number; left > 0 || !(reads_of<R>(0, R::kSums) >> operand & 1); ++operand) {
-    left -= reads_of<R>(0, R::kSums) >> operand & 1;
-  }
-  return operand;
-}
+constexpr int kRead = reads_of<R>(0, R::kSums);
 
 // Where an update writes its sums: [T, kCarriedSums] of what it leaves or, before them, also those of what it found, [T,
 // kUpdateSums].
