@@ -6,7 +6,7 @@ What is kept are the addresses of the objects and of their data, and weak refere
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, compress
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -22,6 +22,14 @@ from .members import Member
 from .rule import Rule
 from .sharding import is_sharded, local
 from .watch import Storages, as_real
+
+
+def joined(lists: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """One list of all, in a fraction of the time that ``itertools.chain`` takes for thousands of tensors."""
+    out: list[Tensor] = []
+    for xs in lists:
+        out += xs
+    return out
 
 
 def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
@@ -137,7 +145,7 @@ class HeldTensors:
 
     def written(self) -> list[Tensor]:
         """All tensors that an update of all rows writes, as the kernels take them."""
-        return [*self.params, *chain.from_iterable(self.states), *self.masters]
+        return joined([self.params, *self.states, self.masters])
 
     def _where(self) -> tuple[list[int], list[tuple[int, ...]]]:
         # Strides of the parameters only: `p.data = p.data.t()` happens, and the addresses stay. Nobody transposes a state in place.

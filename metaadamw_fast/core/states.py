@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
-from itertools import chain, compress
+from itertools import compress
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from metaadamw_fast.reference import start_of_update
 from . import devices
 from .allocation import Allocation, has_row
 from .counts import StepCounts
-from .held import HeldTensors
+from .held import HeldTensors, joined
 from .members import Member
 from .rule import PARAM, Rule
 from .sharding import is_sharded, local_gradient
@@ -228,7 +228,7 @@ class States:
     def _version(self) -> int:
         """The version counters of all that the carried sums depend on, added up."""
         summed = [self.held.outer[i] for i in self._summed]
-        versions = sum(map(version, summed))
+        versions = version(joined(summed))
         if self.held.sharded:  # a write through a DTensor or through its shard changes the version of that one only
             versions += sum(version(map(_local_of, filter(is_sharded, xs))) for xs in summed)
         return versions
@@ -285,7 +285,7 @@ class States:
         """What an update has just written. The kernels write the shard of a DTensor: both have a version counter."""
         rows = self._present.chosen
         if rows is None:
-            whole = [*chain.from_iterable(self.held.outer)]
+            whole = joined(self.held.outer)
         else:
             params, *others = self.held.outer
             whole = [*compress(params, rows)]
