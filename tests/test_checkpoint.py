@@ -19,7 +19,6 @@ from torch import nn
 from metaadamw_fast import FeatureConfig, MetaAdamW, MetaLearner
 
 from .models import (
-    OFF,
     assert_same_bits,
     batch,
     make,
@@ -31,6 +30,7 @@ from .models import (
     same,
     train,
 )
+from .optimizers import OFF
 from .tolerances import REDUCTION
 
 

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from metaadamw_fast import FeatureConfig, MetaAdamW, MetaLearner, ops
 
-from .models import OFF, noise, same
+from .models import noise, same
+from .optimizers import OFF
 
 HAS_CPP = ops._unavailable("cpp", torch.device("cpu")) is None
 

@@ -13,7 +13,8 @@ from torch import nn
 from metaadamw_fast import MetaAdamW, MetaLearner, ops
 from metaadamw_fast.core import devices
 
-from .models import OFF, noise
+from .models import noise
+from .optimizers import OFF
 
 
 def assign_data_twice(p, opt):

@@ -13,7 +13,8 @@ from torch import nn
 
 from metaadamw_fast import FeatureConfig, MetaAdamW, MetaLearner
 
-from .models import OFF, noise, one_thread  # noqa: F401
+from .models import noise, one_thread  # noqa: F401
+from .optimizers import OFF
 
 BACKENDS = ["cpp", "reference"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
