@@ -102,12 +102,14 @@ class AVGrad(FusedOptimizer):
 
     def converted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Adam's and AdamW's get A = v; with A = 0 the next step would be about √t times too long."""
-        if not isinstance(state_dict.get("state"), Mapping):
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("state"), Mapping):
             return state_dict  # refused later
         states = {}
         for key, state in state_dict["state"].items():
             if isinstance(state, Mapping) and "exp_avg_sq" in state and "average_sq" not in state:
                 v = state["exp_avg_sq"]
-                state = {**state, "average_sq": v.to(torch.promote_types(v.dtype, torch.float32), copy=True)}
+                if isinstance(v, Tensor):  # else it is refused later
+                    v = v.to(torch.promote_types(v.dtype, torch.float32), copy=True)
+                state = {**state, "average_sq": v}
             states[key] = state
         return {**state_dict, "state": states}
