@@ -84,4 +84,6 @@ def spec_of(opt):
 def every_with(*options, **own):
     """Parametrizes ``spec`` and ``options``: those of all optimizers, then those of the one of that name."""
     cases = [(spec, x) for name, spec in OPTIMIZERS.items() for x in (*options, *own.get(name, ()))]
-    return pytest.mark.parametrize(("spec", "options"), cases, ids=[f"{spec.kind.__name__}-{x}" for spec, x in cases])
+    return pytest.mark.parametrize(
+        ("spec", "options"), cases, ids=[f"{spec.kind.__name__}-{x[-1] if isinstance(x, tuple) else x}" for spec, x in cases]
+    )
