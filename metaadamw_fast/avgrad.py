@@ -107,9 +107,6 @@ class AVGrad(FusedOptimizer):
         states = {}
         for key, state in state_dict["state"].items():
             if isinstance(state, Mapping) and "exp_avg_sq" in state and "average_sq" not in state:
-                v = state["exp_avg_sq"]
-                if isinstance(v, Tensor):  # else it is refused later
-                    v = v.to(torch.promote_types(v.dtype, torch.float32), copy=True)
-                state = {**state, "average_sq": v}
+                state = {**state, "average_sq": state["exp_avg_sq"]}
             states[key] = state
         return {**state_dict, "state": states}
