@@ -195,6 +195,25 @@ def test_a_copy_does_not_step_the_original_that_a_scheduler_follows(spec):
     assert loaded.steps_done == 2
 
 
+def step_of_a_spawned_avgrad(model, opt, expected):
+    torch.set_num_threads(1)
+    train(model, opt, 1)
+    assert same([*model.parameters()], expected)
+
+
+def test_an_avgrad_is_sent_to_a_spawned_process():
+    model = mlp()
+    opt = AVGRAD(model.named_parameters(), max_grad_norm=1.0)
+    train(model, opt)
+    other_model, other_opt = copy.deepcopy((model, opt))
+    train(other_model, other_opt, 1)
+    expected = [x.detach() for x in other_model.parameters()]
+    process = mp.get_context("spawn").Process(target=step_of_a_spawned_avgrad, args=(model, opt, expected))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
 def step_of_a_spawned_process(opt, meta, expected):
     """What the parent's copy would do: one step, one meta-update, and an embedding of the encoder's own random numbers."""
     torch.set_num_threads(1)
