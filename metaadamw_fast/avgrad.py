@@ -12,6 +12,7 @@ from . import rounding
 from .core import devices
 from .core.optimizer import FusedOptimizer
 from .core.rule import Decision, Rule, State, Step
+from .core.sharding import local
 
 AVGRAD = Rule(
     "avgrad",
@@ -110,3 +111,10 @@ class AVGrad(FusedOptimizer):
                 state = {**state, "average_sq": state["exp_avg_sq"]}
             states[key] = state
         return {**state_dict, "state": states}
+
+    def restore(self, extra: dict[str, Any] | None, state_dict: dict[str, Any]) -> None:
+        """Also of a checkpoint by DCP, which leaves what Adam's lacks as it was here: an A of zeros, that is not to be kept."""
+        params = (p for group in self.param_groups for p in group["params"]) if extra is None else ()
+        for state in (self.state[p] for p in params if "average_sq" in self.state.get(p, ())):
+            mean, v = local(state["average_sq"]), local(state["exp_avg_sq"])
+            mean.copy_(torch.where(mean == 0, v, mean))
