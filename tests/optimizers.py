@@ -55,6 +55,9 @@ class Spec(NamedTuple):
     shown: tuple
     encodes: bool
 
+    def __repr__(self):
+        return self.kind.__name__
+
     def __call__(self, params, **options):
         return self.kind(params, **{**self.tuned, **options})
 
@@ -85,5 +88,5 @@ def every_with(*options, **own):
     """Parametrizes ``spec`` and ``options``: those of all optimizers, then those of the one of that name."""
     cases = [(spec, x) for name, spec in OPTIMIZERS.items() for x in (*options, *own.get(name, ()))]
     return pytest.mark.parametrize(
-        ("spec", "options"), cases, ids=[f"{spec.kind.__name__}-{x[-1] if isinstance(x, tuple) else x}" for spec, x in cases]
+        ("spec", "options"), cases, ids=[f"{spec}-{x[-1] if isinstance(x, tuple) else x}" for spec, x in cases]
     )

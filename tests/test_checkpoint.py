@@ -167,10 +167,13 @@ def test_a_checkpoint_after_add_param_group(learner_first):
     with_an_added_group(learner_first).load(state).to(8).assert_same(expected)
 
 
-def work(folder, last):
+KILLED = {"MetaAdamW": {}, "AVGrad": OPTIONS["AVGrad, bf16, masters, rounded"]}
+
+
+def work(name, folder, last):
     """Trains to step `last`, saving after every step and resuming from what is there."""
     torch.set_num_threads(1)
-    folder, run = Path(folder), Run()
+    folder, run = Path(folder), Run(**KILLED[name])
     if (folder / "state").exists():
         run.load(torch.load(folder / "state", weights_only=True))
         print("resumed at", run.step, flush=True)
@@ -180,9 +183,10 @@ def work(folder, last):
         os.replace(folder / "new", folder / "state")
 
 
-def test_save_kill_load_continue(tmp_path):
+@pytest.mark.parametrize("name", KILLED)
+def test_save_kill_load_continue(name, tmp_path):
     def start(last):
-        code = f"from tests.test_checkpoint import work; work({str(tmp_path)!r}, {last})"
+        code = f"from tests.test_checkpoint import work; work({name!r}, {str(tmp_path)!r}, {last})"
         return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
 
     victim = start(10**9)
@@ -200,7 +204,7 @@ def test_save_kill_load_continue(tmp_path):
     assert successor.returncode == 0
     final = torch.load(tmp_path / "state", weights_only=True)
     assert final["step"] == killed_at + 5
-    assert same(final, Run().to(killed_at + 5).state())
+    assert same(final, Run(**KILLED[name]).to(killed_at + 5).state())
 
 
 # --------------------------------------------------------------------------------------------------------- to and from AdamW
