@@ -541,10 +541,14 @@ def refusals(_):
         (lambda: MetaAdamW(fsdp1.named_parameters(), model=fsdp1), "FSDP2"),
         (lambda: MetaLearner(MetaAdamW((m := shard(seeded_net())).parameters()), m, loss_fn, hvp="exact"), "finite_difference"),
         (lambda: MetaAdamW(two_meshes()), "one device mesh"),
+        (lambda: ZeroRedundancyOptimizer(model.parameters(), AVGRAD.kind, lr=1e-3), "^(?!.*encoder).*FSDP2"),
+        (lambda: AVGRAD(fsdp1.parameters()), "FSDP2"),
+        (lambda: AVGRAD(two_meshes()), "one device mesh"),
     ):
         with pytest.raises(ValueError, match=words):
             build()
-    MetaAdamW(DistributedDataParallel(seeded_net()).parameters())
+    for spec in (META, AVGRAD):
+        spec(DistributedDataParallel(seeded_net()).parameters())
 
 
 def two_meshes():
