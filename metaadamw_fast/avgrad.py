@@ -12,6 +12,7 @@ from . import rounding
 from .core import devices
 from .core.optimizer import FusedOptimizer
 from .core.rule import Decision, Rule, State, Step
+from .core.sharding import local
 
 AVGRAD = Rule(
     "avgrad",
@@ -102,12 +103,18 @@ class AVGrad(FusedOptimizer):
 
     def converted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Adam's and AdamW's get A = v; with A = 0 the next step would be about √t times too long."""
-        if not isinstance(state_dict.get("state"), Mapping):
+        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("state"), Mapping):
             return state_dict  # refused later
         states = {}
         for key, state in state_dict["state"].items():
             if isinstance(state, Mapping) and "exp_avg_sq" in state and "average_sq" not in state:
-                v = state["exp_avg_sq"]
-                state = {**state, "average_sq": v.to(torch.promote_types(v.dtype, torch.float32), copy=True)}
+                state = {**state, "average_sq": state["exp_avg_sq"]}
             states[key] = state
         return {**state_dict, "state": states}
+
+    def restore(self, extra: dict[str, Any] | None, state_dict: dict[str, Any]) -> None:
+        """Also of a checkpoint by DCP, which leaves what Adam's lacks as it was here: an A of zeros, that is not to be kept."""
+        params = (p for group in self.param_groups for p in group["params"]) if extra is None else ()
+        for state in (self.state[p] for p in params if "average_sq" in self.state.get(p, ())):
+            mean, v = local(state["average_sq"]), local(state["exp_avg_sq"])
+            mean.copy_(torch.where(mean == 0, v, mean))

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from metaadamw_fast import MetaAdamW, ops, reference
+from metaadamw_fast import ops, reference
 
+from .optimizers import META, spec_of
 from .tolerances import stored, sum_bound, update_bounds
 
 BLOCK, CHUNK, CHUNK_ON_GPU = 1024, 32768, 8192  # elements: csrc/cpu.cpp, csrc/chunks.h
@@ -230,12 +231,12 @@ def assert_updated(after, before, h):
 # --------------------------------------------------------------------------------------------------------------- optimizers
 
 
-def two_layers(**options):
-    """A small model and its MetaAdamW after one step with fixed gradients; equal options give equal bits."""
+def two_layers(spec=META, **options):
+    """A small model and its optimizer after one step with fixed gradients; equal options give equal bits."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-        opt = MetaAdamW(model.named_parameters(), lr=0.1, **{"head_init": "xavier", **options})
+        opt = spec(model.named_parameters(), lr=0.1, **options)
         set_gradients(opt, 1)
         opt.step()
     return model, opt
@@ -251,9 +252,10 @@ def set_gradients(opt, seed):
 def everything(opt):
     """All that an optimizer holds and shows, copied."""
     params = [p for group in opt.param_groups for p in group["params"]]
-    shown = ("lr_scale", "wd_scale", "flatness_weight", "alignment_weight", "features", "statistics", "grad_norm", "steps_done")
-    parts = {name: getattr(opt, name) for name in shown} | opt.state_dict()
-    parts["groups"] = [(g.name, g.members, g.names) for g in opt.groups]
+    spec = spec_of(opt)
+    parts = {name: getattr(opt, name) for name in (*spec.shown, "steps_done")} | opt.state_dict()
+    if spec.encodes:
+        parts["groups"] = [(g.name, g.members, g.names) for g in opt.groups]
     return copy.deepcopy(parts | {"params": [p.detach() for p in params], "grads": [p.grad for p in params]})
 
 
@@ -274,13 +276,13 @@ def same(x, y):
 
 @contextmanager
 def unchanged(opt, **options):
-    """Nothing of ``opt``, made by ``two_layers(**options)``, changes inside; after it, it steps as one that was never in it."""
+    """Nothing of ``opt``, made by ``two_layers`` with ``options``, changes inside; after it, it steps as one never in it."""
     before = everything(opt)
     yield
     after = everything(opt)
     changed = [name for name in before if not same(before[name], after[name])]
     assert not changed, f"changed: {changed}"
-    _, twin = two_layers(**options)
+    _, twin = two_layers(spec_of(opt), **options)
     for each in (opt, twin):
         set_gradients(each, 3)
         each.step()

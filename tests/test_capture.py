@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaadamw_fast import MetaAdamW
 from metaadamw_fast.core import devices
 
 from .cases import same_bits
+from .optimizers import AVGRAD, META, every, spec_of
 
 aten = torch.ops.aten
 ALLOCATES = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty}
@@ -80,18 +80,20 @@ OPTIONS = {
     "enhanced": {"features": "enhanced"},
     "known length": {"total_steps": 50},
     "released": {"variant": "released"},
+    "AVGrad": {"spec": AVGRAD},
+    "AVGrad, clipped": {"spec": AVGRAD, "max_grad_norm": 0.5, "maximize": True},
+    "AVGrad, skipping": {"spec": AVGRAD, "skip_nonfinite": True},
 }
-SHOWN = ("lr_scale", "wd_scale", "flatness_weight", "alignment_weight", "features", "statistics", "grad_norm", "steps_done")
 
 
-def build(device="cpu", **options):
+def build(device="cpu", spec=META, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3)).to(device)
     model[1].bias.requires_grad_(False)  # no gradient at any time
     lr, decay = torch.tensor(0.1, device=device), torch.tensor(0.2, device=device)
     groups = [{"params": list(model[0].named_parameters())}, {"params": list(model[1:].named_parameters()), "lr": 0.03}]
-    options = {"head_init": "xavier", "model": model, **options}
-    opt = MetaAdamW(groups, lr=lr, weight_decay=decay, capturable=device == "cuda", **options)
+    options = {"model": model, **options} if spec.encodes else options
+    opt = spec(groups, lr=lr, weight_decay=decay, capturable=device == "cuda", **options)
     return model, opt, lr, decay
 
 
@@ -107,7 +109,8 @@ def put_gradients(model, step):
 def state_of(model, opt):
     """All numbers of a model and its optimizer, copied."""
     states = [copy.deepcopy(dict(opt.state[p])) for p in model.parameters()]
-    return [p.detach().clone() for p in model.parameters()], states, {name: copy.deepcopy(getattr(opt, name)) for name in SHOWN}
+    shown = (*spec_of(opt).shown, "steps_done")
+    return [p.detach().clone() for p in model.parameters()], states, {name: copy.deepcopy(getattr(opt, name)) for name in shown}
 
 
 def assert_equal(x, y, what=""):
@@ -164,9 +167,10 @@ def test_a_recorded_step_does_what_steps_do(name, backend, as_on_a_gpu):
         assert_equal(state_of(*recorded[:2]), state_of(*eager[:2]), f"step {step}")
 
 
-def test_numbers_that_change_before_the_capture_are_captured_as_they_are_then(as_on_a_gpu):
+@every
+def test_numbers_that_change_before_the_capture_are_captured_as_they_are_then(as_on_a_gpu, spec):
     """And a step outside of the graph sees neither them nor what the capture made of them."""
-    eager, recorded = (build() for _ in range(2))
+    eager, recorded = (build(spec=spec) for _ in range(2))
     recording = None
     for step in range(6):
         for model, opt, *_ in (eager, recorded):
@@ -215,9 +219,10 @@ REFUSED = {
 }
 
 
+@every
 @pytest.mark.parametrize("spoil", REFUSED)
-def test_what_a_graph_cannot_repeat_is_refused_at_capture(spoil, as_on_a_gpu):
-    model, opt, *_ = build()
+def test_what_a_graph_cannot_repeat_is_refused_at_capture(spoil, as_on_a_gpu, spec):
+    model, opt, *_ = build(spec=spec)
     allow(opt)
     put_gradients(model, 0)
     opt.step()
@@ -230,8 +235,9 @@ def test_what_a_graph_cannot_repeat_is_refused_at_capture(spoil, as_on_a_gpu):
     assert_equal(state_of(model, opt), before)
 
 
-def test_the_first_step_cannot_be_captured(as_on_a_gpu):
-    model, opt, *_ = build()
+@every
+def test_the_first_step_cannot_be_captured(as_on_a_gpu, spec):
+    model, opt, *_ = build(spec=spec)
     allow(opt)
     put_gradients(model, 0)
     as_on_a_gpu.append(True)
@@ -239,9 +245,10 @@ def test_the_first_step_cannot_be_captured(as_on_a_gpu):
         opt.step()
 
 
-def test_capturable_needs_a_gpu():
+@every
+def test_capturable_needs_a_gpu(spec):
     with pytest.raises(ValueError, match="capturable=True needs parameters on a CUDA device"):
-        MetaAdamW([nn.Parameter(torch.ones(2))], capturable=True)
+        spec.kind([nn.Parameter(torch.ones(2))], capturable=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------ on a GPU
@@ -276,13 +283,14 @@ def test_a_graph_does_what_steps_do(name, backend):
         assert_equal(state_of(*captured[:2]), state_of(*eager[:2]), f"step {step}")
 
 
+@every
 @pytest.mark.gpu
 @ON_A_GPU
-def test_a_whole_training_step_in_a_graph():
+def test_a_whole_training_step_in_a_graph(spec):
     """Gradients in the graph's own memory, and ones elsewhere in steps between the replays."""
     results = []
     for captures in (False, True):
-        model, opt, *_ = build("cuda")
+        model, opt, *_ = build("cuda", spec)
         x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1)).cuda()
 
         def train(model=model, opt=opt, x=x):
@@ -306,11 +314,12 @@ def test_a_whole_training_step_in_a_graph():
     assert_equal(*results)
 
 
+@every
 @pytest.mark.gpu
 @ON_A_GPU
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
-def test_no_step_waits_for_the_device(backend):
-    model, opt, *_ = build("cuda", backend=backend, max_grad_norm=1.0)
+def test_no_step_waits_for_the_device(backend, spec):
+    model, opt, *_ = build("cuda", spec, backend=backend, max_grad_norm=1.0)
     for step in range(4):
         put_gradients(model, step)
         if step == 2:
@@ -323,10 +332,11 @@ def test_no_step_waits_for_the_device(backend):
     assert opt.steps_done == 4
 
 
+@every
 @pytest.mark.gpu
 @ON_A_GPU
-def test_a_capture_without_capturable_is_refused():
-    model, opt, *_ = build("cuda")
+def test_a_capture_without_capturable_is_refused(spec):
+    model, opt, *_ = build("cuda", spec)
     opt.param_groups[0]["capturable"] = False
     put_gradients(model, 0)
     opt.step()

@@ -19,7 +19,6 @@ from torch import nn
 from metaadamw_fast import FeatureConfig, MetaAdamW, MetaLearner
 
 from .models import (
-    OFF,
     assert_same_bits,
     batch,
     make,
@@ -31,20 +30,24 @@ from .models import (
     same,
     train,
 )
+from .optimizers import AVGRAD, META, MOMENTS, OFF, every
 from .tolerances import REDUCTION
 
 
 def make_learner(run):
+    if not run.spec.encodes:
+        return None
     return MetaLearner(run.opt, run.model, mse, lr=1e-2, gap_at="lookahead", priorities=(2.0, 1.0, 0.5))
 
 
 class Run:
-    """A training with a meta-update after every second step, but of bfloat16 parameters, which allow none."""
+    """A training, of MetaAdamW with a meta-update after every second step, but of bfloat16 parameters, which allow none."""
 
-    def __init__(self, dtype=torch.float32, **options):
-        options = {"features": FeatureConfig("enhanced", gating=True), "amsgrad": True, "max_grad_norm": 1.5, **options}
-        self.model = perceptron(dtype)
-        self.opt = make(self.model, **options)
+    def __init__(self, spec=META, dtype=torch.float32, **options):
+        if spec.encodes:
+            options = {"features": FeatureConfig("enhanced", gating=True), "amsgrad": True, "max_grad_norm": 1.5, **options}
+        self.spec, self.model = spec, perceptron(dtype)
+        self.opt = make(self.model, spec, **options)
         self.meta = make_learner(self)
         self.step = 0
 
@@ -52,7 +55,7 @@ class Run:
         while self.step < last:
             train(self.model, self.opt, 1, first=self.step)
             self.step += 1
-            if self.step % 2 == 0 and next(self.model.parameters()).itemsize > 2:
+            if self.meta is not None and self.step % 2 == 0 and next(self.model.parameters()).itemsize > 2:
                 self.meta.update(*(batch(self.model, 100 * i + self.step) for i in range(1, 4)))
         return self
 
@@ -61,14 +64,15 @@ class Run:
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.opt.state_dict(),
-            "meta": self.meta.state_dict(),
+            "meta": None if self.meta is None else self.meta.state_dict(),
         }
 
     def load(self, state):
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.opt.load_state_dict(state["optimizer"])
-        self.meta.load_state_dict(state["meta"])
+        if self.meta is not None:
+            self.meta.load_state_dict(state["meta"])
         return self
 
     def assert_same(self, other):
@@ -89,6 +93,17 @@ OPTIONS = {
     "lagged": {"statistics": "lagged"},
     "basic": {"features": "basic", "amsgrad": False, "max_grad_norm": None, "total_steps": 20},
     "bf16": {"dtype": torch.bfloat16, "features": "norm_basic"},
+    "AVGrad": {"spec": AVGRAD},
+    "AVGrad, clipped": {"spec": AVGRAD, "max_grad_norm": 0.5, "skip_nonfinite": True, "backend": "reference"},
+    "AVGrad, bf16, rounded": {"spec": AVGRAD, "dtype": torch.bfloat16, "stochastic_rounding": True},
+    "AVGrad, bf16, masters": {"spec": AVGRAD, "dtype": torch.bfloat16, "master_weights": True},
+    "AVGrad, bf16, masters, rounded": {
+        "spec": AVGRAD,
+        "dtype": torch.bfloat16,
+        "master_weights": True,
+        "stochastic_rounding": True,
+    },
+    "AVGrad, fp16, fp32 states": {"spec": AVGRAD, "dtype": torch.float16, "state_dtype": torch.float32},
 }
 
 
@@ -103,26 +118,25 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(case, at):
         start.load(state)
         assert same(start.state(), state)
         start.to(8).assert_same(expected)
-    moved = Run(**options).to(4).opt.lr_scale
-    assert moved.ne(1).all()
+    run = Run(**options).to(4)
+    assert not run.spec.encodes or run.opt.lr_scale.ne(1).all()
 
 
-ROUNDED = {"dtype": torch.bfloat16, "stochastic_rounding": True}
-
-
-def test_the_seed_of_stochastic_rounding_is_part_of_a_checkpoint():
-    expected = Run(**ROUNDED, seed=2**40 + 3).to(6)
-    state = through_a_file(Run(**ROUNDED, seed=2**40 + 3).to(3).state())
-    Run(**ROUNDED, seed=7).load(state).to(6).assert_same(expected)
-    Run(dtype=torch.bfloat16).load(state).to(6)  # one that does not round by chance has no use for it
+@every
+def test_the_seed_of_stochastic_rounding_is_part_of_a_checkpoint(spec):
+    rounded = {"spec": spec, "dtype": torch.bfloat16, "stochastic_rounding": True}
+    expected = Run(**rounded, seed=2**40 + 3).to(6)
+    state = through_a_file(Run(**rounded, seed=2**40 + 3).to(3).state())
+    Run(**rounded, seed=7).load(state).to(6).assert_same(expected)
+    Run(spec, dtype=torch.bfloat16).load(state).to(6)  # one that does not round by chance has no use for it
     for seed in ("absent", None):  # an earlier version's checkpoint; one without stochastic rounding
-        state["optimizer"]["metaadamw"]["rounding_seed"] = None
+        state["optimizer"][spec.key]["rounding_seed"] = None
         if seed == "absent":
-            del state["optimizer"]["metaadamw"]["rounding_seed"]
-        run = Run(**ROUNDED, seed=7).load(state)
-        assert run.opt.state_dict()["metaadamw"]["rounding_seed"] == 7
+            del state["optimizer"][spec.key]["rounding_seed"]
+        run = Run(**rounded, seed=7).load(state)
+        assert run.opt.state_dict()[spec.key]["rounding_seed"] == 7
     for seed in (0.5, "7", 2**64):
-        state["optimizer"]["metaadamw"]["rounding_seed"] = seed
+        state["optimizer"][spec.key]["rounding_seed"] = seed
         with pytest.raises(ValueError, match="rounding_seed"):
             run.opt.load_state_dict(state["optimizer"])
 
@@ -153,10 +167,13 @@ def test_a_checkpoint_after_add_param_group(learner_first):
     with_an_added_group(learner_first).load(state).to(8).assert_same(expected)
 
 
-def work(folder, last):
+KILLED = {"MetaAdamW": {}, "AVGrad": OPTIONS["AVGrad, bf16, masters, rounded"]}
+
+
+def work(name, folder, last):
     """Trains to step `last`, saving after every step and resuming from what is there."""
     torch.set_num_threads(1)
-    folder, run = Path(folder), Run()
+    folder, run = Path(folder), Run(**KILLED[name])
     if (folder / "state").exists():
         run.load(torch.load(folder / "state", weights_only=True))
         print("resumed at", run.step, flush=True)
@@ -166,9 +183,10 @@ def work(folder, last):
         os.replace(folder / "new", folder / "state")
 
 
-def test_save_kill_load_continue(tmp_path):
+@pytest.mark.parametrize("name", KILLED)
+def test_save_kill_load_continue(name, tmp_path):
     def start(last):
-        code = f"from tests.test_checkpoint import work; work({str(tmp_path)!r}, {last})"
+        code = f"from tests.test_checkpoint import work; work({name!r}, {str(tmp_path)!r}, {last})"
         return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True)
 
     victim = start(10**9)
@@ -186,7 +204,7 @@ def test_save_kill_load_continue(tmp_path):
     assert successor.returncode == 0
     final = torch.load(tmp_path / "state", weights_only=True)
     assert final["step"] == killed_at + 5
-    assert same(final, Run().to(killed_at + 5).state())
+    assert same(final, Run(**KILLED[name]).to(killed_at + 5).state())
 
 
 # --------------------------------------------------------------------------------------------------------- to and from AdamW
@@ -242,6 +260,73 @@ def test_a_checkpoint_of_the_other_optimizer(into, case, partly):
         assert relative(p, q) < REDUCTION[torch.float64]
 
 
+OTHERS = {
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "AdamW, amsgrad": lambda ps, **options: torch.optim.AdamW(ps, amsgrad=True, **options),
+    "MetaAdamW": lambda ps, **options: MetaAdamW(ps, **OFF, **options),
+}
+
+
+def noisy_steps(model, opt, first, last):
+    for step in range(first, last):
+        for i, p in enumerate(model.parameters()):
+            p.grad = noise(p.shape, 100 * step + i, p.dtype)
+        opt.step()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("other", OTHERS)
+def test_avgrad_goes_on_from_a_checkpoint_of_adam(other, dtype, backend):
+    """With A = v, so the next step is Adam's but for that v has moved since; with A = 0 it would be some ten times as long."""
+    options = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0}
+    model = perceptron(dtype)
+    adam = OTHERS[other](model.parameters(), **options)
+    noisy_steps(model, adam, 0, 100)
+    twin = copy.deepcopy(model)
+    opt = AVGRAD(twin.parameters(), lr=0.5, betas=(0.5, 0.5), backend=backend)
+    state = through_a_file(adam.state_dict())
+    kept = copy.deepcopy(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.load_state_dict(state)
+    assert same(state, kept)
+    assert opt.steps_done == 100
+    assert all(opt.param_groups[0][name] == x for name, x in options.items())
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        ours, theirs = opt.state[q], adam.state[p]
+        assert same({name: ours[name] for name in ("step", *MOMENTS)}, {name: theirs[name] for name in ("step", *MOMENTS)})
+        assert same(ours["average_sq"], theirs["exp_avg_sq"].float())
+        assert ours["average_sq"].data_ptr() != ours["exp_avg_sq"].data_ptr()
+    for m, o in ((model, adam), (twin, opt)):
+        for p in m.parameters():
+            nn.init.zeros_(p)  # so that what is left is the step, to all its bits
+        noisy_steps(m, o, 100, 101)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert 0 < relative(q, p) < 0.05
+    assert opt.state[twin.out.weight]["step"] == 101
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_adam_goes_on_from_a_checkpoint_of_avgrad_and_back(kind):
+    """Torch keeps the mean beside its own moments, in the parameter's dtype. Loaded again, it is float32."""
+    model = perceptron(torch.bfloat16)
+    opt = AVGRAD(model.parameters())
+    noisy_steps(model, opt, 0, 3)
+    adam = kind(model.parameters())
+    adam.load_state_dict(through_a_file(opt.state_dict()))
+    noisy_steps(model, adam, 3, 5)
+    again = AVGRAD(model.parameters())
+    again.load_state_dict(through_a_file(adam.state_dict()))
+    assert again.steps_done == 5
+    for p in model.parameters():
+        assert same(adam.state[p]["exp_avg_sq"], again.state[p]["exp_avg_sq"])
+        assert again.state[p]["average_sq"].dtype == torch.float32
+        assert same(again.state[p]["average_sq"], opt.state[p]["average_sq"].bfloat16().float())
+    noisy_steps(model, again, 5, 6)
+
+
 # --------------------------------------------------------------------------------------------- dtypes, aliases, hooks, copies
 
 
@@ -292,61 +377,72 @@ def test_meta_optimizers_whose_states_have_other_shapes(make_optimizer):
     runs[1].load(through_a_file(runs[0].state())).to(8).assert_same(runs[0].to(8))
 
 
+@every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_states_keep_their_saved_dtypes(dtype):
+def test_states_keep_their_saved_dtypes(dtype, spec):
+    """But for one that is always wide."""
     model = perceptron(torch.bfloat16)
-    opt = make(model)
+    opt = make(model, spec)
     state = opt.state_dict()
     for i, p in enumerate(model.parameters()):
         state["state"][i] = {"step": torch.tensor(3.0)}
         state["state"][i] |= {name: noise(p.shape, i, dtype).square() for name in ("exp_avg", "exp_avg_sq")}
     opt.load_state_dict(through_a_file(state))
     for i, p in enumerate(model.parameters()):
-        assert same(dict(opt.state[p]), state["state"][i])
+        found = {name: x for name, x in opt.state[p].items() if name in state["state"][i]}
+        assert same(found, state["state"][i])
+        assert opt.state[p].keys() == {"step", *spec.states}
     train(model, opt, 2)
     assert all(s["exp_avg"].dtype == s["exp_avg_sq"].dtype == dtype and s["step"] == 5 for s in opt.state.values())
+    if spec is AVGRAD:
+        assert {s["average_sq"].dtype for s in opt.state.values()} == {torch.promote_types(dtype, torch.float32)}
 
 
-def test_what_is_loaded_is_neither_changed_nor_referred_to():
-    run = Run(statistics="lagged").to(3)
+@pytest.mark.parametrize("options", [{"statistics": "lagged"}, {"spec": AVGRAD}], ids=["MetaAdamW", "AVGrad"])
+def test_what_is_loaded_is_neither_changed_nor_referred_to(options):
+    run = Run(**options).to(3)
     state = run.state()
     before = copy.deepcopy(state)
-    Run(statistics="lagged").load(state).to(7)
+    Run(**options).load(state).to(7)
     assert same(state, before)
     with torch.no_grad():
-        for x in (*state["optimizer"]["state"][0].values(), *state["optimizer"]["metaadamw"]["encoder"].values()):
+        extra = state["optimizer"][run.spec.key]
+        for x in (*state["optimizer"]["state"][0].values(), extra["steps"], *extra.get("encoder", {}).values()):
             x.fill_(7.0)
-    loaded = Run(statistics="lagged").load(before)
+    loaded = Run(**options).load(before)
     for x in before["optimizer"]["state"][0].values():
         x.fill_(7.0)
     before["optimizer"]["param_groups"][0]["lr"] = 7.0
-    loaded.to(7).assert_same(Run(statistics="lagged").to(7))
+    loaded.to(7).assert_same(Run(**options).to(7))
 
 
-def test_hooks_on_checkpoints():
+@every
+def test_hooks_on_checkpoints(spec):
     model, calls = perceptron(), []
-    opt = make(model)
+    opt = make(model, spec)
     train(model, opt, 2)
     opt.register_state_dict_pre_hook(lambda o: calls.append(o is opt))
     opt.register_state_dict_post_hook(lambda o, state: {"wrapped": state})
     state = opt.state_dict()
     assert calls == [True]
     assert state.keys() == {"wrapped"}
-    assert state["wrapped"].keys() == {"state", "param_groups", "metaadamw"}
-    other = make(perceptron(), seed=3)
+    assert state["wrapped"].keys() == {"state", "param_groups", spec.key}
+    other = make(perceptron(), spec, seed=3)
     other.register_load_state_dict_pre_hook(lambda o, state: state["wrapped"])
     other.register_load_state_dict_post_hook(lambda o: calls.append(o.state[o.param_groups[0]["params"][0]]["step"].item()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # that it looks like a checkpoint of AdamW
         other.load_state_dict(state)
     assert calls == [True, 2.0]
-    assert same(dict(other.encoder.state_dict()), dict(opt.encoder.state_dict()))
+    assert same(other.state_dict()["state"], opt.state_dict()["wrapped"]["state"])
+    assert not spec.encodes or same(dict(other.encoder.state_dict()), dict(opt.encoder.state_dict()))
 
 
+@every
 @pytest.mark.parametrize("kind", ["state_dict", "load_state_dict"])
-def test_a_call_while_another_is_at_its_hooks(kind):
+def test_a_call_while_another_is_at_its_hooks(kind, spec):
     """As from another thread, which saves in the background: neither call may change what the other goes through."""
-    opt = make(perceptron())
+    opt = make(perceptron(), spec)
     state, nested = opt.state_dict(), []
 
     def call():
@@ -366,15 +462,16 @@ def test_a_call_while_another_is_at_its_hooks(kind):
             handle.remove()
 
 
-def test_a_checkpoint_is_taken_by_threads_beside_the_steps():
+@every
+def test_a_checkpoint_is_taken_by_threads_beside_the_steps(spec):
     model = perceptron()
-    opt, errors, done = make(model), [], threading.Event()
+    opt, errors, done = make(model, spec), [], threading.Event()
     train(model, opt, 1)
 
     def save():
         try:
             while not done.is_set():
-                assert opt.state_dict().keys() == {"state", "param_groups", "metaadamw"}
+                assert opt.state_dict().keys() == {"state", "param_groups", spec.key}
         except Exception as error:
             errors.append(error)
 
@@ -397,12 +494,14 @@ def test_a_checkpoint_is_taken_by_threads_beside_the_steps():
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
 
 
-@pytest.mark.parametrize("statistics", ["exact", "lagged"])
+@pytest.mark.parametrize(
+    "options", [{"statistics": "exact"}, {"statistics": "lagged"}, {"spec": AVGRAD}], ids=["", "lagged", "AVGrad"]
+)
 @pytest.mark.parametrize("kind", COPIES)
-def test_a_copy_goes_on_like_the_original(kind, statistics):
-    run = Run(statistics=statistics).to(3)
+def test_a_copy_goes_on_like_the_original(kind, options):
+    run = Run(**options).to(3)
     twin = COPIES[kind](run)
-    expected = Run(statistics=statistics).to(7)
+    expected = Run(**options).to(7)
     twin.to(7).assert_same(expected)
     assert run.step == 3
     run.to(7).assert_same(expected)

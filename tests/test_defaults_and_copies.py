@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from metaadamw_fast import FeatureConfig, MetaAdamW, MetaLearner, ops
 
-from .models import OFF, noise, same
+from .models import noise, same
+from .optimizers import AVGRAD, META, every, every_with
 
 HAS_CPP = ops._unavailable("cpp", torch.device("cpu")) is None
 
@@ -73,8 +74,33 @@ def test_inference_mode_around_the_set_up_leaves_nothing_behind(built, statistic
     torch.testing.assert_close(run(torch.inference_mode), run(lambda _: torch.enable_grad()), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("built", [True, False], ids=["built in it", "called in it"])
+def test_inference_mode_around_the_set_up_of_avgrad(built):
+    def run(mode):
+        model, extra = mlp(), nn.Parameter(torch.ones(3))
+        saved = AVGRAD(mlp().parameters(), skip_nonfinite=True).state_dict()
+        with mode(built):
+            opt = AVGRAD(model.parameters(), skip_nonfinite=True)
+        for called in (mode(not built), torch.enable_grad()):
+            loss_fn(model, noise((5, 6), 0)).backward()
+            with called:
+                opt.load_state_dict(saved)
+                opt.step()
+                saved = opt.state_dict()
+        with mode(True):
+            opt.add_param_group({"params": [extra]})
+        train(model, opt)
+        assert opt.skipped_steps == 0
+        return [*model.parameters(), *(x for state in opt.state.values() for x in state.values()), opt.statistics]
+
+    torch.testing.assert_close(run(torch.inference_mode), run(lambda _: torch.enable_grad()), rtol=0, atol=0)
+
+
 ESTIMATED = {
     "plain": {},
+    "AVGrad": {"spec": AVGRAD},
+    "AVGrad, clipped": {"spec": AVGRAD, "max_grad_norm": 1.0, "skip_nonfinite": True, "maximize": True},
+    "AVGrad, low precision": {"spec": AVGRAD, "dtype": torch.bfloat16, "master_weights": True, "stochastic_rounding": True},
     "lagged, amsgrad": {"statistics": "lagged", "amsgrad": True},
     "clipped, maximize": {"max_grad_norm": 1.0, "maximize": True},
     "enhanced, skipping": {"features": FeatureConfig("enhanced", gating=True), "skip_nonfinite": True},
@@ -90,12 +116,13 @@ def test_steps_on_tensors_without_elements(name):
 
     def run(mode):
         options = dict(ESTIMATED[name])
+        spec = options.pop("spec", META)
         dtype = options.pop("dtype", torch.float32)
         with mode:
             model = nn.Sequential(nn.Linear(6, 8, dtype=dtype), nn.Tanh(), nn.Linear(8, 3, dtype=dtype))
             if "lr" in options:
                 options["lr"] = options["lr"](0.1)
-            opt = MetaAdamW(model.parameters(), head_init="xavier", **options)
+            opt = spec(model.parameters(), **options)
             for _ in range(3):
                 opt.zero_grad()
                 loss_fn(model, torch.ones(5, 6, dtype=dtype)).backward()
@@ -105,7 +132,7 @@ def test_steps_on_tensors_without_elements(name):
                 opt.step()
             opt.add_param_group({"params": [nn.Parameter(torch.ones(3, dtype=dtype))]})
             opt.step()
-        made = [model[0].weight, opt.statistics, opt.features, opt.lr_scale, opt.grad_norm, *opt.encoder.parameters()]
+        made = [model[0].weight, *(getattr(opt, name) for name in spec.shown), *(opt.encoder.parameters() if spec.encodes else ())]
         made += [x for state in opt.state.values() for x in state.values()]
         return made, [list(state) for state in opt.state.values()]
 
@@ -122,13 +149,14 @@ def negative_view(shape, seed):
     return x
 
 
+@every
 @pytest.mark.parametrize(
     "backend", [pytest.param("cpp", marks=pytest.mark.skipif(not HAS_CPP, reason="no extension")), "reference"]
 )
-def test_gradients_that_are_negative_views(backend):
+def test_gradients_that_are_negative_views(backend, spec):
     """The C++ ops work on addresses that a launch keeps: not those of torch's copy of such a view, which is gone after the call."""
     runs = []
-    for make in (torch.optim.AdamW, lambda ps, **kw: MetaAdamW(ps, backend=backend, **OFF, **kw)):
+    for make in (spec.eager, lambda ps, **kw: spec.kind(ps, backend=backend, **spec.plain, **kw)):
         params = [nn.Parameter(noise((300, 400), i)) for i in range(2)]
         opt = make(params, lr=0.1)
         for step in range(4):
@@ -141,19 +169,21 @@ def test_gradients_that_are_negative_views(backend):
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-6, atol=1e-7)
 
 
+@every
 @pytest.mark.skipif(not HAS_CPP, reason="no extension")
-def test_a_parameter_that_is_a_negative_view_is_refused_by_the_kernels():
+def test_a_parameter_that_is_a_negative_view_is_refused_by_the_kernels(spec):
     p = nn.Parameter(negative_view((4,), 0))
     p.grad = torch.ones(4)
     before = p.detach().clone()
     with pytest.raises(RuntimeError, match="negative view"):
-        MetaAdamW([p], backend="cpp").step()
+        spec.kind([p], backend="cpp").step()
     assert torch.equal(p, before)
 
 
-def test_a_copy_does_not_step_the_original_that_a_scheduler_follows():
+@every
+def test_a_copy_does_not_step_the_original_that_a_scheduler_follows(spec):
     model = mlp()
-    opt = MetaAdamW(model.parameters())
+    opt = spec.kind(model.parameters())
     torch.optim.lr_scheduler.StepLR(opt, 3)
     opt.register_step_post_hook(lambda *_: None)
     train(model, opt)
@@ -163,6 +193,25 @@ def test_a_copy_does_not_step_the_original_that_a_scheduler_follows():
     assert not copied._optimizer_step_post_hooks
     loaded = pickle.loads(pickle.dumps(opt))
     assert loaded.steps_done == 2
+
+
+def step_of_a_spawned_avgrad(model, opt, expected):
+    torch.set_num_threads(1)
+    train(model, opt, 1)
+    assert same([*model.parameters()], expected)
+
+
+def test_an_avgrad_is_sent_to_a_spawned_process():
+    model = mlp()
+    opt = AVGRAD(model.named_parameters(), max_grad_norm=1.0)
+    train(model, opt)
+    other_model, other_opt = copy.deepcopy((model, opt))
+    train(other_model, other_opt, 1)
+    expected = [x.detach() for x in other_model.parameters()]
+    process = mp.get_context("spawn").Process(target=step_of_a_spawned_avgrad, args=(model, opt, expected))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
 
 
 def step_of_a_spawned_process(opt, meta, expected):
@@ -196,37 +245,39 @@ def test_an_optimizer_is_sent_to_a_spawned_process(steps):
     assert process.exitcode == 0
 
 
-def test_a_copy_of_a_backend_without_a_name_of_its_own():
+@every
+def test_a_copy_of_a_backend_without_a_name_of_its_own(spec):
     """That of Triton is made when it is asked for: no import finds it."""
     model = mlp()
-    opt = MetaAdamW(model.parameters())
+    opt = spec.kind(model.parameters())
     train(model, opt)
     opt._backend = type("Nameless", (opt._backend,), {})
     _, copied = pickle.loads(pickle.dumps((model, opt)))
     assert copied.steps_done == 2
-    assert copied.lr_scale.tolist() == opt.lr_scale.tolist()
+    assert not spec.encodes or copied.lr_scale.tolist() == opt.lr_scale.tolist()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
-@pytest.mark.parametrize("options", [{}, {"encoder_graph": True}], ids=["", "encoder_graph"])
-def test_a_pickle_of_an_optimizer_with_triton(monkeypatch, options):
+@every_with({}, MetaAdamW=[{"encoder_graph": True}])
+def test_a_pickle_of_an_optimizer_with_triton(monkeypatch, spec, options):
     """Triton's backend is made when it is asked for. Nothing is launched here, so it may stand for the tensors of the CPU, too."""
     monkeypatch.setattr(ops, "_unavailable", lambda name, device: None)
     model = mlp()
-    opt = MetaAdamW(model.named_parameters(), backend="triton", head_init="xavier", **options)
+    opt = spec(model.named_parameters(), backend="triton", **options)
     assert opt._backend.name == "triton"
-    meta = MetaLearner(opt, model, loss_fn)
+    meta = MetaLearner(opt, model, loss_fn) if spec.encodes else None
     _, loaded, learner = pickle.loads(pickle.dumps((model, opt, meta)))
-    assert learner.optimizer is loaded
+    assert not spec.encodes or learner.optimizer is loaded
     loaded._current_states()
     assert loaded._backend is opt._backend
     assert same(loaded.state_dict(), opt.state_dict())
 
 
-def test_another_state_and_other_param_groups():
+@every
+def test_another_state_and_other_param_groups(spec):
     """Replaced, not changed: how people reset the moments."""
     runs = []
-    for make in (torch.optim.AdamW, lambda ps, **kw: MetaAdamW(ps, **OFF, **kw)):
+    for make in (spec.eager, lambda ps, **kw: spec.kind(ps, **spec.plain, **kw)):
         model, other = mlp(), mlp()
         opt = make(list(model.parameters()), lr=0.1)
         train(model, opt)
@@ -235,15 +286,16 @@ def test_another_state_and_other_param_groups():
         assert [float(x["step"]) for x in opt.state.values()] == [1.0] * 4
         opt.param_groups = [{**group, "params": list(other.parameters()), "amsgrad": True} for group in opt.param_groups]
         train(other, opt, 1)
-        assert all("max_exp_avg_sq" in opt.state[p] for p in other.parameters())
+        assert spec is not META or all("max_exp_avg_sq" in opt.state[p] for p in other.parameters())
         runs.append((model, other))
     for a, b in zip(*runs, strict=True):
         assert_same(a, b)
 
 
-def test_a_compiled_step_is_the_step():
+@every
+def test_a_compiled_step_is_the_step(spec):
     model, other = mlp(), mlp()
-    opt, compiled = (MetaAdamW(m.parameters(), lr=0.1, head_init="xavier") for m in (model, other))
+    opt, compiled = (spec(m.parameters(), lr=0.1) for m in (model, other))
     step = torch.compile(lambda: compiled.step(), backend="eager")
     for seed in range(3):
         for m in (model, other):
@@ -254,6 +306,25 @@ def test_a_compiled_step_is_the_step():
     assert compiled.steps_done == 3
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_avgrad_is_the_same_whatever_the_default_dtype(dtype):
+    runs = []
+    for default in (torch.get_default_dtype(), dtype):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(default)
+        try:
+            params = [nn.Parameter(noise((5, 4), 0)), nn.Parameter(noise((3,), 1, torch.bfloat16))]
+            opt = AVGRAD(params, skip_nonfinite=True, max_grad_norm=1.0)
+            for step in range(3):
+                for i, p in enumerate(params):
+                    p.grad = noise(p.shape, 10 * step + i, p.dtype)
+                opt.step()
+        finally:
+            torch.set_default_dtype(before)
+        runs.append([*params, *(x for p in params for x in opt.state[p].values()), opt.grad_norm])
+    assert same(*runs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -272,15 +343,17 @@ def test_the_encoder_is_float32_whatever_the_default_dtype(dtype):
     assert opt.lr_scale.dtype == torch.float32
 
 
-def test_a_default_device_is_not_where_the_optimizer_goes():
+@every
+def test_a_default_device_is_not_where_the_optimizer_goes(spec):
     model = mlp()
     with torch.device("meta"):
-        opt = MetaAdamW(model.parameters(), features="enhanced", skip_nonfinite=True)
+        opt = spec.kind(model.parameters(), skip_nonfinite=True, **({"features": "enhanced"} if spec.encodes else {}))
     train(model, opt)
     assert opt.steps_done == 2
     with torch.device("meta"):
-        opt = MetaAdamW(mlp().parameters())
-    assert opt.encoder.head.weight.device.type == "cpu"
+        opt = spec.kind(mlp().parameters())
+    assert not spec.encodes or opt.encoder.head.weight.device.type == "cpu"
+    assert opt.statistics.device.type == "cpu"
 
 
 class Masked(nn.Module):

@@ -10,8 +10,16 @@ from torch import nn
 from metaadamw_fast import EncoderConfig, FeatureConfig, GroupEncoder, MetaAdamW, ops
 
 from .cases import same, set_gradients, two_layers, unchanged
+from .optimizers import AVGRAD, META, every, every_with
 
 NAN, INF = float("nan"), float("inf")
+
+
+def assert_names_no_other(spec, error):
+    """Whoever reads the message may never have heard of MetaAdamW."""
+    assert spec.encodes or "AdamW" not in str(error.value)
+
+
 DUPLICATES = pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 
 
@@ -41,13 +49,14 @@ HYPERPARAMETERS = [
 ]
 
 
+@every
 @pytest.mark.parametrize("arguments", HYPERPARAMETERS, ids=str)
-def test_hyperparameters_fail_as_in_torch(arguments):
+def test_hyperparameters_fail_as_in_torch(arguments, spec):
     with pytest.raises(ValueError, match=r".") as theirs:
         torch.optim.AdamW([ONE], **arguments)
     with pytest.raises(ValueError, match=r".") as ours:
-        MetaAdamW([ONE], **arguments)
-    _, opt = two_layers()
+        spec.kind([ONE], **arguments)
+    _, opt = two_layers(spec)
     with unchanged(opt), pytest.raises(ValueError, match=r".") as added:
         opt.add_param_group({"params": [("new", parameter())], **arguments})
     assert str(ours.value) == str(added.value) == str(theirs.value)
@@ -74,18 +83,19 @@ def step_with(opt, **values):
 
 
 WAYS = {
-    "constructor": lambda opt, **values: MetaAdamW([parameter()], **values),
+    "constructor": lambda opt, **values: type(opt)([parameter()], **values),
     "add_param_group": lambda opt, **values: opt.add_param_group({"params": [("new", parameter())], **values}),
     "load_state_dict": load_with,
     "assigned": step_with,
 }
 
 
+@every
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("betas", BETAS, ids=str)
-def test_betas_that_are_not_two_are_refused_wherever_they_come_from(way, betas):
+def test_betas_that_are_not_two_are_refused_wherever_they_come_from(way, betas, spec):
     """One too many would take the place of the next hyper-parameter."""
-    _, opt = two_layers()
+    _, opt = two_layers(spec)
     with unchanged(opt), pytest.raises(ValueError, match=rf"two are needed, got {len(betas)}"):
         WAYS[way](opt, betas=betas)
 
@@ -98,35 +108,29 @@ def test_betas_that_are_not_two_are_refused_by_the_op(betas):
     assert all(torch.equal(x, torch.ones(3)) for (x,) in lists)
 
 
+@every
 @pytest.mark.parametrize("way", WAYS)
-def test_a_differentiable_step_is_refused_wherever_it_is_asked_for(way):
+def test_a_differentiable_step_is_refused_wherever_it_is_asked_for(way, spec):
     with pytest.raises(RuntimeError, match="does not support `differentiable`"):
         torch.optim.AdamW([parameter()], fused=True, differentiable=True)
-    _, opt = two_layers()
+    _, opt = two_layers(spec)
     with unchanged(opt), pytest.raises(RuntimeError, match="does not support `differentiable`"):
         WAYS[way](opt, differentiable=True)
 
 
+@every
 @pytest.mark.parametrize("params", [[], ONE, [3], [NOT_A_LEAF], [("a", ONE), parameter()], [{"params": [ONE]}, {"params": [ONE]}]])
-def test_parameter_lists_fail_as_in_torch(params):
+def test_parameter_lists_fail_as_in_torch(params, spec):
     with pytest.raises((ValueError, TypeError)) as theirs:
         torch.optim.AdamW(params)
     with pytest.raises(theirs.type) as ours:
-        MetaAdamW(params)
+        spec.kind(params)
     assert str(ours.value) == str(theirs.value)
 
 
 CONSTRUCTOR = [
-    *(({name: x}, f"Invalid {name}: {x}") for name in ("lr_scale_range", "wd_scale_range") for x in (-0.1, 2.0, NAN, INF)),
-    *(({name: "no"}, f"Invalid {name}: 'no'") for name in ("grouping", "variant", "statistics", "backend", "head_init")),
-    ({"features": "no"}, "Invalid feature version: 'no'"),
-    ({"grouping": "fine_grained"}, "needs the parameters' names"),
-    ({"grouping": lambda name, param: name}, "needs the parameters' names"),
-    ({"features": FeatureConfig(dim=9), "encoder": EncoderConfig(heads=2)}, "2 heads do not divide the feature dim 9"),
-    ({"features": FeatureConfig(dim=4)}, "Invalid feature dim: 4, basic features need at least 6"),
-    ({"features": FeatureConfig("enhanced", dim=12), "encoder": EncoderConfig(heads=1)}, "need at least 14"),
+    *(({name: "no"}, f"Invalid {name}: 'no'") for name in ("backend", "allocate")),
     *(({"max_grad_norm": x}, "Invalid max_grad_norm") for x in (0.0, -1.0, NAN)),
-    *(({"total_steps": x}, "Invalid total_steps") for x in (0, -5, NAN, "1000", [1000])),
     ({"capturable": True}, "capturable=True needs parameters on a CUDA device"),
     ({"params": [FLOAT8]}, "got torch.float8_e5m2"),
     ({"params": [SPARSE]}, "dense"),
@@ -134,23 +138,37 @@ CONSTRUCTOR = [
     ({"params": [ONE, ON_META]}, "one device, got cpu, meta"),
     ({"params": [ONE, ONE]}, "duplicate"),
 ]
+CONSTRUCTOR_OF_METAADAMW = [
+    *(({name: x}, f"Invalid {name}: {x}") for name in ("lr_scale_range", "wd_scale_range") for x in (-0.1, 2.0, NAN, INF)),
+    *(({name: "no"}, f"Invalid {name}: 'no'") for name in ("grouping", "variant", "statistics", "head_init")),
+    ({"features": "no"}, "Invalid feature version: 'no'"),
+    ({"grouping": "fine_grained"}, "needs the parameters' names"),
+    ({"grouping": lambda name, param: name}, "needs the parameters' names"),
+    ({"features": FeatureConfig(dim=9), "encoder": EncoderConfig(heads=2)}, "2 heads do not divide the feature dim 9"),
+    ({"features": FeatureConfig(dim=4)}, "Invalid feature dim: 4, basic features need at least 6"),
+    ({"features": FeatureConfig("enhanced", dim=12), "encoder": EncoderConfig(heads=1)}, "need at least 14"),
+    *(({"total_steps": x}, "Invalid total_steps") for x in (0, -5, NAN, "1000", [1000])),
+]
 
 
 OTHER_TYPES = [
+    *(({name: "1"}, "not supported between|must be real number") for name in ("lr", "eps", "weight_decay", "max_grad_norm")),
+    *(({"betas": betas}, ".") for betas in (0.9, None, ("0.9", "0.999"))),
+]
+OTHER_TYPES_OF_METAADAMW = [
     ({"encoder": "basic"}, "encoder should be an EncoderConfig or a GroupEncoder, but got str"),
     ({"encoder": GroupEncoder}, "encoder should be an EncoderConfig or a GroupEncoder, but got type"),
     ({"features": 3}, "features should be a FeatureConfig or the name of its version, but got int"),
     ({"features": None}, "features should be .*, but got NoneType"),
     ({"model": [nn.Linear(1, 1)]}, "model should be a torch.nn.Module, but got list"),
-    *(({name: "1"}, "not supported between|must be real number") for name in ("lr", "eps", "weight_decay", "max_grad_norm")),
-    *(({"betas": betas}, ".") for betas in (0.9, None, ("0.9", "0.999"))),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), OTHER_TYPES, ids=[str(arguments) for arguments, _ in OTHER_TYPES])
-def test_constructor_with_other_types(arguments, message):
+@every_with(*OTHER_TYPES, MetaAdamW=OTHER_TYPES_OF_METAADAMW)
+def test_constructor_with_other_types(spec, options):
+    arguments, message = options
     with pytest.raises(TypeError, match=message):
-        MetaAdamW([parameter()], **arguments)
+        spec.kind([parameter()], **arguments)
 
 
 def test_an_encoder_with_other_types():
@@ -198,11 +216,13 @@ def test_what_is_said_again_of_a_ready_encoder(arguments, again):
 
 
 @DUPLICATES
-@pytest.mark.parametrize(("arguments", "message"), CONSTRUCTOR, ids=[message for _, message in CONSTRUCTOR])
-def test_constructor(arguments, message):
+@every_with(*CONSTRUCTOR, MetaAdamW=CONSTRUCTOR_OF_METAADAMW)
+def test_constructor(spec, options):
+    arguments, message = options
     random_state = torch.get_rng_state()
-    with pytest.raises(ValueError, match=message):
-        MetaAdamW(**{"params": [parameter()], **arguments})
+    with pytest.raises(ValueError, match=message) as raised:
+        spec.kind(**{"params": [parameter()], **arguments})
+    assert_names_no_other(spec, raised)
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
@@ -214,7 +234,11 @@ def test_size_of_the_encoder(size):
 
 def test_a_backend_that_cannot_run_says_why():
     x = [torch.ones(3)]
-    for call in (lambda: MetaAdamW([ONE], backend="triton"), lambda: ops.tensor_stats(x, x, backend="triton")):
+    for call in (
+        lambda: MetaAdamW([ONE], backend="triton"),
+        lambda: AVGRAD([ONE], backend="triton"),
+        lambda: ops.tensor_stats(x, x, backend="triton"),
+    ):
         with pytest.raises(RuntimeError, match=r"backend='triton' cannot run here: .*Triton"):
             call()
     with pytest.raises(ValueError, match="Invalid backend: 'no'"):
@@ -242,24 +266,28 @@ GROUPS = {
     "not a leaf": ({"params": [("a", NOT_A_LEAF)]}, ValueError, "non-leaf"),
     "no name": ({"params": [ONE]}, ValueError, "names"),
     "capturable": ({"params": [("a", ONE)], "capturable": True}, ValueError, "capturable"),
+}
+GROUPS_OF_METAADAMW = {
     "grouping that raises": ({"params": [("a", ONE), ("raises", parameter())]}, KeyError, "raises"),
     "grouping that is not hashable": ({"params": [("a", ONE), ("list", parameter())]}, TypeError, "unhashable"),
 }
 
 
 @DUPLICATES
-@pytest.mark.parametrize("name", GROUPS)
-def test_add_param_group(name):
-    group, error, message = GROUPS[name]
+@every_with(*GROUPS, MetaAdamW=GROUPS_OF_METAADAMW)
+def test_add_param_group(spec, options):
+    group, error, message = {**GROUPS, **GROUPS_OF_METAADAMW}[options]
     special = {"raises": lambda: {}["raises"], "list": list}
-    options = {"grouping": lambda name, param: special.get(name, lambda: name)()}
-    _, opt = two_layers(**options)
-    with unchanged(opt, **options), pytest.raises(error, match=message):
+    options = {"grouping": lambda name, param: special.get(name, lambda: name)()} if spec.encodes else {}
+    _, opt = two_layers(spec, **options)
+    with unchanged(opt, **options), pytest.raises(error, match=message) as raised:
         opt.add_param_group(group)
+    assert_names_no_other(spec, raised)
 
 
-def test_a_parameter_cannot_be_added_twice():
-    model, opt = two_layers()
+@every
+def test_a_parameter_cannot_be_added_twice(spec):
+    model, opt = two_layers(spec)
     with unchanged(opt), pytest.raises(ValueError, match="more than one parameter group"):
         opt.add_param_group({"params": [("again", model[0].weight)]})
 
@@ -273,24 +301,44 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
-@pytest.mark.parametrize("options", [{}, {"statistics": "lagged", "max_grad_norm": 1.0}], ids=["exact", "lagged and clipped"])
+@every_with({}, MetaAdamW=[{"statistics": "lagged", "max_grad_norm": 1.0}], AVGrad=[{"max_grad_norm": 1.0}])
 @pytest.mark.parametrize("name", SPOILED)
-def test_step(name, options, backend):
+def test_step(name, spec, options, backend):
     spoil, message = SPOILED[name]
-    model, opt = two_layers(backend=backend, **options)
+    model, opt = two_layers(spec, backend=backend, **options)
     param = model[1].weight  # [2, 4], not the first one
     set_gradients(opt, 2)
     with unchanged(opt, backend=backend, **options):
         data, grad, grad_data = param.data, param.grad, param.grad.data
         spoil(param)
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(RuntimeError, match=message) as raised:
             opt.step()
+        assert_names_no_other(spec, raised)
         param.data, grad.data = data, grad_data
         param.grad = grad
 
 
-def test_a_closure_that_raises():
-    _, opt = two_layers()
+@every
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_state_that_does_not_fit(backend, spec):
+    model, opt = two_layers(spec, backend=backend)
+    param = model[1].weight
+    for name in spec.states:
+        set_gradients(opt, 2)
+        with unchanged(opt, backend=backend):
+            state = opt.state[param][name]
+            opt.state[param][name] = torch.zeros(7)
+            with pytest.raises(RuntimeError, match=rf"{name}s\[2\]") as raised:
+                opt.step()
+            assert_names_no_other(spec, raised)
+            opt.state[param][name] = state
+        model, opt = two_layers(spec, backend=backend)
+        param = model[1].weight
+
+
+@every
+def test_a_closure_that_raises(spec):
+    _, opt = two_layers(spec)
     with unchanged(opt), pytest.raises(ZeroDivisionError):
         opt.step(lambda: 1 / 0)
 
@@ -298,11 +346,15 @@ def test_a_closure_that_raises():
 # ------------------------------------------------------------------------------------------------------------ checkpoints
 
 
+def all_states(spec):
+    return {"amsgrad": True} if spec is META else {}
+
+
 def edited(f):
     """A checkpoint of the same optimizer two steps later, spoiled by ``f``."""
 
-    def make():
-        _, other = two_layers(amsgrad=True)
+    def make(spec):
+        _, other = two_layers(spec, **all_states(spec))
         for seed in (7, 8):
             set_gradients(other, seed)
             other.step()
@@ -323,11 +375,17 @@ def lacking(*path):
 
 
 def of_another(**options):
-    return lambda: two_layers(**options)[1].state_dict()
+    return lambda spec: two_layers(spec, **options)[1].state_dict()
+
+
+def own(d):
+    """The extra content."""
+    (key,) = d.keys() - {"state", "param_groups"}
+    return d[key]
 
 
 def extra(**entries):
-    return edited(lambda d: d["metaadamw"].update(entries))
+    return edited(lambda d: own(d).update(entries))
 
 
 def state_of_3(**entries):
@@ -338,9 +396,32 @@ def group_0(**entries):
     return edited(lambda d: d["param_groups"][0].update(entries))
 
 
-STATISTICS = torch.zeros(4, 5)
-CORRUPT = {  # what is wrong, and the entry that the message names
-    "not a dict": (lambda: [1, 2], "not an optimizer checkpoint"),
+def spoiled_states(*names):
+    return {
+        f"{name} {what}": (state_of_3(**{name: x}), f"{name} of parameter 3")
+        for name in names
+        for what, x in {
+            "None": None,
+            "a number": 1.0,
+            "complex": torch.ones(2, dtype=torch.cfloat),
+            "sparse": torch.ones(2).to_sparse(),
+            "of another shape": torch.ones(2, 1),
+            "on meta": torch.ones(2, device="meta"),
+        }.items()
+    }
+
+
+CHECKPOINTS = {  # what is wrong, and the entry that the message names; KEY is the optimizer's
+    "another model": (lambda spec: spec(nn.Linear(5, 5).named_parameters()).state_dict(), "parameter"),
+    "another shape": (edited(lambda d: d["state"][3].update(exp_avg=torch.ones(7))), "shape"),
+    "nothing": (lambda spec: {}, "state"),
+    "no groups in it": (edited(lambda d: d["param_groups"].clear()), "parameter groups"),
+    "fewer parameters": (edited(lambda d: d["param_groups"][0]["params"].pop()), "parameters"),
+    "integer moment": (edited(lambda d: d["state"][3].update(exp_avg=torch.ones(2, dtype=torch.int64))), "exp_avg"),
+    **{f"no {key}": (lacking(key), key) for key in ("state", "param_groups")},
+    **{f"moments without {key}": (lacking("state", 3, key), key) for key in ("step", "exp_avg", "exp_avg_sq")},
+    **{f"group without {key}": (lacking("param_groups", 0, key), key) for key in ("params", "lr", "betas", "eps")},
+    "not a dict": (lambda spec: [1, 2], "not an optimizer checkpoint"),
     "states as a list": (edited(lambda d: d.update(state=[])), "'state'"),
     "groups as a dict": (edited(lambda d: d.update(param_groups={})), "'param_groups'"),
     "a group that is None": (edited(lambda d: d["param_groups"].__setitem__(0, None)), "parameter group 0"),
@@ -350,20 +431,18 @@ CORRUPT = {  # what is wrong, and the entry that the message names
     "a weight decay that is NaN": (group_0(weight_decay=NAN), "parameter group 0.*weight_decay"),
     "a state that is None": (edited(lambda d: d["state"].update({3: None})), "the state of parameter 3"),
     **{f"step {x}": (state_of_3(step=x), "step of parameter 3") for x in ("x", None, NAN, -1.0, torch.ones(2), torch.tensor(INF))},
-    **{
-        f"{name} {what}": (state_of_3(**{name: x}), f"{name} of parameter 3")
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-        for what, x in {
-            "None": None,
-            "a number": 1.0,
-            "complex": torch.ones(2, dtype=torch.cfloat),
-            "sparse": torch.ones(2).to_sparse(),
-            "of another shape": torch.ones(2, 1),
-            "on meta": torch.ones(2, device="meta"),
-        }.items()
-    },
-    "metaadamw None": (edited(lambda d: d.update(metaadamw=None)), "metaadamw"),
+    **spoiled_states("exp_avg", "exp_avg_sq"),
+    "extra content None": (edited(lambda d: d.update(dict.fromkeys(d.keys() - {"state", "param_groups"}))), "KEY"),
+    "extra content without steps_done": (edited(lambda d: own(d).pop("steps_done")), "steps_done"),
     **{f"steps_done {x}": (extra(steps_done=x), "steps_done") for x in ("x", None, -1, 2.5, NAN)},
+    **{f"skipped_steps {x}": (extra(skipped_steps=x), "skipped_steps") for x in ("x", -1)},
+    "steps as a list": (extra(steps=[1.0] * 4), "steps"),
+    "steps below 0": (extra(steps=torch.full((4,), -1.0)), "steps"),
+}
+
+STATISTICS = torch.zeros(4, 5)
+CORRUPT_OF_METAADAMW = {
+    **spoiled_states("max_exp_avg_sq"),
     "group_ids None": (extra(group_ids=None), "groups the parameters differently"),
     "generator None": (extra(generator=None), "generator"),
     "generator too short": (extra(generator=torch.zeros(3, dtype=torch.uint8)), "generator"),
@@ -390,39 +469,48 @@ OTHER_ENCODERS = {  # of the same shapes
     "time_step": {"features": FeatureConfig(time_step=False, dim=8)},
 }
 EXTRA = ("steps_done", "group_ids", "encoder", "generator", "scales", "lagged")
-
-
-CHECKPOINTS = {
-    "another model": (lambda: MetaAdamW(nn.Linear(5, 5).named_parameters()).state_dict(), "parameter"),
-    "another shape": (edited(lambda d: d["state"][3].update(exp_avg=torch.ones(7))), "shape"),
+OF_METAADAMW = {
     "another grouping": (of_another(grouping="param_groups"), "groups the parameters differently"),
     "another depth": (of_another(encoder=EncoderConfig(layers=3)), "another encoder"),
     "another width": (of_another(encoder=EncoderConfig(hidden=8)), "another encoder"),
     "other features": (of_another(features="enhanced"), "another encoder"),
     "gates": (of_another(features=FeatureConfig(gating=True)), "another encoder"),
-    "nothing": (dict, "state"),
-    "no groups in it": (edited(lambda d: d["param_groups"].clear()), "parameter groups"),
-    "fewer parameters": (edited(lambda d: d["param_groups"][0]["params"].pop()), "parameters"),
     "encoder without head": (edited(lambda d: d["metaadamw"]["encoder"].pop("head.bias")), "head.bias"),
     "scales of more groups": (edited(lambda d: d["metaadamw"].update(scales=torch.ones(4, 9))), "scales"),
-    "integer moment": (edited(lambda d: d["state"][3].update(exp_avg=torch.ones(2, dtype=torch.int64))), "exp_avg"),
-    **{f"no {key}": (lacking(key), key) for key in ("state", "param_groups")},
-    **{f"moments without {key}": (lacking("state", 3, key), key) for key in ("step", "exp_avg", "exp_avg_sq")},
-    **{f"group without {key}": (lacking("param_groups", 0, key), key) for key in ("params", "lr", "betas", "eps")},
     **{f"metaadamw without {key}": (lacking("metaadamw", key), key) for key in EXTRA},
     **{f"other {name}": (of_another(**options), f"another encoder: {name} is") for name, options in OTHER_ENCODERS.items()},
-    **CORRUPT,
+    **CORRUPT_OF_METAADAMW,
 }
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_load_state_dict(name):
-    make, message = CHECKPOINTS[name]
-    state = make()
+def of_adam(**entries):
+    """As Adam's or AdamW's, without a mean."""
+
+    def spoil(d):
+        del d["state"][3]["average_sq"]
+        d["state"][3].update(entries)
+
+    return edited(spoil)
+
+
+OF_AVGRAD = {
+    **spoiled_states("average_sq"),
+    **{f"Adam's with {name} {x}": (of_adam(**{name: x}), name) for name in ("exp_avg", "exp_avg_sq") for x in (None, 1.0)},
+    "Adam's of another shape": (of_adam(exp_avg_sq=torch.ones(7)), "exp_avg_sq"),
+    "Adam's on meta": (of_adam(exp_avg_sq=torch.ones(2, device="meta")), "exp_avg_sq"),
+    "Adam's of integers": (of_adam(exp_avg_sq=torch.ones(2, dtype=torch.int64)), "exp_avg_sq"),
+}
+
+
+@every_with(*CHECKPOINTS, MetaAdamW=OF_METAADAMW, AVGrad=OF_AVGRAD)
+def test_load_state_dict(spec, options):
+    make, message = {**CHECKPOINTS, **OF_METAADAMW, **OF_AVGRAD}[options]
+    state = make(spec)
     kept = copy.deepcopy(state)
-    _, opt = two_layers(amsgrad=True)
-    with unchanged(opt, amsgrad=True), pytest.raises(ValueError, match=message):
+    _, opt = two_layers(spec, **all_states(spec))
+    with unchanged(opt, **all_states(spec)), pytest.raises(ValueError, match=message.replace("KEY", spec.key)) as raised:
         opt.load_state_dict(state)
+    assert_names_no_other(spec, raised)
     assert same(state, kept)
 
 

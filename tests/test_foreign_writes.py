@@ -13,7 +13,8 @@ from torch import nn
 from metaadamw_fast import MetaAdamW, MetaLearner, ops
 from metaadamw_fast.core import devices
 
-from .models import OFF, noise
+from .models import noise
+from .optimizers import AVGRAD, META, every, every_with
 
 
 def assign_data_twice(p, opt):
@@ -68,14 +69,38 @@ def test_what_others_write_between_steps_is_seen(kind):
         torch.testing.assert_close(opt.statistics[0], torch.stack(expected).float(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_state_and_parameters_exchanged_by_hand_as_in_torch(amsgrad):
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("kind", WRITES)
+def test_avgrad_goes_on_from_what_others_write(kind, backend):
+    """It takes up the numbers that are there: those of a new optimizer with the same parameters and states."""
+    p = nn.Parameter(noise((40, 40), 0))
+    opt = AVGRAD([p], backend=backend)
+    write = {"load_state_dict": lambda p, opt: opt.load_state_dict(AVGRAD([torch.ones_like(p)]).state_dict())}.get(
+        kind, WRITES[kind]
+    )
+    for step in range(4):
+        if step == 2:
+            write(p, opt)
+            q = nn.Parameter(p.detach().clone())
+            fresh = AVGRAD([q], backend=backend)
+            fresh.state[q] = {name: x.clone() for name, x in opt.state[p].items()}
+        p.grad = noise(p.shape, 10 + step)
+        opt.step()
+        if step >= 2:
+            q.grad = noise(p.shape, 10 + step)
+            fresh.step()
+            assert torch.equal(p, q)
+            assert all(torch.equal(x, fresh.state[q][name]) for name, x in opt.state[p].items())
+
+
+@every_with({}, MetaAdamW=[{"amsgrad": True}])
+def test_state_and_parameters_exchanged_by_hand_as_in_torch(spec, options):
     """What torch's own optimizers take up in the next step: a cleared state, a state of one's own, another parameter."""
     weights = [nn.Parameter(noise((5, 4), i)) for i in range(3)]
     runs = []
-    for make in (torch.optim.AdamW, lambda ps, **kw: MetaAdamW(ps, **kw, **OFF)):
+    for make in (spec.eager, lambda ps, **kw: spec.kind(ps, **kw, **spec.plain)):
         ps = copy.deepcopy(weights)
-        opt = make(ps[:2], lr=0.1, amsgrad=amsgrad)
+        opt = make(ps[:2], lr=0.1, **options)
         joining = nn.Parameter(noise((2, 3), 9))
         for step in range(10):
             if step == 2:
@@ -92,7 +117,7 @@ def test_state_and_parameters_exchanged_by_hand_as_in_torch(amsgrad):
             opt.step()
         assert opt.state[ps[2]]["step"] == 4
         assert opt.state[joining]["step"] == 2
-        runs.append([*ps, joining, opt.state[ps[0]]["exp_avg"], opt.state[ps[2]]["exp_avg_sq"]])
+        runs.append([*ps, joining, *(opt.state[p][name] for p in (ps[0], ps[2]) for name in spec.states)])
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-6, atol=1e-7)
 
 
@@ -104,10 +129,11 @@ def moved_to_the_front(groups):
     groups[1]["params"].insert(0, groups[0]["params"].pop(0))
 
 
+@every
 @pytest.mark.parametrize("move", [moved_to_the_end, moved_to_the_front, list.reverse])
-def test_parameters_in_another_entry_have_its_hyper_parameters_as_in_torch(move):
+def test_parameters_in_another_entry_have_its_hyper_parameters_as_in_torch(move, spec):
     runs = []
-    for make in (torch.optim.AdamW, lambda ps, **kw: MetaAdamW(ps, **kw, **OFF)):
+    for make in (spec.eager, lambda ps, **kw: spec.kind(ps, **kw, **spec.plain)):
         ps = [nn.Parameter(noise((5, 4), i)) for i in range(4)]
         opt = make([{"params": ps[:3], "lr": 0.1}, {"params": ps[3:], "lr": 1e-3, "weight_decay": 0.5}])
         for step in range(6):
@@ -160,12 +186,14 @@ def test_what_is_saved_after_a_move_resumes_in_the_new_order():
         assert torch.allclose(p, q, rtol=2e-2)
 
 
-def test_a_removed_entry_leaves_and_another_one_joins():
+@every
+def test_a_removed_entry_leaves_and_another_one_joins(spec):
     a, b, c = (nn.Parameter(torch.ones(3)) for _ in range(3))
-    opt = MetaAdamW([{"params": [a]}, {"params": [b]}])
+    opt = spec.kind([{"params": [a]}, {"params": [b]}])
     del opt.param_groups[0]
     opt.add_param_group({"params": [c]})
-    assert [group.params for group in opt.groups] == [[b], [c]]
+    assert not spec.encodes or [group.params for group in opt.groups] == [[b], [c]]
+    assert len(opt.statistics) == 2
     a.grad, b.grad, c.grad = torch.ones(3), torch.ones(3), torch.ones(3)
     opt.step()
     assert torch.equal(a, torch.ones(3))
@@ -174,9 +202,10 @@ def test_a_removed_entry_leaves_and_another_one_joins():
     assert (c < 1).all()
 
 
-def test_entries_of_users_in_state_and_param_groups_are_left_alone():
+@every
+def test_entries_of_users_in_state_and_param_groups_are_left_alone(spec):
     p, q = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3))
-    opt = MetaAdamW([p, q], lr=0.1)
+    opt = spec.kind([p, q], lr=0.1)
     opt.state["note"], opt.state["count"] = {"a": 1}, 3
     opt.state[p]["ema"] = torch.zeros(5)
     for params in ([p, q], (p, q), nn.ParameterList([p, q])):
@@ -187,7 +216,7 @@ def test_entries_of_users_in_state_and_param_groups_are_left_alone():
     assert (q < 0.8).all()
     opt.param_groups[0]["params"] = [p, q]
     saved = opt.state_dict()
-    other = MetaAdamW([nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3))], lr=0.1)
+    other = spec.kind([nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3))], lr=0.1)
     other.load_state_dict(saved)
     assert other.state["note"] == {"a": 1}
     assert other.state["count"] == 3
@@ -235,6 +264,9 @@ ROWS = {
     "clipped": {"max_grad_norm": 0.5, "amsgrad": True},
     "masters": {"master_weights": True, "state_dtype": torch.float32},
     "masters, lagged": {"master_weights": True, "statistics": "lagged"},
+    "AVGrad": {"spec": AVGRAD},
+    "AVGrad, clipped": {"spec": AVGRAD, "max_grad_norm": 0.5},
+    "AVGrad, masters": {"spec": AVGRAD, "master_weights": True},
 }
 
 
@@ -244,9 +276,9 @@ def test_a_step_leaves_alone_what_has_no_gradient(name, backend):
     """In no sense written: a backward pass that waits, through the other head and the teacher, finds what it has saved."""
     dtype = torch.bfloat16 if "masters" in name else torch.float32
     model = TwoHeads(dtype)
-    opt = MetaAdamW(model.parameters(), head_init="xavier", backend=backend, **ROWS[name])
-    moments = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param")
-    written_by = {p: [p, *(x for key, x in opt.state[p].items() if key in moments)] for p in model.parameters()}
+    options = dict(ROWS[name])
+    opt = options.pop("spec", META)(model.parameters(), backend=backend, **options)
+    written_by = {p: [p, *(x for key, x in opt.state[p].items() if key != "step")] for p in model.parameters()}
     opt.step()  # the first one looks through all masters
     for step in range(5):
         used, other = step % 2, 1 - step % 2
@@ -263,7 +295,7 @@ def test_a_step_leaves_alone_what_has_no_gradient(name, backend):
             if p.grad is not None:
                 assert all(rises)
             elif step == 3 and p is model.heads[other].weight:
-                assert not any(rises[:3])
+                assert not any(rises[: 1 + len(opt.rule.always)])
             else:
                 assert not any(rises)
         waiting.backward()
@@ -277,13 +309,14 @@ def test_the_op_marks_what_it_writes():
     assert [[x._version for x in xs] for xs in (params, *states)] == [[1, 0, 1]] * 4
 
 
-def test_memory_that_was_freed_is_refused():
-    for freed in ("param", "exp_avg", "grad"):
+@every
+def test_memory_that_was_freed_is_refused(spec):
+    for freed in ("param", "exp_avg", spec.states[-1], "grad"):
         p = nn.Parameter(torch.ones(3))
-        opt = MetaAdamW([p], backend="cpp")
+        opt = spec.kind([p], backend="cpp")
         p.grad = torch.ones(3)
         opt.step()
-        {"param": p, "grad": p.grad}.get(freed, opt.state[p]["exp_avg"]).untyped_storage().resize_(0)
+        {"param": p, "grad": p.grad}.get(freed, opt.state[p].get(freed)).untyped_storage().resize_(0)
         with pytest.raises(RuntimeError, match="its storage was freed"):
             opt.step()
 

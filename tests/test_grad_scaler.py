@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from metaadamw_fast import MetaAdamW
 from metaadamw_fast.core import devices
 
 from .cases import everything, same, set_gradients, two_layers
 from .models import noise
+from .optimizers import every, every_with
 
 HUGE = 1e4  # a threshold that no gradient here reaches
 
@@ -37,18 +37,16 @@ def who_decides(request, monkeypatch):
         monkeypatch.setattr(devices, "readable", lambda x: False)
 
 
-MODES = pytest.mark.parametrize(
-    "options", [{}, {"statistics": "lagged"}, {"features": "enhanced"}, {"maximize": True}, {"amsgrad": True}], ids=str
-)
+MODES = every_with({}, {"maximize": True}, MetaAdamW=[{"statistics": "lagged"}, {"features": "enhanced"}, {"amsgrad": True}])
 
 
 @MODES
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.3, HUGE])
 @pytest.mark.parametrize("unscales", ["the step", "the user"])
-def test_a_scaled_loss_gives_the_same_steps(unscales, max_grad_norm, backend, options, who_decides):
+def test_a_scaled_loss_gives_the_same_steps(unscales, max_grad_norm, backend, spec, options, who_decides):
     """A scale that is a power of two changes no bit: every sum, product and quotient is the same times it."""
-    pairs = [two_layers(backend=backend, max_grad_norm=max_grad_norm, **options) for _ in range(2)]
+    pairs = [two_layers(spec, backend=backend, max_grad_norm=max_grad_norm, **options) for _ in range(2)]
     scaler = new_scaler()
     for step in range(5):
         for (_, opt), scaled in zip(pairs, (False, True), strict=True):
@@ -72,9 +70,9 @@ def test_a_scaled_loss_gives_the_same_steps(unscales, max_grad_norm, backend, op
 @pytest.mark.parametrize("max_grad_norm", [None, 0.3])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("unscales", ["the step", "the user"])
-def test_after_an_overflow_nothing_has_moved(unscales, bad, max_grad_norm, options, who_decides):
+def test_after_an_overflow_nothing_has_moved(unscales, bad, max_grad_norm, spec, options, who_decides):
     """And the next step is that of an optimizer that never saw it."""
-    (_, opt), (_, twin) = (two_layers(max_grad_norm=max_grad_norm, **options) for _ in range(2))
+    (_, opt), (_, twin) = (two_layers(spec, max_grad_norm=max_grad_norm, **options) for _ in range(2))
     scaler = new_scaler()
     for step in range(6):
         set_gradients(opt, step)
@@ -98,28 +96,28 @@ def test_after_an_overflow_nothing_has_moved(unscales, bad, max_grad_norm, optio
             assert not different, (step, different)
 
 
-def test_an_overflow_in_the_very_first_step(who_decides):
-    for options in ({}, {"statistics": "lagged"}, {"max_grad_norm": 1.0}):
-        (_, opt), (_, twin) = (fresh(**options) for _ in range(2))
-        scaler = new_scaler()
-        set_gradients(opt, 0)
-        opt.param_groups[0]["params"][0].grad[0, 0] = float("inf")
-        scaler.step(opt)
-        scaler.update(1024.0)
-        assert opt.steps_done == 0
-        for step in range(3):
-            for each in (opt, twin):
-                set_gradients(each, step)
-                each.step()
-            assert_same_optimizers(opt, twin)
+@every_with({}, {"max_grad_norm": 1.0}, MetaAdamW=[{"statistics": "lagged"}])
+def test_an_overflow_in_the_very_first_step(spec, options, who_decides):
+    (_, opt), (_, twin) = (fresh(spec, **options) for _ in range(2))
+    scaler = new_scaler()
+    set_gradients(opt, 0)
+    opt.param_groups[0]["params"][0].grad[0, 0] = float("inf")
+    scaler.step(opt)
+    scaler.update(1024.0)
+    assert opt.steps_done == 0
+    for step in range(3):
+        for each in (opt, twin):
+            set_gradients(each, step)
+            each.step()
+        assert_same_optimizers(opt, twin)
 
 
-def fresh(**options):
+def fresh(spec, **options):
     """As two_layers, without its step."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    return model, MetaAdamW(model.named_parameters(), lr=0.1, head_init="xavier", **options)
+    return model, spec(model.named_parameters(), lr=0.1, **options)
 
 
 def assert_same_optimizers(opt, twin):
@@ -132,10 +130,10 @@ def assert_same_optimizers(opt, twin):
 
 
 @pytest.mark.parametrize("factor", [0.1, 1.0, 3.0], ids=["above", "at the threshold", "below"])
-@pytest.mark.parametrize("options", [{}, {"statistics": "lagged"}, {"maximize": True}], ids=str)
-def test_clipping_in_the_step_is_clipping_before_it(options, factor):
+@every_with({}, {"maximize": True}, MetaAdamW=[{"statistics": "lagged"}])
+def test_clipping_in_the_step_is_clipping_before_it(spec, options, factor):
     """50 steps, within 1e-6 of the largest element: one rounds the gradient once more, the other the square of the norm."""
-    (_, folded), (_, plain) = two_layers(max_grad_norm=1.0, **options), two_layers(**options)
+    (_, folded), (_, plain) = two_layers(spec, max_grad_norm=1.0, **options), two_layers(spec, **options)
     folded.load_state_dict(plain.state_dict())
     for p, q in zip(folded.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
         p.data.copy_(q)
@@ -148,15 +146,16 @@ def test_clipping_in_the_step_is_clipping_before_it(options, factor):
         clip_grad_norm_(plain.param_groups[0]["params"], max_norm)
         folded.step()
         plain.step()
-        torch.testing.assert_close(folded.grad_norm, before, rtol=1e-6, atol=0)
+        torch.testing.assert_close(folded.grad_norm, before.to(folded.sums_dtype()), rtol=1e-6, atol=0)
     for p, q in zip(folded.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6 * float(q.detach().abs().max()))
 
 
+@every
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_clipping_of_what_is_not_finite(bad):
+def test_clipping_of_what_is_not_finite(bad, spec):
     """One NaN makes a clipped step NaN everywhere, one infinity makes every other gradient 0: as clip_grad_norm_ does."""
-    (_, folded), (_, plain) = two_layers(max_grad_norm=1.0), two_layers()
+    (_, folded), (_, plain) = two_layers(spec, max_grad_norm=1.0), two_layers(spec)
     folded.load_state_dict(plain.state_dict())
     for p, q in zip(folded.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
         p.data.copy_(q)
@@ -168,23 +167,22 @@ def test_clipping_of_what_is_not_finite(bad):
     plain.step()
     for p, q in zip(folded.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7, equal_nan=True)
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in spec.states:
             torch.testing.assert_close(folded.state[p][key], plain.state[q][key], rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- skip_nonfinite
 
 
-@pytest.mark.parametrize("statistics", ["exact", "lagged"])
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=str)
+@every_with({}, {"max_grad_norm": 0.5}, MetaAdamW=[{"statistics": "lagged"}, {"statistics": "lagged", "max_grad_norm": 0.5}])
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 @pytest.mark.parametrize("on_device", [False, True])
-def test_a_step_with_gradients_that_are_not_finite_is_left_out(statistics, options, backend, on_device, monkeypatch):
+def test_a_step_with_gradients_that_are_not_finite_is_left_out(spec, options, backend, on_device, monkeypatch):
     """It is as if it had never been, also where the host does not look; and it is counted, in checkpoints too."""
     runs = []
     for bad in (True, False):
         p, q = nn.Parameter(noise((40, 30), 0)), nn.Parameter(noise((7,), 1))
-        opt = MetaAdamW([p, q], head_init="xavier", skip_nonfinite=True, statistics=statistics, backend=backend, **options)
+        opt = spec([p, q], skip_nonfinite=True, backend=backend, **options)
         if on_device:
             monkeypatch.setattr(devices, "readable", lambda x: False)
         for step in range(8):
@@ -199,9 +197,9 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out(statistics, optio
         monkeypatch.undo()
         assert opt.skipped_steps == (3 if bad else 0)
         assert opt.steps_done == 5
-        fresh = MetaAdamW([nn.Parameter(p.detach().clone()), nn.Parameter(q.detach().clone())], skip_nonfinite=True)
+        fresh = spec.kind([nn.Parameter(p.detach().clone()), nn.Parameter(q.detach().clone())], skip_nonfinite=True)
         fresh.load_state_dict(opt.state_dict())
         assert fresh.skipped_steps == opt.skipped_steps
-        tensors = [*(x for y in (p, q) for x in (y, *opt.state[y].values())), opt.lr_scale, opt.statistics, opt.features]
+        tensors = [*(x for y in (p, q) for x in (y, *opt.state[y].values())), *(getattr(opt, name) for name in spec.shown)]
         runs.append([x.detach().clone() for x in tensors])
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))

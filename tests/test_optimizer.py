@@ -11,7 +11,6 @@ from torch.nn.utils import clip_grad_norm_
 from metaadamw_fast import FeatureConfig, MetaAdamW
 
 from .models import (
-    OFF,
     assert_same_bits,
     batch,
     expected_features,
@@ -25,6 +24,7 @@ from .models import (
     relative,
     train,
 )
+from .optimizers import AVGRAD, META, every, every_with
 from .tolerances import CLIPPED, ENCODER, REDUCTION
 
 BACKENDS = ("cpp", "reference")
@@ -57,6 +57,23 @@ def test_a_step_is_the_formula(variant):
             torch.testing.assert_close(p.detach(), (1 - decay) * q - step, rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@every_with(
+    {}, {"maximize": True, "weight_decay": 0.0}, {"betas": (0.6, 0.7), "eps": 0.1, "lr": 0.05}, MetaAdamW=[{"amsgrad": True}]
+)
+def test_steps_are_those_of_torch_s_own_operations(spec, options, backend):
+    """In float64, for as many steps as the mean of an AVGrad takes to differ from its second moment."""
+    models = [perceptron(torch.float64) for _ in range(2)]
+    options = {"lr": 3e-3, "weight_decay": 0.1, **options}
+    ours = spec.kind(models[0].parameters(), backend=backend, **spec.plain, **options)
+    for model, opt in zip(models, (ours, spec.eager(models[1].parameters(), **options)), strict=True):
+        train(model, opt, 12)
+    assert ours.state[models[0].out.weight].keys() == opt.state[models[1].out.weight].keys()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert relative(p, q) < REDUCTION[torch.float64]
+        assert all(relative(x, opt.state[q][name]) < REDUCTION[torch.float64] for name, x in ours.state[p].items())
+
+
 def test_lagged_scales_are_those_of_the_step_before():
     """A twin in exact mode takes over the state before step s-1; its scales there are the lagged ones of step s."""
     model = perceptron()
@@ -81,22 +98,26 @@ def test_lagged_scales_are_those_of_the_step_before():
 # ------------------------------------------------------------------------------------------------------------- what can be read
 
 
-def test_building_draws_nothing_from_the_global_random_state():
+GATED = FeatureConfig("enhanced", gating=True)
+
+
+@every_with({}, MetaAdamW=[{"features": GATED, "head_init": start} for start in ("identity", "xavier")])
+def test_building_draws_nothing_from_the_global_random_state(spec, options):
     model = perceptron()
     state = torch.get_rng_state()
-    for start in ("identity", "xavier"):
-        MetaAdamW(model.named_parameters(), model=model, features=FeatureConfig("enhanced", gating=True), head_init=start)
+    spec.of_model(model, **options)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 # ----------------------------------------------------------------------------------------------------------- clipping, non-finite
 
 
+@every
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_max_grad_norm_is_clip_grad_norm(backend):
+def test_max_grad_norm_is_clip_grad_norm(backend, spec):
     models = [perceptron(), perceptron()]
-    folded = make(models[0], max_grad_norm=2.0, backend=backend)
-    plain = make(models[1], backend=backend)
+    folded = make(models[0], spec, max_grad_norm=2.0, backend=backend)
+    plain = make(models[1], spec, backend=backend)
     norms = []
     for step in range(50):
         for model, opt in zip(models, (folded, plain), strict=True):
@@ -107,16 +128,18 @@ def test_max_grad_norm_is_clip_grad_norm(backend):
         folded.step()
         plain.step()
         assert all(torch.equal(p.grad, g) for p, g in zip(models[0].parameters(), unclipped, strict=True))
-        torch.testing.assert_close(folded.grad_norm, norms[-1], rtol=1e-5, atol=0)
+        torch.testing.assert_close(folded.grad_norm, norms[-1].to(folded.sums_dtype()), rtol=1e-5, atol=0)
     assert 10 < sum(norm > 2.0 for norm in norms) < 40
-    torch.testing.assert_close(folded.lr_scale, plain.lr_scale, **ENCODER)
+    if spec.encodes:
+        torch.testing.assert_close(folded.lr_scale, plain.lr_scale, **ENCODER)
     assert all(relative(p, q) < CLIPPED for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
+@every
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_gradient_in_a_clipped_step(bad):
+def test_a_non_finite_gradient_in_a_clipped_step(bad, spec):
     models = [perceptron(), perceptron()]
-    optimizers = [make(models[0], max_grad_norm=0.5), make(models[1])]
+    optimizers = [make(models[0], spec, max_grad_norm=0.5), make(models[1], spec)]
     for model in models:
         mse(model, batch(model, 0)).backward()
         model.out.weight.grad[0, 0] = bad
@@ -130,9 +153,10 @@ def test_a_non_finite_gradient_in_a_clipped_step(bad):
 # ------------------------------------------------------------------------------------------------------- as any torch optimizer
 
 
-def test_closures_hooks_and_zero_grad():
+@every
+def test_closures_hooks_and_zero_grad(spec):
     model = perceptron()
-    opt, calls = make(model), []
+    opt, calls = make(model, spec), []
     opt.register_step_pre_hook(lambda *_: calls.append("pre"))
     opt.register_step_post_hook(lambda *_: calls.append("post"))
 
@@ -155,42 +179,49 @@ def test_closures_hooks_and_zero_grad():
     assert [x["step"].item() for x in opt.state.values()] == [2.0] * 10
 
 
-@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": False, "foreach": None}, {"fused": True}], ids=str)
-def test_what_callers_of_adamw_pass_besides_changes_nothing(options):
+@every_with({}, {"foreach": True}, {"fused": False, "foreach": None}, {"fused": True})
+def test_what_callers_of_adamw_pass_besides_changes_nothing(spec, options):
     """Neither the step nor the param groups, by whose keys checkpoints are told apart."""
     models = [perceptron(), perceptron()]
-    optimizers = [make(models[0]), make(models[1], **options, differentiable=False)]
+    optimizers = [make(models[0], spec), make(models[1], spec, **options, differentiable=False)]
     for model, opt in zip(models, optimizers, strict=True):
         train(model, opt, 2)
     assert_same_bits(*zip(models, optimizers, strict=True))
     assert optimizers[0].param_groups[0].keys() == optimizers[1].param_groups[0].keys()
 
 
-def test_add_param_group_keeps_ids_scales_and_states():
+@every_with(MetaAdamW=[{"features": "enhanced"}], AVGrad=[{"max_grad_norm": 1e6}])
+def test_add_param_group_keeps_ids_scales_and_states(spec, options):
     model = perceptron(depth=2)
-    opt = make(model, features="enhanced")
+    opt = make(model, spec, **options)
     train(model, opt, 3)
-    names, scales = [list(group.names) for group in opt.groups], [opt.lr_scale.clone(), opt.wd_scale.clone()]
+    statistics = opt.statistics.clone()
     states = {p: {name: x.clone() for name, x in state.items()} for p, state in opt.state.items()}
-    embeddings = [p.detach().clone() for p in opt.encoder.group_embeddings]
+    if spec.encodes:
+        names, scales = [list(group.names) for group in opt.groups], [opt.lr_scale.clone(), opt.wd_scale.clone()]
+        embeddings = [p.detach().clone() for p in opt.encoder.group_embeddings]
     extra = nn.Linear(3, 3)
     opt.add_param_group({"params": [(f"extra.{n}", p) for n, p in extra.named_parameters()], "lr": 0.5, "weight_decay": 0.0})
-    assert [group.names for group in opt.groups[: len(names)]] == names
-    assert torch.equal(opt.lr_scale, torch.cat([scales[0], torch.ones(2)]))
-    assert torch.equal(opt.wd_scale, torch.cat([scales[1], torch.ones(2)]))
+    if spec.encodes:
+        assert [group.names for group in opt.groups[: len(names)]] == names
+        assert torch.equal(opt.lr_scale, torch.cat([scales[0], torch.ones(2)]))
+        assert torch.equal(opt.wd_scale, torch.cat([scales[1], torch.ones(2)]))
+        assert all(torch.equal(a, b) for a, b in zip(embeddings, opt.encoder.group_embeddings, strict=False))
+    assert statistics[:, 0].all()
+    assert torch.equal(opt.statistics, torch.cat([statistics, torch.zeros_like(statistics[:2])]))
     assert all(torch.equal(x, opt.state[p][name]) for p, state in states.items() for name, x in state.items())
-    assert all(torch.equal(a, b) for a, b in zip(embeddings, opt.encoder.group_embeddings, strict=False))
     before = extra.weight.detach().clone()
     (mse(model, batch(model, 3)) + extra.weight.sum()).backward()
     opt.step()
-    torch.testing.assert_close(extra.weight.detach(), before - 0.5 * opt.lr_scale[-2], rtol=0, atol=1e-6)
+    scale = opt.lr_scale[-2] if spec.encodes else 1
+    torch.testing.assert_close(extra.weight.detach(), before - 0.5 * scale, rtol=0, atol=1e-6)
     assert [opt.state[p]["step"].item() for p in (model.out.weight, extra.weight, extra.bias)] == [4, 1, 0]
 
 
 # -------------------------------------------------------------------------------------------------- what must not change a step
 
 
-def ten_steps(threads=1, context=None, dtype=torch.float32, **options):
+def ten_steps(spec, threads=1, context=None, dtype=torch.float32, **options):
     """Gradients come from outside: those of a model need not have the same bits in every setting."""
     before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     params = [nn.Parameter(noise(shape, i, dtype)) for i, shape in enumerate([(300, 400), (70,), (33, 65), (0,), (1,), (9, 7)])]
@@ -198,7 +229,7 @@ def ten_steps(threads=1, context=None, dtype=torch.float32, **options):
     model = nn.ParameterList(params)
     try:
         torch.set_num_threads(threads)
-        opt = make(model, **options)
+        opt = make(model, spec, **options)
         for step in range(10):
             for i, p in enumerate(params):
                 p.grad = noise(p.shape, 100 * step + i, dtype)
@@ -215,25 +246,33 @@ def ten_steps(threads=1, context=None, dtype=torch.float32, **options):
     return model, opt
 
 
-@pytest.mark.parametrize("version", ["basic", "enhanced", "norm_basic_plus"])
+@every_with(MetaAdamW=[{"features": version} for version in ("basic", "enhanced", "norm_basic_plus")], AVGrad=[{}])
 @pytest.mark.parametrize("other", [{}, {"threads": 2}, {"threads": 3}, {"context": "autocast"}, {"context": "medium"}], ids=str)
-def test_equal_bits(other, version):
-    options = {"features": version, "max_grad_norm": 50.0}
-    assert_same_bits(ten_steps(**options), ten_steps(**options, **other))
+def test_equal_bits(other, spec, options):
+    options = {**options, "max_grad_norm": 50.0}
+    assert_same_bits(ten_steps(spec, **options), ten_steps(spec, **options, **other))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_equal_bits_whether_sums_are_carried_or_measured(dtype, backend):
     options = {"dtype": dtype, "backend": backend, "features": "enhanced", "amsgrad": True}
-    assert_same_bits(ten_steps(**options), ten_steps(**options, context="invalidate"))
+    assert_same_bits(ten_steps(META, **options), ten_steps(META, **options, context="invalidate"))
 
 
-def test_mixed_dtypes_are_updated_as_each_on_its_own():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_update_without_sums_has_the_bits_of_one_with_them(backend):
+    """A norm that is never reached is measured, and multiplies the gradients with 1."""
+    plain, measured = (ten_steps(AVGRAD, backend=backend, max_grad_norm=x)[0] for x in (None, 1e9))
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), measured.parameters(), strict=True))
+
+
+@every
+def test_mixed_dtypes_are_updated_as_each_on_its_own(spec):
     dtypes = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
     together = [nn.Parameter(noise((40, 30), 1, dtype)) for dtype in dtypes]
     apart = copy.deepcopy(together)
-    optimizers = [MetaAdamW(ps, lr=1e-2, weight_decay=0.1, **OFF) for ps in (together, *([p] for p in apart))]
+    optimizers = [spec.kind(ps, lr=1e-2, weight_decay=0.1, **spec.plain) for ps in (together, *([p] for p in apart))]
     for step in range(5):
         for p, q in zip(together, apart, strict=True):
             p.grad = q.grad = noise(p.shape, step, p.dtype)
@@ -245,14 +284,15 @@ def test_mixed_dtypes_are_updated_as_each_on_its_own():
         assert all(optimizers[0].state[p][name].dtype == dtype for name in ("exp_avg", "exp_avg_sq"))
 
 
+@every
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_model_that_changes_its_dtype(steps):
+def test_a_model_that_changes_its_dtype(steps, spec):
     """It goes on as a float64 model; the moments stay what they are."""
     model = perceptron()
-    opt = make(model, **OFF)
+    opt = make(model, spec, **spec.plain)
     train(model, opt, steps)
     twin = copy.deepcopy(model).double()
-    expected = torch.optim.AdamW(twin.parameters(), lr=3e-3, weight_decay=0.1, foreach=False)
+    expected = spec.eager(twin.parameters(), lr=3e-3, weight_decay=0.1, **({"foreach": False} if spec is META else {}))
     if steps:
         state = copy.deepcopy(opt.state_dict()["state"])
         expected.load_state_dict({"state": state, "param_groups": expected.state_dict()["param_groups"]})

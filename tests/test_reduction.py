@@ -10,7 +10,6 @@ from torch.optim import lr_scheduler
 from metaadamw_fast import MetaAdamW
 
 from .models import (
-    OFF,
     batch,
     conv_net,
     mse,
@@ -18,6 +17,7 @@ from .models import (
     perceptron,
     relative,
 )
+from .optimizers import OFF
 from .tolerances import REDUCTION
 
 BACKENDS = ("cpp", "reference")

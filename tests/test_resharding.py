@@ -12,10 +12,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from metaadamw_fast import MetaAdamW, MetaLearner
+from metaadamw_fast import MetaLearner
 
 from . import ranks
 from .models import same
+from .optimizers import AVGRAD, META, every
 from .test_sharding import BATCH, joint, loss_fn, seeded_net, shard, whole
 
 pytestmark = [ranks.needs_gloo, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -28,12 +29,12 @@ OPTIONS = {
 
 
 class Training:
-    def __init__(self, seed, options, state_options=None):
+    def __init__(self, seed, options, state_options=None, spec=META):
         self.model = seeded_net()
         if dist.get_world_size() > 1:  # one rank trains an ordinary model
             shard(self.model)
-        self.opt = MetaAdamW(self.model.named_parameters(), lr=1e-2, model=self.model, head_init="xavier", seed=seed, **options)
-        self.meta = MetaLearner(self.opt, self.model, loss_fn, hvp="finite_difference", lr=1e-2)
+        self.opt = spec.of_model(self.model, lr=1e-2, seed=seed, **options)
+        self.meta = MetaLearner(self.opt, self.model, loss_fn, hvp="finite_difference", lr=1e-2) if spec.encodes else None
         self.state_options = state_options
         n = BATCH // dist.get_world_size()
         self.part = slice(n * dist.get_rank(), n * (dist.get_rank() + 1))
@@ -43,22 +44,27 @@ class Training:
             self.opt.zero_grad()
             loss_fn(self.model, [x[self.part] for x in joint(step)]).backward()
             self.opt.step()
-            if step % 5 == 4:
+            if self.meta is not None and step % 5 == 4:
                 self.meta.update(*([x[self.part] for x in joint(100 + 10 * step + i)] for i in range(3)))
         return self.everything()
 
     def everything(self):
         """All that a checkpoint has to bring back, whole."""
         states = [self.opt.state[p] for p in self.model.parameters()]
-        names = {p: name for name, p in self.opt.encoder.named_parameters()} | {self.meta.log_vars: "log_vars"}
-        return {
+        found = {
             "params": [whole(p) for p in self.model.parameters()],
             "states": [{name: whole(x) for name, x in state.items()} for state in states],
+            "steps": (self.opt.steps_done, self.opt.skipped_steps),
+        }
+        if self.meta is None:
+            return found
+        names = {p: name for name, p in self.opt.encoder.named_parameters()} | {self.meta.log_vars: "log_vars"}
+        return found | {
             "encoder": {name: whole(p) for p, name in names.items()},
             "generator": self.opt.encoder.generator.get_state(),
             "scales": whole(self.opt._scales),
             "lagged": whole(self.opt.lagged_statistics()),
-            "steps": (self.opt.steps_done, self.opt.skipped_steps, self.meta.updates),
+            "updates": self.meta.updates,
             "meta_optimizer": {names[p]: {n: whole(x) for n, x in s.items()} for p, s in self.meta.meta_optimizer.state.items()},
         }
 
@@ -66,8 +72,7 @@ class Training:
         return {
             "model": get_model_state_dict(self.model, options=self.state_options),
             "optimizer": get_optimizer_state_dict(self.model, self.opt, options=self.state_options),
-            "meta": self.meta,
-        }
+        } | ({} if self.meta is None else {"meta": self.meta})
 
     def save(self, directory):
         before = self.everything()
@@ -84,17 +89,17 @@ class Training:
         set_optimizer_state_dict(self.model, self.opt, state["optimizer"], options=self.state_options)
 
 
-def saved(_, directory, options):
-    training = Training(0, options)
+def saved(_, directory, options, spec=META):
+    training = Training(0, options, spec=spec)
     at = training.go(0, SAVED)
     training.save(directory)
     return at, training.go(SAVED, LAST)
 
 
-def loaded(_, directories, options):
+def loaded(_, directories, options, spec=META):
     found = []
     for directory in directories:
-        training = Training(1, options)
+        training = Training(1, options, spec=spec)
         training.load(directory)
         found.append((training.everything(), training.go(SAVED, LAST)))
     return found
@@ -129,6 +134,15 @@ def test_every_number_of_ranks_goes_on_from_every_other(mode, tmp_path):
                 assert (same if size == saved_by else close)(end, expected_end), (size, saved_by)
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 2)])
+def test_avgrad_goes_on_with_another_number_of_ranks(before, after, tmp_path):
+    options = {"max_grad_norm": 1.0}
+    expected_at, expected_end = ranks.run(saved, before, tmp_path / "run", tmp_path / "checkpoint", options, AVGRAD)[0]
+    for ((at, end),) in ranks.run(loaded, after, tmp_path / "run", [tmp_path / "checkpoint"], options, AVGRAD):
+        assert same(at, expected_at)
+        assert (same if before == after else close)(end, expected_end)
+
+
 def flattened(_, directory):
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     training, other = Training(0, {}, options), Training(1, {}, options)
@@ -157,18 +171,19 @@ def from_a_full_state_dict(_, directory, broadcast):
     assert same(training.go(SAVED, LAST), other.go(SAVED, LAST))
 
 
-def rounded(_, directory):
+def rounded(_, directory, spec):
     """Bitwise, with another seed in the constructor."""
     options = {"stochastic_rounding": True, "state_dtype": torch.bfloat16}
-    training, other = Training(0, options), Training(1, options)
+    training, other = (Training(seed, options, spec=spec) for seed in (0, 1))
     training.go(0, 3)
     training.save(directory)
     other.load(directory)
     assert same(training.go(3, 6), other.go(3, 6))
 
 
-def test_stochastic_rounding_goes_on_with_its_seed(tmp_path):
-    ranks.run(rounded, 2, tmp_path / "run", tmp_path / "checkpoint")
+@every
+def test_stochastic_rounding_goes_on_with_its_seed(spec, tmp_path):
+    ranks.run(rounded, 2, tmp_path / "run", tmp_path / "checkpoint", spec)
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -18,6 +18,7 @@ from metaadamw_fast.parallel import reshard
 
 from . import ranks
 from .models import noise, said, same
+from .optimizers import AVGRAD, META
 
 pytestmark = ranks.needs_gloo
 BATCH, STEPS = 8, 50
@@ -67,12 +68,14 @@ def whole(x):
 
 
 def train(model, options, rank=0, parts=1, steps=STEPS, average=()):
-    """Training with meta-updates on the ``rank``-th of ``parts`` parts of each batch.
+    """Training, of MetaAdamW with meta-updates, on the ``rank``-th of ``parts`` parts of each batch.
 
     ``average`` are the parameters whose gradients nobody else averages over the ranks.
     """
-    opt = MetaAdamW(model.named_parameters(), lr=1e-2, model=model, head_init="xavier", **options)
-    meta = MetaLearner(opt, model, loss_fn, hvp="finite_difference", gap_at="lookahead", lr=1.0, make_optimizer=torch.optim.SGD)
+    spec, options = options.get("spec", META), {name: x for name, x in options.items() if name != "spec"}
+    opt = spec.of_model(model, lr=1e-2, **options)
+    if spec.encodes:
+        meta = MetaLearner(opt, model, loss_fn, hvp="finite_difference", gap_at="lookahead", lr=1.0, make_optimizer=torch.optim.SGD)
     part = slice(BATCH // parts * rank, BATCH // parts * (rank + 1))
     scales = []
     for step in range(steps):
@@ -82,25 +85,28 @@ def train(model, options, rank=0, parts=1, steps=STEPS, average=()):
             dist.all_reduce(p.grad)
             p.grad /= parts
         opt.step()
-        scales.append(torch.stack([opt.lr_scale, opt.wd_scale]))
-        if step % 10 == 9:
+        if spec.encodes:
+            scales.append(torch.stack([opt.lr_scale, opt.wd_scale]))
+        if spec.encodes and step % 10 == 9:
             loss_fn(model, [x[part] for x in joint(step)])  # leaves FSDP2's root gathered
             meta.update(*([x[part] for x in joint(100 + 10 * step + i)] for i in range(3)))
     states = [opt.state[p] for p in model.parameters()]
     for p, state in zip(model.parameters(), states, strict=True):
-        for x in (state["exp_avg"], state["exp_avg_sq"]):
+        for x in (state[name] for name in spec.states):
             assert isinstance(x, DTensor) == isinstance(p, DTensor)
             assert not isinstance(p, DTensor) or x.placements == p.placements
-    return {
+    found = {
         "params": [whole(p) for p in model.parameters()],
-        "moments": [whole(state[name]) for state in states for name in ("exp_avg", "exp_avg_sq")],
+        "moments": [whole(state[name]) for state in states for name in spec.states],
         "steps": [state["step"].clone() for state in states],
-        "scales": torch.stack(scales),
-        "encoder": [p.detach().clone() for p in opt.encoder.parameters()],
-        "log_vars": meta.log_vars.detach().clone(),
         "statistics": opt.statistics.clone(),
         "grad_norm": opt.grad_norm.clone(),
     }
+    if spec.encodes:
+        found["scales"] = torch.stack(scales)
+        found["encoder"] = [p.detach().clone() for p in opt.encoder.parameters()]
+        found["log_vars"] = meta.log_vars.detach().clone()
+    return found
 
 
 def shard(model, **options):
@@ -160,6 +166,8 @@ CASES = [
     ("hsdp", 4, {"max_grad_norm": 1.0}),
     ("tensor parallel", 2, {"max_grad_norm": 1.0}),
     ("fsdp and tensor parallel", 4, {"max_grad_norm": 1.0}),
+    ("fsdp", 2, {"spec": AVGRAD, "max_grad_norm": 1.0}),
+    ("mixed", 2, {"spec": AVGRAD}),
 ]
 
 
@@ -174,8 +182,9 @@ def test_sharded_training_is_that_of_one_process(kind, size, options, tmp_path):
     for name, expected in alone.items():
         for a, b in zip(*((x if isinstance(x, list) else [x]) for x in (found[0][name], expected)), strict=True):
             assert (a - b).abs().max() <= bound * b.abs().max(), name
-    moved = alone["scales"].diff(dim=0).abs().amax(dim=(1, 2))
-    assert (moved > 1e-3).any(), "no meta-update has moved the scales: this compares nothing"
+    if "scales" in alone:
+        moved = alone["scales"].diff(dim=0).abs().amax(dim=(1, 2))
+        assert (moved > 1e-3).any(), "no meta-update has moved the scales: this compares nothing"
 
 
 class DTensorOps(TorchDispatchMode):
@@ -198,9 +207,9 @@ def recorded(run, calls):
     return call
 
 
-def collectives_of_a_step(_, kind, options):
+def collectives_of_a_step(_, kind, options, spec=META):
     model, part, parts, _ = placed(kind)
-    opt = MetaAdamW(model.named_parameters(), model=model, **options)
+    opt = spec.of_model(model, **options)
     found = []
     for step in range(3):
         loss_fn(model, [x[BATCH // parts * part : BATCH // parts * (part + 1)] for x in joint(step)]).backward()
@@ -219,6 +228,16 @@ def collectives_of_a_step(_, kind, options):
 def test_a_step_makes_one_all_reduce_and_no_dtensor_operation(kind, size, options, tmp_path):
     for found, tensors, _ in ranks.run(collectives_of_a_step, size, tmp_path, kind, options):
         assert found == [([8 * 5 * tensors], 0)] * 3
+
+
+def collectives_of_avgrad(rank):
+    return [collectives_of_a_step(rank, "fsdp", options, AVGRAD) for options in ({}, {"max_grad_norm": 1.0})]
+
+
+def test_avgrad_communicates_what_clipping_needs(tmp_path):
+    for plain, clipped in ranks.run(collectives_of_avgrad, 2, tmp_path):
+        assert plain[0] == [([], 0)] * 3
+        assert clipped[0] == [([8 * clipped[1]], 0)] * 3
 
 
 def test_nothing_is_communicated_where_nothing_is_split(tmp_path):
@@ -265,11 +284,11 @@ def test_carried_sums_of_shards_are_those_of_a_full_pass(kind, options, tmp_path
         assert same(carried, measured)
 
 
-def masters(_, through_the_shard):
+def masters(_, through_the_shard, spec):
     """Of bfloat16 parameters, with one of them overwritten on the way."""
     model = placed("fsdp")[0]
     model.to(torch.bfloat16)
-    opt = MetaAdamW(model.named_parameters(), lr=1e-2, model=model, master_weights=True, state_dtype=torch.float32)
+    opt = spec.of_model(model, lr=1e-2, master_weights=True, state_dtype=torch.float32)
     weight = model.head.weight
     for step in range(4):
         for i, p in enumerate(model.parameters()):
@@ -283,9 +302,9 @@ def masters(_, through_the_shard):
     return whole(weight), whole(opt.state[weight]["master_param"])
 
 
-@pytest.mark.parametrize("through_the_shard", [False, True])
-def test_master_weights_of_shards_take_up_what_others_write(through_the_shard, tmp_path):
-    first, second = ranks.run(masters, 2, tmp_path, through_the_shard)
+@pytest.mark.parametrize(("through_the_shard", "spec"), [(False, META), (True, META), (True, AVGRAD)], ids=str)
+def test_master_weights_of_shards_take_up_what_others_write(through_the_shard, spec, tmp_path):
+    first, second = ranks.run(masters, 2, tmp_path, through_the_shard, spec)
     assert same(first, second)
     assert first[1].abs().max() > 1.3 * seeded_net().head.weight.abs().max()
 
@@ -522,10 +541,14 @@ def refusals(_):
         (lambda: MetaAdamW(fsdp1.named_parameters(), model=fsdp1), "FSDP2"),
         (lambda: MetaLearner(MetaAdamW((m := shard(seeded_net())).parameters()), m, loss_fn, hvp="exact"), "finite_difference"),
         (lambda: MetaAdamW(two_meshes()), "one device mesh"),
+        (lambda: ZeroRedundancyOptimizer(model.parameters(), AVGRAD.kind, lr=1e-3), "^(?!.*encoder).*FSDP2"),
+        (lambda: AVGRAD(fsdp1.parameters()), "FSDP2"),
+        (lambda: AVGRAD(two_meshes()), "one device mesh"),
     ):
         with pytest.raises(ValueError, match=words):
             build()
-    MetaAdamW(DistributedDataParallel(seeded_net()).parameters())
+    for spec in (META, AVGRAD):
+        spec(DistributedDataParallel(seeded_net()).parameters())
 
 
 def two_meshes():

@@ -1,6 +1,7 @@
 """Which parameters have a state, when they get it, whose memory it holds, and what it counts: beside torch.optim.AdamW."""
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -13,18 +14,10 @@ from torch import nn
 
 from metaadamw_fast import FeatureConfig, MetaAdamW, MetaLearner
 
-from .models import OFF, noise, one_thread  # noqa: F401
+from .models import noise, one_thread  # noqa: F401
+from .optimizers import META, MOMENTS, every, every_with
 
 BACKENDS = ["cpp", "reference"]
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def adamw(params, **options):
-    return torch.optim.AdamW(params, **options)
-
-
-def meta(params, **options):
-    return MetaAdamW(params, **{**OFF, **options})
 
 
 def parameter(shape, seed, *, trained=True, dtype=torch.float32):
@@ -36,19 +29,22 @@ def give_gradients(params, seed):
         p.grad = noise(p.shape, 100 * seed + i, p.dtype)
 
 
-def same_as_torch(scenario, **tolerance):
+def same_as_torch(spec, scenario, **tolerance):
     """Runs ``scenario(make)``, which returns tensors, with both optimizers."""
-    expected, found = scenario(adamw), scenario(meta)
+    expected, found = (
+        scenario(functools.partial(kind, **options)) for kind, options in ((spec.eager, {}), (spec.kind, spec.plain))
+    )
     torch.testing.assert_close(found, expected, **{"rtol": 1e-6, "atol": 1e-7, **tolerance})
 
 
 # ------------------------------------------------------------------------------------------------------- frozen parameters
 
 
+@every
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_frozen_parameters_have_no_state(backend):
+def test_frozen_parameters_have_no_state(backend, spec):
     frozen, trained = parameter((4, 3), 0, trained=False), parameter((5,), 1)
-    opt = MetaAdamW([frozen, trained], backend=backend)
+    opt = spec.kind([frozen, trained], backend=backend, **({} if spec.encodes else {"max_grad_norm": 1e9}))
     before = frozen.detach().clone(), frozen._version
     for step in range(3):
         give_gradients([trained], step)
@@ -58,9 +54,11 @@ def test_frozen_parameters_have_no_state(backend):
     assert torch.equal(frozen, before[0])
     assert frozen._version == before[1]
     assert opt.steps_done == 3
-    expected = torch.zeros(5)
-    expected[3] = frozen.square().sum()
+    expected = torch.zeros_like(opt.statistics[0])
+    if spec.encodes:
+        expected[3] = frozen.square().sum()
     torch.testing.assert_close(opt.statistics[0], expected)
+    torch.testing.assert_close(opt.grad_norm.float(), trained.grad.norm())
 
 
 @pytest.mark.parametrize("statistics", ["exact", "lagged"])
@@ -116,7 +114,8 @@ def test_the_norm_of_a_frozen_parameter_is_read_again_only_when_it_changes(monke
     assert norm() == pytest.approx(64 * first)
 
 
-def test_a_frozen_parameter_is_trained_from_its_first_gradient_on():
+@every
+def test_a_frozen_parameter_is_trained_from_its_first_gradient_on(spec):
     def scenario(make):
         late, trained = parameter((4, 3), 0, trained=False), parameter((5,), 1)
         opt = make([late, trained], lr=0.1)
@@ -128,10 +127,11 @@ def test_a_frozen_parameter_is_trained_from_its_first_gradient_on():
         assert opt.state[late]["step"] == 2
         return [late, trained, opt.state[late]["exp_avg"]]
 
-    same_as_torch(scenario)
+    same_as_torch(spec, scenario)
 
 
-def test_a_parameter_frozen_after_training_keeps_its_state():
+@every
+def test_a_parameter_frozen_after_training_keeps_its_state(spec):
     def scenario(make):
         params = [parameter((4, 3), 0), parameter((5,), 1)]
         opt = make(params, lr=0.1)
@@ -144,18 +144,19 @@ def test_a_parameter_frozen_after_training_keeps_its_state():
         assert opt.state[params[0]]["step"] == 4
         return params
 
-    same_as_torch(scenario)
+    same_as_torch(spec, scenario)
 
 
-def test_checkpoints_of_earlier_versions_had_states_of_frozen_parameters():
+@every
+def test_checkpoints_of_earlier_versions_had_states_of_frozen_parameters(spec):
     frozen, trained = parameter((4, 3), 0, trained=False), parameter((5,), 1)
-    opt = MetaAdamW([frozen, trained])
+    opt = spec.kind([frozen, trained])
     give_gradients([trained], 0)
     opt.step()
     checkpoint = copy.deepcopy(opt.state_dict())
     zeros = {"step": torch.tensor(0.0), **{name: torch.zeros(4, 3) for name in MOMENTS}, "slow": torch.ones(2)}
     checkpoint["state"][0] = zeros
-    fresh = MetaAdamW([parameter((4, 3), 0, trained=False), parameter((5,), 1)])
+    fresh = spec.kind([parameter((4, 3), 0, trained=False), parameter((5,), 1)])
     fresh.load_state_dict(checkpoint)
     of_frozen, of_trained = (fresh.state[p] for p in fresh.param_groups[0]["params"])
     assert list(of_frozen) == ["slow"]
@@ -163,10 +164,11 @@ def test_checkpoints_of_earlier_versions_had_states_of_frozen_parameters():
     trained_once = copy.deepcopy(checkpoint)
     trained_once["state"][0]["step"] = torch.tensor(1.0)
     fresh.load_state_dict(trained_once)
-    assert {*MOMENTS, "step"} <= fresh.state[fresh.param_groups[0]["params"][0]].keys()
+    assert {*spec.states, "step"} <= fresh.state[fresh.param_groups[0]["params"][0]].keys()
 
 
-def test_all_parameters_frozen():
+@every
+def test_all_parameters_frozen(spec):
     def scenario(make):
         p = parameter((4, 3), 0, trained=False)
         opt = make([p])
@@ -176,7 +178,7 @@ def test_all_parameters_frozen():
         opt.step()
         return p
 
-    same_as_torch(scenario)
+    same_as_torch(spec, scenario)
 
 
 # ----------------------------------------------------------------------------------------------------- parameters of any kind
@@ -199,17 +201,19 @@ def exotic():
     }
 
 
+@every_with(MetaAdamW=[{"grouping": "param_groups"}, {"grouping": "fine_grained"}], AVGrad=[{}])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("grouping", ["param_groups", "fine_grained"])
-def test_frozen_parameters_of_any_kind_are_left_alone(backend, grouping):
+def test_frozen_parameters_of_any_kind_are_left_alone(backend, spec, options):
     kinds, trained = exotic(), parameter((5,), 1)
-    opt = MetaAdamW([*kinds.items(), ("w", trained)], backend=backend, grouping=grouping)
+    opt = spec.kind([*kinds.items(), ("w", trained)], backend=backend, **options)
     for step in range(2):
         give_gradients([trained], step)
         opt.step()
         opt.load_state_dict(opt.state_dict())
     assert list(opt.state) == [trained]
     assert opt.statistics.isfinite().all()
+    if not spec.encodes:
+        return
     sums = dict(zip([*kinds, "w"], opt.statistics[:, 3].tolist(), strict=True))
     assert sums["complex"] == 3
     assert sums["expanded"] == 4
@@ -217,10 +221,11 @@ def test_frozen_parameters_of_any_kind_are_left_alone(backend, grouping):
     assert sums["integer"] == sums["sparse"] == sums["meta"] == sums["lazy"] == 0
 
 
+@every
 @pytest.mark.parametrize("kind", ["sparse", "expanded"])
-def test_the_gradient_of_what_cannot_be_updated_is_refused(kind):
+def test_the_gradient_of_what_cannot_be_updated_is_refused(kind, spec):
     p, trained = exotic()[kind], parameter((5,), 1)
-    opt = MetaAdamW([p, trained])
+    opt = spec.kind([p, trained])
     before = trained.detach().clone()
     p.requires_grad_(True)
     p.grad = p.detach().clone()
@@ -235,20 +240,22 @@ def test_the_gradient_of_what_cannot_be_updated_is_refused(kind):
     assert opt.steps_done == 1
 
 
-def test_what_is_trained_and_cannot_be_updated_is_refused_at_once():
+@every
+def test_what_is_trained_and_cannot_be_updated_is_refused_at_once(spec):
     for p in (nn.Parameter(torch.eye(3).to_sparse()), nn.Parameter(torch.ones(1).expand(4))):
         with pytest.raises(ValueError, match=r"dense|expanded"):
-            MetaAdamW([p])
+            spec.kind([p])
     with pytest.raises(ValueError, match="on one device"):
-        MetaAdamW([parameter((2,), 0), nn.Parameter(torch.ones(3, device="meta"))])
+        spec.kind([parameter((2,), 0), nn.Parameter(torch.ones(3, device="meta"))])
 
 
-def test_conjugated_gradients():
+@every
+def test_conjugated_gradients(spec):
     """Autograd hands out views that are conjugated when they are read."""
     runs = []
     for conjugate in (torch.conj, torch.conj_physical):
         p = parameter((4, 3), 0, dtype=torch.complex64)
-        opt = MetaAdamW([p])
+        opt = spec.kind([p])
         for step in range(2):
             p.grad = conjugate(noise((4, 3), step, torch.complex64) * (1 + 2j))
             opt.step()
@@ -257,8 +264,8 @@ def test_conjugated_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
-@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}], ids=str)
-def test_complex_parameters_are_trained_as_in_torch(dtype, options):
+@every_with({}, {"maximize": True}, MetaAdamW=[{"amsgrad": True}])
+def test_complex_parameters_are_trained_as_in_torch(dtype, spec, options):
     def scenario(make):
         params = [parameter((4, 3), 0, dtype=dtype), parameter((5,), 1, dtype=torch.float64)]
         opt = make(params, lr=0.1, **options)
@@ -270,9 +277,9 @@ def test_complex_parameters_are_trained_as_in_torch(dtype, options):
         loaded.load_state_dict(copy.deepcopy(opt.state_dict()))
         give_gradients(params, 3)
         loaded.step()
-        return [*params, loaded.state[params[0]]["exp_avg"], loaded.state[params[0]]["exp_avg_sq"]]
+        return [*params, *(loaded.state[params[0]][name] for name in spec.states)]
 
-    same_as_torch(scenario, rtol=1e-5, atol=1e-6)
+    same_as_torch(spec, scenario, rtol=1e-5, atol=1e-6)
 
 
 def test_the_statistics_of_a_complex_parameter_are_those_of_its_real_view():
@@ -289,7 +296,8 @@ def test_the_statistics_of_a_complex_parameter_are_those_of_its_real_view():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_lazy_modules():
+@every
+def test_lazy_modules(spec):
     def scenario(make):
         model = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2))
         opt = make(model.parameters(), lr=0.1)
@@ -303,34 +311,36 @@ def test_lazy_modules():
             opt.step()
         return list(model.parameters())
 
-    same_as_torch(scenario)
+    same_as_torch(spec, scenario)
 
 
 # ------------------------------------------------------------------------------------------------------ when they are allocated
 
 
-def test_states_are_allocated_in_the_constructor_or_at_the_first_step():
+@every
+def test_states_are_allocated_in_the_constructor_or_at_the_first_step(spec):
     for allocate in ("eager", "lazy"):
         params = [parameter((4, 3), 0), parameter((5,), 1), parameter((2,), 2, trained=False)]
-        opt = MetaAdamW(params, allocate=allocate)
+        opt = spec.kind(params, allocate=allocate)
         assert len(opt.state) == (2 if allocate == "eager" else 0)
         give_gradients(params[:1], 0)
         opt.step()
         assert list(opt.state) == params[:2]  # also of a trained parameter that had no gradient yet
         assert opt.state[params[1]]["step"] == 0
     with pytest.raises(ValueError, match="Invalid allocate: 'never'"):
-        MetaAdamW(params, allocate="never")
+        spec.kind(params, allocate="never")
 
 
-def test_checkpoints_load_before_a_lazy_first_step():
+@every
+def test_checkpoints_load_before_a_lazy_first_step(spec):
     params = [parameter((4, 3), 0), parameter((5,), 1)]
-    opt = MetaAdamW(params)
+    opt = spec.kind(params)
     for step in range(3):
         give_gradients(params, step)
         opt.step()
     saved = copy.deepcopy(opt.state_dict())
     others = copy.deepcopy(params)
-    lazy = MetaAdamW(others, allocate="lazy")
+    lazy = spec.kind(others, allocate="lazy")
     lazy.load_state_dict(saved)
     for run, ps in ((opt, params), (lazy, others)):
         give_gradients(ps, 3)
@@ -340,20 +350,24 @@ def test_checkpoints_load_before_a_lazy_first_step():
     assert [s["step"].item() for s in lazy.state.values()] == [4, 4]
 
 
-def test_a_group_that_is_refused_leaves_nothing_behind():
+@every_with(MetaAdamW=[{"features": "enhanced"}], AVGrad=[{}])
+def test_a_group_that_is_refused_leaves_nothing_behind(spec, options):
     memory = torch.zeros(8)
     first, overlapping = nn.Parameter(memory[:6]), nn.Parameter(memory[4:])
-    opt = MetaAdamW([("a", first)], features="enhanced")
+    opt = spec.kind([("a", first)], **options)
     before = copy.deepcopy(opt.state_dict())
     with pytest.raises(RuntimeError, match="share memory"):
         opt.add_param_group({"params": [("b", overlapping)]})
-    assert len(opt.param_groups) == len(opt.groups) == 1
+    assert len(opt.param_groups) == len(opt.statistics) == 1
+    if spec.encodes:
+        assert len(opt.groups) == 1
     assert list(opt.state) == [first]
     assert str(opt.state_dict()) == str(before)
     first.grad = torch.ones(6)
     opt.step()
     opt.add_param_group({"params": [("b", parameter((2,), 0))]})
-    assert len(opt.groups) == len(opt.encoder.group_embeddings)
+    if spec.encodes:
+        assert len(opt.groups) == len(opt.encoder.group_embeddings)
     opt.step()
     assert opt.steps_done == 2
 
@@ -361,10 +375,11 @@ def test_a_group_that_is_refused_leaves_nothing_behind():
 # -------------------------------------------------------------------------------------------------- whose memory they hold
 
 
+@every
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_replaced_memory_is_free_at_once(backend):
+def test_replaced_memory_is_free_at_once(backend, spec):
     params = [parameter((64, 3), 0), parameter((5,), 1)]
-    opt = MetaAdamW(params, backend=backend, amsgrad=True)
+    opt = spec.kind(params, backend=backend, **({"amsgrad": True} if spec is META else {}))
     give_gradients(params, 0)
     opt.step()
     opt.zero_grad()
@@ -375,7 +390,7 @@ def test_replaced_memory_is_free_at_once(backend):
     alive += [weakref.ref(p.data.untyped_storage()) for p in params]
     del tensors
     for p in params:
-        for name in (*MOMENTS, "max_exp_avg_sq"):
+        for name in opt.state[p].keys() - {"step"}:
             opt.state[p][name] = opt.state[p][name].clone()
         p.data = p.data.clone()
     gc.collect()
@@ -385,7 +400,8 @@ def test_replaced_memory_is_free_at_once(backend):
     assert opt.steps_done == (2 if backend == "cpp" else 3)
 
 
-def test_memory_that_comes_back_at_the_same_address_is_noticed():
+@every
+def test_memory_that_comes_back_at_the_same_address_is_noticed(spec):
     """An allocator gives the memory of a freed tensor to the next one of its size."""
 
     def scenario(make):
@@ -398,18 +414,19 @@ def test_memory_that_comes_back_at_the_same_address_is_noticed():
             opt.state[p]["exp_avg"] = torch.full((1000,), 0.1 * step)
         return [p.detach(), opt.state[p]["exp_avg"]]
 
-    same_as_torch(scenario)
+    same_as_torch(spec, scenario)
 
 
-def test_release():
+@every
+def test_release(spec):
     params = [parameter((64, 3), 0), parameter((5,), 1)]
-    opt = MetaAdamW(params, encoder_graph=True)
+    opt = spec.kind(params, **({"encoder_graph": True} if spec.encodes else {}))
     give_gradients(params, 0)
     opt.step()
-    kept = [weakref.ref(x) for x in (opt._states, opt._states.launch, opt._table)]
+    kept = [weakref.ref(x) for x in (opt._states, opt._states.launch, *([opt._table] if spec.encodes else []))]
     opt.release()
     gc.collect()
-    assert [reference() for reference in kept] == [None] * 3
+    assert [reference() for reference in kept] == [None] * len(kept)
     other = copy.deepcopy(opt)
     for run in (opt, other):
         ps = run.param_groups[0]["params"]
@@ -421,10 +438,11 @@ def test_release():
     assert all(torch.equal(a, b) for a, b in zip(params, other.param_groups[0]["params"], strict=True))
 
 
-def test_states_of_parameters_that_left_go():
+@every
+def test_states_of_parameters_that_left_go(spec):
     for leave in (lambda opt: opt.step(), lambda opt: opt.state_dict(), lambda opt: opt.release()):
         params = [parameter((4,), i) for i in range(3)]
-        opt = MetaAdamW(params)
+        opt = spec.kind(params)
         give_gradients(params, 0)
         opt.step()
         del opt.param_groups[0]["params"][1]
@@ -436,9 +454,10 @@ def test_states_of_parameters_that_left_go():
 # ------------------------------------------------------------------------------------------------------------------- counts
 
 
-def test_a_count_is_a_small_tensor_of_its_own():
+@every
+def test_a_count_is_a_small_tensor_of_its_own(spec):
     params = [parameter((1,), i) for i in range(200)]
-    opt = MetaAdamW(params)
+    opt = spec.kind(params)
     give_gradients(params, 0)
     opt.step()
     step = opt.state[params[0]]["step"]
@@ -451,11 +470,12 @@ def test_a_count_is_a_small_tensor_of_its_own():
     assert sizes[0] == pytest.approx(sizes[1], abs=64)
 
 
+@every
 @pytest.mark.parametrize("allocate", ["eager", "lazy"])
-def test_counts_beyond_float32(allocate):
+def test_counts_beyond_float32(allocate, spec):
     """One is exact, whatever what is shown can hold."""
     params = [parameter((3,), 0), parameter((5,), 1)]
-    opt = MetaAdamW(params, allocate=allocate)
+    opt = spec.kind(params, allocate=allocate)
     give_gradients(params, 0)
     opt.step()
     for p in params:
@@ -465,7 +485,7 @@ def test_counts_beyond_float32(allocate):
         opt.step()
     assert opt.steps_done == 2**24 + 3
     assert opt._counts.tolist() == [2**24 + 3.0] * 3
-    fresh = MetaAdamW(copy.deepcopy(params), allocate=allocate)
+    fresh = spec.kind(copy.deepcopy(params), allocate=allocate)
     fresh.load_state_dict(opt.state_dict())
     fresh.step()
     assert fresh._counts.tolist()[2] == 2**24 + 3.0 + 1
@@ -477,15 +497,16 @@ def test_counts_beyond_float32(allocate):
         assert copied._counts.tolist() == fresh._counts.tolist()
 
 
-def test_checkpoints_without_exact_counts_load():
+@every
+def test_checkpoints_without_exact_counts_load(spec):
     params = [parameter((3,), 0)]
-    opt = MetaAdamW(params)
+    opt = spec.kind(params)
     give_gradients(params, 0)
     opt.step()
     saved = copy.deepcopy(opt.state_dict())
-    for extra in (saved["metaadamw"], saved["param_groups"][0]["metaadamw"]):
+    for extra in (saved[spec.key], saved["param_groups"][0][spec.key]):
         extra.pop("steps", None)
-    fresh = MetaAdamW(copy.deepcopy(params))
+    fresh = spec.kind(copy.deepcopy(params))
     fresh.load_state_dict(saved)
     assert fresh._counts.tolist() == [1, 1]
 
@@ -510,8 +531,9 @@ def loaded_by_hand(opt, p):
     opt.state[p].update(copy.deepcopy({**opt.state[p], "step": torch.tensor(7.0)}))
 
 
+@every
 @pytest.mark.parametrize("write", [written_in_place, replaced, replaced_by_float64, replaced_by_a_view, loaded_by_hand])
-def test_counts_that_users_write_are_the_counts(write):
+def test_counts_that_users_write_are_the_counts(write, spec):
     def scenario(make):
         params = [parameter((4, 3), 0), parameter((5,), 1)]
         opt = make(params, lr=0.1)
@@ -523,12 +545,13 @@ def test_counts_that_users_write_are_the_counts(write):
         assert [opt.state[p]["step"].item() for p in params] == [10, 6]
         return params
 
-    same_as_torch(scenario)
+    same_as_torch(spec, scenario)
 
 
-def test_a_count_of_the_users_own_stays_the_object_that_it_was():
+@every
+def test_a_count_of_the_users_own_stays_the_object_that_it_was(spec):
     p, step = parameter((3,), 0), torch.tensor(4.0)
-    opt = MetaAdamW([p])
+    opt = spec.kind([p])
     opt.state[p]["step"] = step
     for _ in range(2):
         give_gradients([p], 0)
@@ -537,7 +560,8 @@ def test_a_count_of_the_users_own_stays_the_object_that_it_was():
     assert step == 6
 
 
-def test_optimizers_that_share_their_states_share_the_counts():
+@every
+def test_optimizers_that_share_their_states_share_the_counts(spec):
     """As processes do that step one shared model: what one counts, the other goes on from."""
 
     def scenario(make):
@@ -555,10 +579,11 @@ def test_optimizers_that_share_their_states_share_the_counts():
         assert all(opt.state[p]["step"] is state["step"] for opt in runs)
         return p
 
-    same_as_torch(scenario)
+    same_as_torch(spec, scenario)
 
 
-def test_shared_states_without_a_copy_of_the_count():
+@every
+def test_shared_states_without_a_copy_of_the_count(spec):
     def scenario(make):
         p = parameter((4, 3), 0)
         opt = make([p], lr=0.1)
@@ -574,7 +599,7 @@ def test_shared_states_without_a_copy_of_the_count():
         assert step == 7
         return p
 
-    same_as_torch(scenario)
+    same_as_torch(spec, scenario)
 
 
 # ------------------------------------------------------------------------------------- param groups that others change
@@ -625,9 +650,10 @@ def reordered_and_lengthened(make):
     return params
 
 
+@every
 @pytest.mark.parametrize("scenario", [resume_fine_tuning, shortened, reordered_and_lengthened])
-def test_param_groups_that_others_change_are_taken_up_as_in_torch(scenario):
-    same_as_torch(scenario)
+def test_param_groups_that_others_change_are_taken_up_as_in_torch(scenario, spec):
+    same_as_torch(spec, scenario)
 
 
 @pytest.mark.parametrize("grouping", ["param_groups", "fine_grained"])
@@ -660,9 +686,10 @@ def test_groups_follow_what_joins_and_leaves(grouping):
     assert params["embed.weight"] not in opt.state
 
 
-def test_a_parameter_listed_twice():
+@every
+def test_a_parameter_listed_twice(spec):
     p, q = parameter((3,), 0), parameter((2,), 1)
-    opt = MetaAdamW([p, q])
+    opt = spec.kind([p, q])
     opt.param_groups.append({**opt.param_groups[0], "params": [p]})
     saved = opt.state_dict()
     assert [group["params"] for group in saved["param_groups"]] == [[0, 1], [0]]
@@ -697,9 +724,10 @@ def test_meta_updates_with_frozen_and_late_parameters():
     assert opt.state.keys() == {model[0].weight, *model[2].parameters()}
 
 
-def test_the_optimizer_counts_no_references_of_its_own():
+@every
+def test_the_optimizer_counts_no_references_of_its_own(spec):
     p = parameter((3,), 0)
-    opt = MetaAdamW([p])
+    opt = spec.kind([p])
     give_gradients([p], 0)
     opt.step()
     state = opt.state[p]["exp_avg"]

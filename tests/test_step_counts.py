@@ -11,6 +11,7 @@ from metaadamw_fast.features import feature_table, training_progress
 from metaadamw_fast.grouping import Member
 
 from .cases import BF16, F32, F64, same_bits
+from .optimizers import AVGRAD
 from .test_policy import PLACES, modulation_arguments, place, run, statistics_of, table_of  # noqa: F401
 
 BACKENDS = ["cpp", "reference"]
@@ -145,6 +146,40 @@ def test_every_count_throws_the_dice_anew(throw):
         rate = 1 - 0.003 / 2**-7  # of landing on 1
         for y in thrown[:i]:
             assert abs((x != y).float().mean() - 2 * rate * (1 - rate)) < 0.05
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_mean_of_an_avgrad_counts_exactly(backend):
+    p = torch.nn.Parameter(torch.zeros(3, dtype=F64))
+    opt = AVGRAD([p], betas=(0.0, 0.0), backend=backend)
+    p.grad = torch.ones(3, dtype=F64)
+    opt.step()
+    opt.state[p]["step"].fill_(LARGE)
+    mean = opt.state[p]["average_sq"].zero_()
+    expected = 0.0
+    for k in range(LARGE + 1, LARGE + 5):
+        opt.step()
+        expected += (1 - expected) / k
+        torch.testing.assert_close(mean, torch.full_like(mean, expected), rtol=1e-12, atol=0)  # another k: 6e-8
+
+
+def test_neighbouring_steps_of_an_avgrad_round_differently():
+    found = {}
+    for backend in BACKENDS:
+        p = torch.nn.Parameter(torch.ones(256, dtype=BF16))
+        opt = AVGRAD([p], lr=1e-3, stochastic_rounding=True, seed=7, backend=backend)
+        p.grad = torch.ones_like(p)
+        opt.step()
+        opt.state[p]["step"].fill_(LARGE)
+        for step in range(3):
+            with torch.no_grad():
+                p.fill_(1.0)
+            opt.step()
+            found[backend, step] = p.detach().clone()
+    for step in range(3):
+        assert same_bits(found["cpp", step], found["reference", step])
+        assert 0 < (found["cpp", step] != 1).sum() < 256
+        assert not torch.equal(found["cpp", step], found["cpp", (step + 1) % 3])
 
 
 # As of the time when counts were float32 and a row had five operands.

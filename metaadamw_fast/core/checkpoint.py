@@ -249,9 +249,10 @@ def check_count(value: Any, where: str) -> None:
 def load_states(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Copies states and steps, keeping the saved dtypes: torch casts float32 moments to the parameter's.
 
+    torch has cast a wide state, too, if its optimizer loaded and saved the checkpoint in between: such a state is widened again.
     What users keep beside them is copied, too, and otherwise left alone.
     """
-    states = optimizer.rule.names
+    states = {state.name: state for state in optimizer.rule.states}
     ours = ("step", *states, MASTER)
     for param, values in _states(optimizer, state_dict):
         # Of a frozen parameter earlier versions kept moments, too, which are 0 if it never was trained.
@@ -263,8 +264,10 @@ def load_states(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> Non
             if name == "step":
                 state[name] = float(value)
             elif name in states or (name == MASTER and optimizer._master_weights):
+                wide = name in states and states[name].wide
+                dtype = torch.promote_types(value.dtype, torch.float32) if wide else value.dtype
                 # In the parameter's memory layout: the update then runs without a copy.
-                state[name] = torch.empty_like(param, dtype=value.dtype, memory_format=torch.preserve_format)
+                state[name] = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
                 state[name].copy_(laid_out_as(value, param))
             elif name not in ours:
                 state[name] = _copied_beside(value, param)

@@ -83,8 +83,9 @@ def refuse_zero() -> None:
     while module is not None and frame is not None:
         if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
             raise ValueError(
-                "ZeroRedundancyOptimizer would give every rank an optimizer that knows this rank's parameters only. Shard the model"
-                " with torch.distributed.fsdp.fully_shard (FSDP2) instead: states are sharded then, and sums are those of all"
+                "ZeroRedundancyOptimizer would give every rank an optimizer that sees, sums and clips this rank's parameters only."
+                " Shard the model with torch.distributed.fsdp.fully_shard (FSDP2) instead: states are sharded then, and sums are of"
+                " all parameters"
             )
         frame = frame.f_back
 

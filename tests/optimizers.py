@@ -1,0 +1,92 @@
+"""The optimizers as specs: what every optimizer must do is tested once for each of them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from metaadamw_fast import AVGrad, MetaAdamW
+
+
+class EagerAVGrad(torch.optim.Optimizer):
+    """docs/algorithm.md, section 12, in torch's own operations."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0, maximize=False):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                (beta1, beta2), state = group["betas"], self.state[p]
+                if not state:
+                    state.update(step=torch.tensor(0.0), **{name: torch.zeros_like(p) for name in AVGrad.rule.names})
+                state["step"] += 1
+                k, g, operands = float(state["step"]), -p.grad if group["maximize"] else p.grad, [p]
+                operands += [state[name] for name in AVGrad.rule.names]
+                p, m, v, a, g = (torch.view_as_real(x) if x.is_complex() else x for x in (*operands, g))
+                m.lerp_(g.to(m), 1 - beta1)
+                v.mul_(beta2).add_((1 - beta2) * g.to(v).square())
+                a.add_((v - a) / k)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * (m / (1 - beta1**k)) / ((a / (1 - beta2**k)).sqrt() + group["eps"]))
+
+
+class Spec(NamedTuple):
+    """What a test must know of an optimizer.
+
+    Attributes:
+        kind: its class.
+        eager: the same in torch's own operations.
+        plain: options with which the two are the same.
+        tuned: options with which all that is the optimizer's own has a part in a step.
+        states: those that every updated parameter has, besides its step count.
+        shown: what can be read of the last step.
+        encodes: whether it groups the parameters and scales each group. It then sums in every step, and takes a ``model``.
+    """
+
+    kind: Any
+    eager: Any
+    plain: dict
+    tuned: dict
+    states: tuple
+    shown: tuple
+    encodes: bool
+
+    def __repr__(self):
+        return self.kind.__name__
+
+    def __call__(self, params, **options):
+        return self.kind(params, **{**self.tuned, **options})
+
+    def of_model(self, model, **options):
+        return self(model.named_parameters(), **({"model": model} if self.encodes else {}), **options)
+
+    @property
+    def key(self):
+        return self.kind.checkpoint_key
+
+
+SCALES = ("lr_scale", "wd_scale", "flatness_weight", "alignment_weight", "features")
+OFF = {"lr_scale_range": 0.0, "wd_scale_range": 0.0}  # all scales are 1: AdamW
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SUMS = ("statistics", "grad_norm")
+META = Spec(MetaAdamW, torch.optim.AdamW, OFF, {"head_init": "xavier"}, MOMENTS, (*SCALES, *SUMS), encodes=True)
+AVGRAD = Spec(AVGrad, EagerAVGrad, {}, {}, AVGrad.rule.names, SUMS, encodes=False)
+OPTIMIZERS = {spec.kind.__name__: spec for spec in (META, AVGRAD)}
+
+every = pytest.mark.parametrize("spec", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def spec_of(opt):
+    return OPTIMIZERS[type(opt).__name__]
+
+
+def every_with(*options, **own):
+    """Parametrizes ``spec`` and ``options``: those of all optimizers, then those of the one of that name."""
+    cases = [(spec, x) for name, spec in OPTIMIZERS.items() for x in (*options, *own.get(name, ()))]
+    return pytest.mark.parametrize(
+        ("spec", "options"), cases, ids=[f"{spec}-{x[-1] if isinstance(x, tuple) else x}" for spec, x in cases]
+    )
