@@ -172,8 +172,8 @@ class HeldTensors:
     def operands(self) -> Operands:
         """The lists as the arguments of a launch, which has those of AdamW."""
         lists, copies = self.by_name(), _spread(self.copies(), self.chosen[-1])
-        exp_avgs, exp_avg_sqs, last = (lists[name] for name in self._rule.names)
-        return Operands(exp_avgs or [], self.updated(), exp_avg_sqs or [], last, copies)
+        exp_avgs, exp_avg_sqs, *others = (lists[name] for name in self._rule.names)
+        return Operands(exp_avgs or [], self.updated(), exp_avg_sqs or [], others[0] if others else None, copies)
 
 
 def _spread(tensors: Sequence[Tensor], chosen: Sequence[bool]) -> list[Tensor] | None:
