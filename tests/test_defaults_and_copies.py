@@ -149,10 +149,11 @@ def negative_view(shape, seed):
     return x
 
 
-@every
-@pytest.mark.parametrize(
-    "backend", [pytest.param("cpp", marks=pytest.mark.skipif(not HAS_CPP, reason="no extension")), "reference"]
-)
+CPP = pytest.mark.skipif(not HAS_CPP, reason="no extension")
+KINDS = [pytest.param("cpp", META, marks=CPP), ("reference", META), pytest.param("cpp", AVGRAD, marks=CPP)]
+
+
+@pytest.mark.parametrize(("backend", "spec"), KINDS, ids=str)
 def test_gradients_that_are_negative_views(backend, spec):
     """The C++ ops work on addresses that a launch keeps: not those of torch's copy of such a view, which is gone after the call."""
     runs = []
