@@ -185,7 +185,7 @@ def parts_of(opt: MetaAdamW, backend: str, update: int, statistics: int) -> list
     @torch.no_grad()
     def write() -> None:
         hold()
-        lists.launch.adamw_update_(vectors, sums)
+        lists.launch.update_(vectors, sums)
 
     def read() -> None:
         hold()

@@ -94,8 +94,6 @@ class TritonLaunch(LaunchTable):
                     **register_limit(self.kinds, found, rounding_seed is not None),
                 )  # fmt: skip
 
-    adamw_update_ = update_
-
 
 class TritonBackend:
     """The ops around the encoder, and those on elements with lists instead of a launch.
@@ -146,7 +144,7 @@ class TritonBackend:
         _refuse_capture()
         launch = TritonLaunch(grads, exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs, low_precision_params, written=True)
         vectors = policy.update_vectors(step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
-        launch.adamw_update_(vectors, new_sums, rounding_seed)
+        launch.update_(vectors, new_sums, rounding_seed)
 
     @staticmethod
     def unavailable(device: torch.device) -> str | None:

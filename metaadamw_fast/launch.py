@@ -286,8 +286,6 @@ class CppLaunch:
         """
         self.namespace.launch_update_.default(self._table, self._copy(), vectors, new_sums, rounding_seed)
 
-    adamw_update_ = update_
-
 
 class ReferenceLaunch:
     """Plain eager PyTorch; see the head of this file."""
@@ -376,8 +374,6 @@ class ReferenceLaunch:
         update = reference.adamw_update_ if self._rule == "adamw" else reference.avgrad_update_
         update(*lists, *hyperparameters, new_sums, rounding_seed, mine.low_precision_params)
 
-    adamw_update_ = update_
-
 
 class FakeLaunch:
     """Allocates what the ops return and does nothing else: for tensors without elements, under FakeTensorMode."""
@@ -420,5 +416,3 @@ class FakeLaunch:
 
     def update_(self, vectors: Tensor, new_sums: Tensor | None = None, rounding_seed: int | None = None) -> None:
         """As :meth:`CppLaunch.update_`."""
-
-    adamw_update_ = update_

@@ -159,7 +159,7 @@ def _next_directions(
     launch = type(states.launch)(grads, copies["exp_avg"], directions, copies["exp_avg_sq"], copies["max_exp_avg_sq"], written=True)
     ones = torch.ones_like(step)
     vectors = update_vectors(-ones, ones, step, hyper.beta1, hyper.beta2, hyper.eps, grad_factor)
-    launch.adamw_update_(states.of_rows(vectors))
+    launch.update_(states.of_rows(vectors))
     return [None if g is None else u for g, u in zip(grads, directions, strict=True)]
 
 

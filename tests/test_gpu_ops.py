@@ -118,7 +118,7 @@ def assert_same_update(lists, h):
     """Updates a copy; it is what the C++ backend makes of it, bit for bit, and within the bounds; so are the new sums."""
     launch, there = launched(lists)
     new_sums = torch.full((len(lists.params), 2), -1.0, dtype=F64, device=DEVICE)
-    launch.adamw_update_(hyper_vectors(h, len(lists.params)), new_sums)
+    launch.update_(hyper_vectors(h, len(lists.params)), new_sums)
     after = back(there)
     assert_updated(after, lists, h)
     assert after.same_bits(lists.map(clone).update(h, "cpp")), "other bits than the C++ backend on the CPU"
@@ -193,7 +193,7 @@ def test_the_update_also_sums_what_it_finds(dtypes):
     launch, there = launched(lists)
     before = sums_of(launch)
     new_sums = torch.full((4, 5), -1.0, dtype=F64, device=DEVICE)
-    launch.adamw_update_(hyper_vectors(Hyper(), 4), new_sums)
+    launch.update_(hyper_vectors(Hyper(), 4), new_sums)
     assert back(there).same_bits(lists.map(clone).update(Hyper(), "cpp"))
     assert same_bits(new_sums.cpu(), torch.cat([before[:, :3], sums_of(launch)[:, 3:5]], dim=1))
 
@@ -204,7 +204,7 @@ def test_a_row_whose_step_is_zero_is_left_alone():
     launch, there = launched(lists)
     new_sums = torch.full((4, 2), -1.0, dtype=F64, device=DEVICE)
     step = torch.tensor([2.0, 0.0, 2.0, 0.0], dtype=F64)
-    launch.adamw_update_(hyper_vectors(Hyper(step=step), 4), new_sums)
+    launch.update_(hyper_vectors(Hyper(step=step), 4), new_sums)
     after = back(there)
     assert after.rows([1, 3]).same_bits(lists.rows([1, 3]))
     assert new_sums[[1, 3]].tolist() == [[-1, -1]] * 2
@@ -215,7 +215,7 @@ def test_a_row_whose_step_is_zero_is_left_alone():
 @pytest.mark.parametrize("step", [-3.0, float("nan")])
 def test_a_step_that_is_none_ends_all_the_same(step):
     launch, there = launched(random_lists([(3,)], "fp32"))
-    launch.adamw_update_(hyper_vectors(Hyper(step=step), 1))
+    launch.update_(hyper_vectors(Hyper(step=step), 1))
     assert not back(there).params[0].isfinite().any()
 
 
@@ -234,7 +234,7 @@ def test_rounding_of_what_is_stored(storage, arithmetic):
     lists = random_lists([(len(values),)], "fp32")._replace(grads=[grads], exp_avgs=[zeros.to(storage)], exp_avg_sqs=[zeros + 1])
     lists = lists._replace(params=[zeros.clone()])
     launch, there = launched(lists)
-    launch.adamw_update_(hyper_vectors(Hyper(beta1=0.0), 1))
+    launch.update_(hyper_vectors(Hyper(beta1=0.0), 1))
     got, finite = back(there).exp_avgs[0], grads.isfinite()
     assert torch.equal(got[finite], grads.to(F32).to(storage)[finite])
     want = lists.map(clone).update(Hyper(beta1=0.0), "cpp").exp_avgs[0]
@@ -321,7 +321,7 @@ def test_no_tensors_at_all():
     launch, _ = launched(random_lists([], "fp32"))
     launch.set_gradients([])
     assert sums_of(launch).shape == (0, 7)
-    launch.adamw_update_(hyper_vectors(Hyper(), 0).cpu())  # without a tensor nothing tells of another device
+    launch.update_(hyper_vectors(Hyper(), 0).cpu())  # without a tensor nothing tells of another device
 
 
 def test_columns():
@@ -354,7 +354,7 @@ def test_non_finite_values_stay_where_they_are(bad):
     for each in (lists, spoiled):
         launch, there = launched(each)
         stats = sums_of(launch, F32)
-        launch.adamw_update_(hyper_vectors(Hyper(), 3))
+        launch.update_(hyper_vectors(Hyper(), 3))
         results.append((stats, back(there)))
     (stats, after), (spoiled_stats, spoiled_after) = results
     assert same_bits(spoiled_stats[[0, 2]], stats[[0, 2]])
@@ -371,7 +371,7 @@ def test_amsgrad_takes_the_maximum_as_torch_does():
     lists = random_lists([(len(values),)], "fp32", amsgrad=True)
     lists = lists._replace(grads=[torch.zeros(len(values))], exp_avg_sqs=[values[:, 0].clone()], maxima=[values[:, 1].clone()])
     launch, there = launched(lists)
-    launch.adamw_update_(hyper_vectors(Hyper(beta2=0.5), 1))
+    launch.update_(hyper_vectors(Hyper(beta2=0.5), 1))
     want = torch.maximum(values[:, 1], 0.5 * values[:, 0])
     torch.testing.assert_close(back(there).maxima[0], want, rtol=0, atol=0, equal_nan=True)
 
@@ -394,7 +394,7 @@ def test_an_absent_gradient_counts_as_zeros_and_leaves_its_row_alone(kind):
         fresh, _ = launched(zeros)
         assert same_bits(sums_of(launch), sums_of(fresh))
         sums = torch.full((len(MANY), 2), -1.0, dtype=F64, device=DEVICE)
-        launch.adamw_update_(hyper_vectors(Hyper(), len(MANY)), sums)
+        launch.update_(hyper_vectors(Hyper(), len(MANY)), sums)
         after, new = back(there), sums_of(launch)[:, 3:5]
         for t, shape in enumerate(MANY):
             if t in missing and shape != (0,):
@@ -425,7 +425,7 @@ def test_gradients_of_other_addresses_dtypes_and_layouts():
         present = [to(DEVICE, x) for x in grads]  # a launch does not keep gradients alive
         launch.set_gradients(present)
         assert_sums(sums_of(launch), before, F64)
-        launch.adamw_update_(hyper_vectors(Hyper(), len(MANY)))
+        launch.update_(hyper_vectors(Hyper(), len(MANY)))
         want = before.map(clone).update(Hyper(), "cpp")
         assert back(there)._replace(grads=grads).same_bits(want)
 
@@ -488,7 +488,7 @@ def test_written_tensors_that_share_memory_are_refused():
 def test_what_a_launch_was_not_made_for():
     lists = random_lists([(3,), (4, 5)], "fp32")
     with pytest.raises(RuntimeError, match="written=False"):
-        launched(lists, written=False)[0].adamw_update_(hyper_vectors(Hyper(), 2))
+        launched(lists, written=False)[0].update_(hyper_vectors(Hyper(), 2))
     without = lists._replace(params=None, exp_avg_sqs=None)
     with pytest.raises(RuntimeError, match="needs params and exp_avg_sqs"):
         launched(without)
@@ -519,7 +519,7 @@ def test_vectors_that_do_not_fit_change_nothing():
     vectors = hyper_vectors(Hyper(), 3)
     for bad in (vectors.float(), vectors[1:], vectors[:, :2].contiguous(), vectors[0], vectors.t().contiguous().t()):
         with pytest.raises(RuntimeError, match="must be a contiguous float64 tensor of shape"):
-            launch.adamw_update_(bad)
+            launch.update_(bad)
     assert back(there).same_bits(lists)
 
 
@@ -547,13 +547,13 @@ def test_a_captured_step_replays_with_its_own_gradients():
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):  # compiles both kernels
         launch.tensor_stats(True, True, False, F32)
-        launch.adamw_update_(vectors)
+        launch.update_(vectors)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         launch.set_gradients(captured)
         stats = launch.tensor_stats(True, True, False, F32)
-        launch.adamw_update_(vectors)
+        launch.update_(vectors)
     launch.set_gradients(others)
     for grads in (captured, captured):
         before = back(there)._replace(grads=[x.cpu() for x in grads])
@@ -577,9 +577,9 @@ def test_rounding_by_chance_has_the_bits_of_cpp(dtypes, order):
     launch, there = launched(lists)
     h = Hyper(step=5, grad_scale=0.5)
     new_sums = torch.zeros(4, 2, dtype=F64, device=DEVICE)
-    launch.adamw_update_(hyper_vectors(h, 4), new_sums, 2**33 + 7)
+    launch.update_(hyper_vectors(h, 4), new_sums, 2**33 + 7)
     expected = lists.map(clone)
-    expected.launch("cpp").adamw_update_(h.vectors(4), None, 2**33 + 7)
+    expected.launch("cpp").update_(h.vectors(4), None, 2**33 + 7)
     assert back(there).same_bits(expected)
     assert same_bits(new_sums.cpu(), sums_of(launch)[:, 3:5])
     assert not expected.same_bits(lists.map(clone).update(h, "cpp"))

@@ -192,8 +192,8 @@ def check(number, backend, small=False):
     expected_vectors = ops.resolve_backend("cpp", torch.device("cpu")).update_vectors(*hyper)
     width = draw.choice([None, 2, 5])
     sums = None if width is None else torch.full((count, width), -1.0, dtype=F64, device=DEVICE)
-    launch.adamw_update_(vectors, sums, seed)
-    on_cpu.adamw_update_(expected_vectors, None, seed)
+    launch.update_(vectors, sums, seed)
+    on_cpu.update_(expected_vectors, None, seed)
     assert_updated(there, expected, lists, (low_there, low_expected, low))
     after = launch.tensor_stats(True, True, True, F64).cpu()
     if sums is not None:
@@ -208,8 +208,8 @@ def check(number, backend, small=False):
     present = [to(DEVICE, x) for x in others]  # a launch does not keep gradients alive
     launch.set_gradients(present)
     on_cpu.set_gradients(others)
-    launch.adamw_update_(vectors)
-    on_cpu.adamw_update_(expected_vectors)
+    launch.update_(vectors)
+    on_cpu.update_(expected_vectors)
     assert_updated(there._replace(grads=present), expected, lists._replace(grads=others), (low_there, low_expected, low))
 
 

@@ -52,7 +52,7 @@ def test_a_launch_does_what_the_ops_do(dtypes, backend):
         launch.set_gradients(x for x in grads)
         theirs = theirs._replace(grads=grads)
         assert same_bits(sums_of(launch), theirs.stats(backend))
-        launch.adamw_update_(H.vectors(len(SHAPES), backend))
+        launch.update_(H.vectors(len(SHAPES), backend))
         theirs.update(H, backend)
         assert ours._replace(grads=grads).same_bits(theirs)
 
@@ -82,7 +82,7 @@ def test_new_sums_have_the_bits_of_a_later_pass(dtypes):
     lists = placed(dtypes)
     launch = lists.launch()
     sums = torch.full((len(SHAPES), 2), -1.0, dtype=F64)
-    launch.adamw_update_(H.vectors(len(SHAPES)), sums)
+    launch.update_(H.vectors(len(SHAPES)), sums)
     assert same_bits(sums, launch.tensor_stats(True, True, False, F64)[:, 3:])
 
 
@@ -97,8 +97,8 @@ def test_the_update_also_sums_what_it_finds(dtypes, amsgrad, backend):
     launch, other = ours.launch(backend), plain.launch(backend)
     before = launch.tensor_stats(False, False, False, F64)
     sums = torch.full((len(SHAPES), 5), -1.0, dtype=F64)
-    launch.adamw_update_(H.vectors(len(SHAPES), backend), sums)
-    other.adamw_update_(H.vectors(len(SHAPES), backend))
+    launch.update_(H.vectors(len(SHAPES), backend), sums)
+    other.update_(H.vectors(len(SHAPES), backend))
     assert ours.same_bits(plain)
     after = launch.tensor_stats(True, True, False, F64)[:, 3:]
     empty = torch.tensor([0 in shape for shape in SHAPES])
@@ -127,7 +127,7 @@ def test_an_absent_gradient_counts_as_zeros_and_leaves_its_row_alone(kind, backe
             each.set_gradients(grads)
             assert same_bits(sums_of(each), zeros.stats(backend))
         sums = torch.full((len(SHAPES), 2), -1.0, dtype=F64)
-        launch.adamw_update_(H.vectors(len(SHAPES), backend), sums)
+        launch.update_(H.vectors(len(SHAPES), backend), sums)
         present = [t for t in range(len(SHAPES)) if t not in missing]
         of_present = Hyper(*(x[present] if isinstance(x, torch.Tensor) else x for x in H))
         twin._replace(grads=before.grads).rows(present).update(of_present, backend)
@@ -145,7 +145,7 @@ def test_an_absent_maximum_leaves_its_tensor_plain(kind, backend):
     lists = random_lists([(5,), (BLOCK + 1,), (0,), (7,)], "fp32", amsgrad=True)
     some = lists._replace(maxima=[lists.maxima[0], absent(kind), lists.maxima[2], absent(kind)])
     twin = some._replace(maxima=[x if x is not None else torch.empty(0) for x in some.maxima]).map(clone)
-    some.launch(backend).adamw_update_(Hyper().vectors(4, backend))
+    some.launch(backend).update_(Hyper().vectors(4, backend))
     twin.update(Hyper(), backend)
     assert all(map(same_bits, some.params + some.exp_avg_sqs, twin.params + twin.exp_avg_sqs))
     assert same_bits(some.maxima[0], twin.maxima[0])
@@ -164,7 +164,7 @@ def test_a_row_whose_step_is_zero_is_left_alone(dtypes, backend):
     hyper = H._replace(step=torch.where(skipped, 0.0, 3.0), step_size=torch.where(skipped, float("nan"), H.step_size))
     sums = torch.full((len(SHAPES), 2), -1.0, dtype=F64)
     launch = ours.launch(backend)
-    launch.adamw_update_(hyper.vectors(len(SHAPES), backend), sums)
+    launch.update_(hyper.vectors(len(SHAPES), backend), sums)
     assert ours.rows(skipped.nonzero().flatten().tolist()).same_bits(before.rows(skipped.nonzero().flatten().tolist()))
     assert (sums[skipped] == -1).all()
     assert same_bits(sums[~skipped], launch.tensor_stats(True, True, False, F64)[~skipped, 3:])
@@ -229,7 +229,7 @@ def test_what_a_launch_was_not_made_for(backend):
     lists = random_lists([(3,), (4, 5)], "fp32")
     vectors = Hyper().vectors(2, backend)
     with pytest.raises(RuntimeError, match="written=False"):
-        lists.launch(backend, written=False).adamw_update_(vectors)
+        lists.launch(backend, written=False).update_(vectors)
     without = lists._replace(params=None, exp_avg_sqs=None)
     with pytest.raises(RuntimeError, match="needs params and exp_avg_sqs"):
         without.launch(backend)
@@ -245,7 +245,7 @@ def test_a_launch_of_nothing(backend):
     launch = random_lists([], "fp32").launch(backend)
     launch.set_gradients([])
     assert sums_of(launch).shape == (0, 7)
-    launch.adamw_update_(Hyper().vectors(0, backend))
+    launch.update_(Hyper().vectors(0, backend))
 
 
 # ------------------------------------------------------------------------------------------------------------------- chunk size
@@ -261,7 +261,7 @@ def test_no_bit_of_an_update_depends_on_the_chunk_size(dtypes, seed):
     for size in (0, CHUNK_ON_GPU, 2 * CHUNK_ON_GPU):
         mine = lists.map(clone)
         launch = type("Launch", (CppLaunch,), {"chunk_size": size})(*mine[1:3], mine.params, mine.exp_avg_sqs, written=True)
-        launch.adamw_update_(Hyper(grad_scale=0.5).vectors(4), None, seed)
+        launch.update_(Hyper(grad_scale=0.5).vectors(4), None, seed)
         updated.append(mine)
         sums.append(launch.tensor_stats(True, True, False, F64))
     assert all(x.same_bits(updated[0]) for x in updated)
@@ -305,7 +305,7 @@ def test_more_dimensions_than_a_table_describes(backend):
         twin = theirs.launch(backend)
         assert_sums(sums_of(launch), theirs, F64)
         for each in (launch, twin):
-            each.adamw_update_(Hyper().vectors(2, backend))
+            each.update_(Hyper().vectors(2, backend))
         for x, y in zip(mine.params + mine.exp_avgs, theirs.params + theirs.exp_avgs, strict=True):
             assert same_bits(x.permute(*reversed(range(x.dim()))).flatten().clone(), y.flatten().clone())
     moved = lists._replace(exp_avgs=[x if x.dim() < n else place(x, order=other_order) for x in lists.exp_avgs])

@@ -51,7 +51,7 @@ def updated(lists, low, there, h=Hyper(), *, sums=None, seed=None):  # noqa: B00
     launch = kind(
         lists.grads, lists.exp_avgs, lists.params, lists.exp_avg_sqs, lists.maxima, low_precision_params=low, written=True
     )
-    launch.adamw_update_(h.vectors(count, backend, device), new_sums, seed)
+    launch.update_(h.vectors(count, backend, device), new_sums, seed)
     back = None if new_sums is None else new_sums.cpu()
     return lists.map(lambda x: moved(x, "cpu")), [moved(x, "cpu") for x in low], back
 
@@ -242,7 +242,7 @@ def test_sums_are_of_the_master(there, dtype):
 
     torch.testing.assert_close(squares()[:, 0], exact(), rtol=1e-6, atol=0)
     new_sums = torch.zeros(2, 2, dtype=F64, device=device)
-    launch.adamw_update_(Hyper().vectors(2, backend, device), new_sums)
+    launch.update_(Hyper().vectors(2, backend, device), new_sums)
     assert same_bits(new_sums.cpu(), squares())
     torch.testing.assert_close(squares()[:, 0], exact(), rtol=1e-6, atol=0)
 
