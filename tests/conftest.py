@@ -1,6 +1,13 @@
-"""The files that take longest come first, so that no worker of pytest-xdist is left alone with one at the end."""
+"""How the tests share a machine among several processes: what every process of them sees before it imports torch.
 
+The files that take longest come first, so that no worker of pytest-xdist is left alone with one at the end.
+"""
+
+import os
 from pathlib import Path
+
+# An idle thread of OpenMP spins, and takes the core that another worker's thread waits for: such tests took three times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 LONGEST_FIRST = (
     "test_cuda_build.py",
