@@ -3,7 +3,9 @@
 An optimizer calls the same two ops on the same tensors in every step. A launch makes all checks and, in C++, writes down all
 addresses, sizes and strides once, in a table (csrc/table.h); after that a call costs little more than its arithmetic.
 
-Both classes take the same arguments:
+Longer than 300 lines: the launches of C++, of plain PyTorch and of FakeTensorMode have the same methods, documented once, here.
+
+All of them take the same arguments:
 
     grads: T gradients. None, or a tensor without elements where its momentum has some, is an absent one: it counts as zeros in the
         statistics, and the update leaves its row alone. Whoever calls holds them until the ops have been called: if a launch
