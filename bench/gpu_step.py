@@ -10,6 +10,8 @@ With bfloat16, MetaAdamW keeps float32 states and torch's fused AdamW bfloat16 o
 predictions for the GPU they stand beside the device times, and those that are off by more than 15 % are marked. With --profile the
 profiles of whole steps follow (bench/gpu_profile.py).
 
+Longer than 300 lines: the sides, their bytes and the table are one experiment.
+
 `--device cpu` goes through the same code without a GPU, to test it; its figures mean nothing.
 """
 

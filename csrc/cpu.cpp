@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "engine_cpu.h"
+#include "make_table.h"
 #include "policy_checks.h"
 
 namespace metaadamw {

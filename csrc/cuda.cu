@@ -3,6 +3,7 @@
 
 #include "cuda_policy.cuh"
 #include "engine_cuda.cuh"
+#include "make_table.h"
 
 namespace metaadamw {
 namespace {

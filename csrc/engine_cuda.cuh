@@ -4,7 +4,8 @@
 // The kernels read everything from device memory: the table, the vectors, and through the table's addresses the tensors. So a
 // captured launch does the right thing at every replay with whatever stands there then. Nothing is kept between calls but the
 // tickets, which are 0 again when a kernel ends; two launches of one table must therefore not overlap, which the order of a stream
-// sees to.
+// sees to. Longer than 300 lines: both kernels walk a chunk in the same way, in groups and element by element, and share what a
+// block knows of it.
 #pragma once
 
 #include "checks.h"

@@ -6,7 +6,7 @@
 
 #include <cstring>
 
-#include "checks.h"
+#include "make_table.h"
 
 namespace metaadamw {
 namespace {

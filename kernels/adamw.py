@@ -16,7 +16,7 @@ EXP_AVG, EXP_AVG_SQ, MAXIMUM = 1, 3, tl.constexpr(4)  # AVGrad has its mean in t
 
 @triton.jit
 def _fold(column, rows, arithmetic: tl.constexpr):
-    """Rounded once, as `scalars_of` in csrc/adamw.h."""
+    """Rounded once, as `AdamW::scalars` in csrc/adamw.h."""
     step_size = tl.load(column).to(arithmetic)
     decay_factor = tl.load(column + rows).to(arithmetic)
     step = tl.load(column + STEP * rows).to(arithmetic)

@@ -2,6 +2,8 @@
 
 Every program takes one chunk of one tensor and walks it in blocks of BLOCK lanes. The kernels are compiled without contraction of
 a*b+c (``enable_fp_fusion=False``): the C++ is, too, and the bits are the same.
+
+Longer than 300 lines: many short functions that every kernel may need, which are read one at a time.
 """
 
 from __future__ import annotations

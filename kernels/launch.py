@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from metaadamw_fast.launch import statistics_columns
+
 from . import policy
 from .elements import INTERPRETED, WARPS
 from .engine import measure_constants, measure_kernel, register_limit, update_constants, update_kernel
@@ -35,8 +37,7 @@ class TritonLaunch(LaunchTable):
         Raises:
             RuntimeError: another dtype, or a column of a list that the launch does not have.
         """
-        columns = 0b111 | params << 3 | exp_avg_sqs << 4 | count_nonzero * 0b1100000
-        return self.measure(columns, dtype, carried)
+        return self.measure(statistics_columns(params, exp_avg_sqs, count_nonzero), dtype, carried)
 
     def measure(self, columns: int, dtype: torch.dtype, carried: Tensor | None = None) -> Tensor:
         """Sums [T, S] of the rule: those that ``columns`` has a bit for.

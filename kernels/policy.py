@@ -1,7 +1,7 @@
 """What stands on both sides of the encoder, one launch each: the arithmetic of csrc/policy.h, in its order of operations.
 
 A step has a few numbers per tensor and group here. In eager PyTorch that is 22 launches, 36 with clipping, and each takes longer to
-launch than to run.
+launch than to run. Longer than 300 lines: four such ops, one after the other, each a kernel and its launch.
 """
 
 from __future__ import annotations

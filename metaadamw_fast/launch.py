@@ -50,8 +50,7 @@ class Operands(NamedTuple):
     low_precision_params: list[Tensor] | None = None
 
 
-RULES = ("adamw", "avgrad")  # csrc/rules.h
-_LAST_STATE = {"adamw": "max_exp_avg_sqs", "avgrad": "average_sqs"}
+RULES = {"adamw": "max_exp_avg_sqs", "avgrad": "average_sqs"}  # in the order of csrc/rules.h, with the name of the last list
 _MAX_DIMS = 16  # csrc/chunks.h
 _SAME, _OTHER_ADDRESSES, _OTHER_TABLE, _NEGATIVES = range(4)  # what launch_set_gradients returns; csrc/ops.cpp
 
@@ -210,7 +209,7 @@ class CppLaunch:
         tensors = [x for xs in lists for x in xs or ()]
         lengths = [-1 if xs is None else len(xs) for xs in lists]
         table: Tensor = self.namespace.launch_table.default(
-            RULES.index(self._rule), tensors, lengths, self._written, self.chunk_size
+            [*RULES].index(self._rule), tensors, lengths, self._written, self.chunk_size
         )
         self._table = table
         self._device_copy = DeviceCopy(self._table, self._absent.device, self._in_graphs) if self.on_gpu else None
@@ -311,7 +310,7 @@ class ReferenceLaunch:
         if written and (operands.params is None or operands.exp_avg_sqs is None):
             raise RuntimeError("the update needs params and exp_avg_sqs")
         if written and rule == "avgrad" and operands.max_exp_avg_sqs is None:
-            raise RuntimeError(f"the update needs {_LAST_STATE[rule]}")
+            raise RuntimeError(f"the update needs {RULES[rule]}")
         self.set_gradients(grads)
 
     def set_gradients(self, grads: OptionalTensors) -> None:
@@ -324,7 +323,7 @@ class ReferenceLaunch:
         leaders = [OpList("params", mine.params, self._written), OpList("exp_avgs", mine.exp_avgs, self._written)]
         others = (
             OpList("exp_avg_sqs", mine.exp_avg_sqs, self._written),
-            OpList(_LAST_STATE[self._rule], mine.max_exp_avg_sqs, self._written, optional=self._rule == "adamw"),
+            OpList(RULES[self._rule], mine.max_exp_avg_sqs, self._written, optional=self._rule == "adamw"),
             OpList("low_precision_params", mine.low_precision_params, self._written, optional=True),
         )
         lists = (*leaders[mine.params is None :], OpList("grads", grads, optional=True), *others)
@@ -373,8 +372,8 @@ class ReferenceLaunch:
         lists = (mine.params, self._grads, mine.exp_avgs, mine.exp_avg_sqs, mine.max_exp_avg_sqs)
         step_size, decay_factor, step, beta1, beta2, eps, grad_scale = vectors.unbind()
         hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
-        update = reference.adamw_update_ if self._rule == "adamw" else reference.avgrad_update_
-        update(*lists, *hyperparameters, new_sums, rounding_seed, mine.low_precision_params)
+        of_v_hat = reference.running_maximum if self._rule == "adamw" else reference.running_mean
+        reference.adamw_update_(*lists, *hyperparameters, new_sums, rounding_seed, mine.low_precision_params, of_v_hat)
 
 
 class FakeLaunch:

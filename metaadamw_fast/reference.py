@@ -163,6 +163,16 @@ def update_vectors(
     return torch.stack([step_size, decay_factor, step, beta1, beta2, eps, scale])
 
 
+def running_maximum(maximum: Tensor, v: Tensor, _: Tensor) -> Tensor:
+    """Amsgrad's v_hat, before the bias correction."""
+    return torch.maximum(maximum, v)
+
+
+def running_mean(average: Tensor, v: Tensor, step: Tensor) -> Tensor:
+    """AVGrad's: A ← A + (v - A)/step, the mean of v over all steps. Ozkara et al., *MADA*, arXiv 2401.08893 (2024)."""
+    return average + (v - average) / step
+
+
 def adamw_update_(
     params: Tensors,
     grads: Tensors,
@@ -179,61 +189,16 @@ def adamw_update_(
     new_sums: Tensor | None = None,
     rounding_seed: int | None = None,
     low_precision_params: Tensors | None = None,
+    of_v_hat: Callable[[Tensor, Tensor, Tensor], Tensor] = running_maximum,
 ) -> None:
-    """The modulated AdamW update; see :func:`metaadamw_fast.ops.adamw_update_`."""
-    lists, hyperparameters = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs), (step_size, decay_factor, step, beta1, beta2)
-    others = (eps, grad_scale, new_sums, rounding_seed, low_precision_params)
-    _update(lambda maximum, v, _: torch.maximum(maximum, v), *lists, *hyperparameters, *others)
+    """The modulated AdamW update; see :func:`metaadamw_fast.ops.adamw_update_`.
 
-
-def avgrad_update_(
-    params: Tensors,
-    grads: Tensors,
-    exp_avgs: Tensors,
-    exp_avg_sqs: Tensors,
-    average_sqs: Tensors | None,
-    step_size: Tensor,
-    decay_factor: Tensor,
-    step: Tensor,
-    beta1: Tensor,
-    beta2: Tensor,
-    eps: Tensor,
-    grad_scale: Tensor | None,
-    new_sums: Tensor | None = None,
-    rounding_seed: int | None = None,
-    low_precision_params: Tensors | None = None,
-) -> None:
-    """AVGrad: as :func:`adamw_update_`, with A ← A + (v - A)/step, the mean of v over all steps, in the place of v.
-
-    Ozkara et al., *MADA*, arXiv 2401.08893 (2024). A has v's bias correction.
+    ``of_v_hat(state, v, step)`` takes v's place in the denominator of rows that have such a state, in ``max_exp_avg_sqs``. With
+    :func:`running_mean` this is AVGrad's update.
     """
-    lists, hyperparameters = (params, grads, exp_avgs, exp_avg_sqs, average_sqs), (step_size, decay_factor, step, beta1, beta2)
-    others = (eps, grad_scale, new_sums, rounding_seed, low_precision_params)
-    _update(lambda average, v, k: average + (v - average) / k, *lists, *hyperparameters, *others)
-
-
-def _update(
-    of_denominator: Callable[[Tensor, Tensor, Tensor], Tensor],
-    params: Tensors,
-    grads: Tensors,
-    exp_avgs: Tensors,
-    exp_avg_sqs: Tensors,
-    denominators: Tensors | None,
-    step_size: Tensor,
-    decay_factor: Tensor,
-    step: Tensor,
-    beta1: Tensor,
-    beta2: Tensor,
-    eps: Tensor,
-    grad_scale: Tensor | None,
-    new_sums: Tensor | None = None,
-    rounding_seed: int | None = None,
-    low_precision_params: Tensors | None = None,
-) -> None:
-    """Both updates. The denominator is of v or, where there is one, of ``of_denominator(the state of it, v, step)``."""
     hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
-    check_update(params, grads, exp_avgs, exp_avg_sqs, denominators, *hyperparameters, low_precision_params=low_precision_params)
-    check_distinct(*update_lists(params, grads, exp_avgs, exp_avg_sqs, denominators, low_precision_params))
+    check_update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyperparameters, low_precision_params=low_precision_params)
+    check_distinct(*update_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision_params))
     bias_correction1 = 1 - beta1**step
     bias_correction2 = 1 - beta2**step
     for t, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
@@ -254,9 +219,9 @@ def _update(
         write = _Writer(skip, None if rounding_seed is None else (rounding_seed, step[t], t), param)
         write(exp_avg, m, rounding.MOMENTUM)
         write(exp_avg_sq, v, rounding.SECOND_MOMENT)
-        if denominators is not None and denominators[t].numel():
-            v = of_denominator(denominators[t].to(arithmetic), v, step[t])
-            _write(denominators[t], v, skip)
+        if max_exp_avg_sqs is not None and max_exp_avg_sqs[t].numel():
+            v = of_v_hat(max_exp_avg_sqs[t].to(arithmetic), v, step[t])
+            _write(max_exp_avg_sqs[t], v, skip)
         m_hat = m / bias_correction1[t]
         v_hat = v / bias_correction2[t]
         low = None if low_precision_params is None or not low_precision_params[t].numel() else low_precision_params[t]

@@ -161,10 +161,9 @@ class FusedOptimizer(TrackingOptimizer):
         states.set_gradients(states.gradients())
         states.sync_masters()
         sums: Tensor | None = None
-        counted = should_step if isinstance(should_step, Tensor) else None
         if not self.rule.carried and not self._measures():
             factor, norm = gradient_factor(len(self._members), hyper.sign, scaler_scale)[0], None
-            decision = self.decide(None, Step(hyper, factor, self._counts, counted))
+            decision = self.decide(None, Step(hyper, factor, self._counts, _undecided(should_step)))
             states.update(decision.vectors, None, should_step, self._rounding_seed)
         elif should_step is True and self._can_fuse(states):
             factor, norm = gradient_factor(len(self._members), hyper.sign, scaler_scale)[0], None
@@ -179,8 +178,7 @@ class FusedOptimizer(TrackingOptimizer):
                 if should_step is False:
                     return
             factor, norm, sums = gradients.scale(self._backend, sums, hyper.sign, scaler_scale, self.max_grad_norm)
-            counted = should_step if isinstance(should_step, Tensor) else None
-            decision = self.decide(sums, Step(hyper, factor, self._counts, counted))
+            decision = self.decide(sums, Step(hyper, factor, self._counts, _undecided(should_step)))
             states.update(decision.vectors, of_rows, should_step, self._rounding_seed)
         if any(group["capturable"] for group in self.param_groups):
             # A CUDA graph replays the kernels but not this Python: it would miss a user's write to p, and Python would miss the
@@ -377,3 +375,8 @@ class FusedOptimizer(TrackingOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_stream": None}
+
+
+def _undecided(should_step: Tensor | bool) -> Tensor | None:
+    """Whether the step counts, where only the device knows; None if it does."""
+    return should_step if isinstance(should_step, Tensor) else None

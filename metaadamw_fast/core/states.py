@@ -93,7 +93,8 @@ class States:
         leaves = [m.param for m in members]
         self._rule = rule
         carried = rule.carried.values()
-        self._summed = [0, *(i for i, name in enumerate(rule.names, 1) if name in carried), -1]  # of `held.outer`
+        # Of `held.outer`: what the carried sums depend on.
+        self._summed = [0, *(i for i, name in enumerate(rule.names, 1) if name in carried), -1] if carried else []
         self.device, self.captured_ready = device, False
         self._total = len(leaves)
         self.rows = [t for t, p in enumerate(leaves) if has_row(p, grads[t], state, device, rule)]
