@@ -11,12 +11,13 @@ from torch import Tensor
 from . import rounding
 from .core import devices
 from .core.optimizer import FusedOptimizer
-from .core.rule import Decision, Rule, State, Step
+from .core.rule import PARAM, Decision, Rule, State, Step
 from .core.sharding import local
 
 AVGRAD = Rule(
     "avgrad",
     states=(State("exp_avg"), State("exp_avg_sq"), State("average_sq", wide=True)),
+    operands=("exp_avg", PARAM, "exp_avg_sq", "average_sq"),
     vectors=("step_size", "decay_factor", "step", "beta1", "beta2", "inverse_sqrt_correction2", "eps", "grad_scale"),
     sums={"grad_sq": 2},
     carried={},

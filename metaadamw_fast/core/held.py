@@ -19,7 +19,7 @@ from metaadamw_fast.ops import addresses_of, expected_objects, listed_objects
 from . import devices
 from .allocation import MASTER
 from .members import Member
-from .rule import Rule
+from .rule import PARAM, Rule
 from .sharding import is_sharded, local
 from .watch import Storages, as_real
 
@@ -170,10 +170,10 @@ class HeldTensors:
         return {state.name: [*xs] if state.flag is None else _spread(xs, has) for state, xs, has in rows}
 
     def operands(self) -> Operands:
-        """The lists as the arguments of a launch, which has those of AdamW."""
-        lists, copies = self.by_name(), _spread(self.copies(), self.chosen[-1])
-        exp_avgs, exp_avg_sqs, *others = (lists[name] for name in self._rule.names)
-        return Operands(exp_avgs or [], self.updated(), exp_avg_sqs or [], others[0] if others else None, copies)
+        """The lists as the arguments of a launch, in the order of the rule's operands; the low-precision parameters last."""
+        lists = {**self.by_name(), PARAM: self.updated()}
+        own = [None if name is None else lists[name] for name in self._rule.operands]
+        return [own[0] or [], *own[1:], _spread(self.copies(), self.chosen[-1])]
 
 
 def _spread(tensors: Sequence[Tensor], chosen: Sequence[bool]) -> list[Tensor] | None:
