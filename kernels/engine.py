@@ -3,8 +3,7 @@
 A `Rule` says what is an optimizer's own: its operands, its formula, its sums. The kernels get its functions as compile-time
 arguments of their own, since Triton finds changed source text only there and not inside a tuple.
 
-Longer than 300 lines: both kernels walk a chunk in the same way, and the update measures the rows that it leaves alone; they are
-best read side by side.
+Longer than 300 lines: both kernels walk a chunk in the same way, and are best read side by side.
 """
 
 from __future__ import annotations
@@ -186,22 +185,17 @@ def measure_kernel(
             )  # fmt: skip
 
 
-def measured_operands(rule: Rule, columns: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """What is loaded for each of these sums, one after the other: no operand twice."""
+def measure_constants(rule: Rule, columns: tuple[int, ...], kinds: tuple[int, ...]) -> dict[str, Any]:
+    """The compile-time arguments of the measure kernel for these sums of the rule."""
     loads, loaded = [], set()
     for column in columns:
         loads.append(tuple(k for k in rule.sum_operands[column] if k not in loaded))
         loaded.update(loads[-1])
-    return tuple(loads)
-
-
-def measure_constants(rule: Rule, columns: tuple[int, ...], kinds: tuple[int, ...]) -> dict[str, Any]:
-    """The compile-time arguments of the measure kernel for these sums of the rule."""
     return {
         "fold_measured": rule.fold_measured,
         "term": rule.term,
         "columns": columns,
-        "loads": measured_operands(rule, columns),
+        "loads": tuple(loads),
         "of_gradient": rule.of_gradient,
         "exchanged": rule.exchanged,
         "operands": len(rule.operands),
@@ -233,9 +227,9 @@ def _write(
 
 @triton.jit
 def _update_block(
-    lanes, addresses, begin, offsets, mask, layout, scalars, measured_scalars, key, formula: tl.constexpr, term: tl.constexpr,
-    found: tl.constexpr, left: tl.constexpr, written: tl.constexpr, rounded: tl.constexpr, kind: tl.constexpr,
-    strided: tl.constexpr, aligned: tl.constexpr,
+    lanes, addresses, begin, offsets, mask, grad_mask, written_mask, layout, scalars, measured_scalars, key,
+    formula: tl.constexpr, term: tl.constexpr, found: tl.constexpr, left: tl.constexpr, written: tl.constexpr,
+    rounded: tl.constexpr, kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
     """Updates one block, and adds what it finds and what it leaves to the lanes of the sums.
 
@@ -248,7 +242,8 @@ def _update_block(
     others = ()
     for k in tl.static_range(operands):
         if k != PARAM:
-            others += (load(addresses[k], begin, places[k], mask, k, kind, aligned),)
+            of_operand = grad_mask if k == GRAD else mask
+            others += (load(addresses[k], begin, places[k], of_operand, k, kind, aligned),)
     p = load(addresses[PARAM], begin, places[PARAM], mask, PARAM, kind, aligned)
     before = _with_param(others, p)  # of a master itself, as `measure` reads it
     more = ()
@@ -262,12 +257,12 @@ def _update_block(
     for k in tl.static_range(operands):
         if k != PARAM:
             if contains(written, k) and storage_type(kind, k) is not None:
-                stored += (_write(new[k], addresses, begin, offsets, places, mask, key, rounded, k, kind, aligned),)
+                stored += (_write(new[k], addresses, begin, offsets, places, written_mask, key, rounded, k, kind, aligned),)
             else:
                 stored += (new[k],)
-    p = _write(new[PARAM], addresses, begin, offsets, places, mask, key, rounded, PARAM, kind, aligned)
+    p = _write(new[PARAM], addresses, begin, offsets, places, written_mask, key, rounded, PARAM, kind, aligned)
     if has_master:
-        store(addresses[low], begin, places[low], mask, p, low, kind, aligned)
+        store(addresses[low], begin, places[low], written_mask, p, low, kind, aligned)
     after = _with_param(stored, p)
     for i in tl.static_range(length(left)):
         more += (lanes[length(found) + i] + _masked(term(after, (), element(left, i)), mask),)
@@ -276,10 +271,12 @@ def _update_block(
 
 @triton.jit
 def _update_chunk(
-    table, tensors, chunk, chunks, row, partials, tickets, new_sums, vectors, number, measured, rounding_seed, fold: tl.constexpr,
-    formula: tl.constexpr, fold_measured: tl.constexpr, term: tl.constexpr, found: tl.constexpr, left: tl.constexpr,
-    written: tl.constexpr, rounded: tl.constexpr, exchanged: tl.constexpr, operands: tl.constexpr, kind: tl.constexpr,
+    table, tensors, chunk, chunks, row, wanted, partials, tickets, new_sums, vectors, number, measured, rounding_seed,
+    fold: tl.constexpr, formula: tl.constexpr, fold_measured: tl.constexpr, term: tl.constexpr, found: tl.constexpr,
+    left: tl.constexpr, written: tl.constexpr, rounded: tl.constexpr, of_gradient: tl.constexpr, exchanged: tl.constexpr,
+    operands: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
+    """``wanted``: whether the row is updated and not only measured; None where all that come here are."""
     begin, count, first_chunk, chunks_of_row = chunk_bounds(table, tensors, chunk, row, operands + 1)
     addresses = _addresses(table, tensors, row, operands, number, exchanged, kind)
     lanes = _zeros(length(found) + length(left), arithmetic_type(kind))
@@ -293,23 +290,33 @@ def _update_chunk(
     else:
         key = rounding_key(rounding_seed, tl.load(column + STEP * rows), row)
 
-    together = addresses[GRAD]
+    grad = addresses[GRAD]
+    together = grad
     for k in tl.static_range(1, operands + 1):
         together |= addresses[k]
     layout = table + field(table, tensors, row, operands + 1, LAYOUT)
     strided: tl.constexpr = is_strided(kind)
+    has_gradient = grad != 0
+    if of_gradient and length(found) > 0:
+        count = tl.where(has_gradient, count, 0)
     done = 0
-    if (together % 16 == 0) & (not strided):
+    if (together % 16 == 0) & has_gradient & (not strided):
         done = count // BLOCK * BLOCK
         for i in range(0, done, BLOCK):
             lanes = _update_block(
-                lanes, addresses, begin, i + lane, None, layout, scalars, measured_scalars, key, formula, term, found, left,
-                written, rounded, kind, False, True,
+                lanes, addresses, begin, i + lane, None, None, wanted, layout, scalars, measured_scalars, key, formula, term,
+                found, left, written, rounded, kind, False, True,
             )  # fmt: skip
     for i in range(done, count, BLOCK):
+        mask = i + lane < count
+        grad_mask = mask
+        written_mask = mask
+        if wanted is not None:
+            grad_mask = mask & has_gradient
+            written_mask = mask & wanted
         lanes = _update_block(
-            lanes, addresses, begin, i + lane, i + lane < count, layout, scalars, measured_scalars, key, formula, term, found,
-            left, written, rounded, kind, strided, False,
+            lanes, addresses, begin, i + lane, mask, grad_mask, written_mask, layout, scalars, measured_scalars, key, formula,
+            term, found, left, written, rounded, kind, strided, False,
         )  # fmt: skip
     if length(lanes) > 0:
         write_sums(lanes, row, chunk, chunks, first_chunk, chunks_of_row, partials, tickets, new_sums)
@@ -321,9 +328,9 @@ def _update_chunk(
 )
 def update_kernel(
     table, tensors, chunks, partials, tickets, new_sums, vectors, rounding_seed, fold: tl.constexpr, formula: tl.constexpr,
-    measured: tl.constexpr, fold_measured: tl.constexpr, term: tl.constexpr, found: tl.constexpr, loads: tl.constexpr,
-    left: tl.constexpr, written: tl.constexpr, rounded: tl.constexpr, of_gradient: tl.constexpr, exchanged: tl.constexpr,
-    operands: tl.constexpr, kinds: tl.constexpr,
+    measured: tl.constexpr, fold_measured: tl.constexpr, term: tl.constexpr, found: tl.constexpr, left: tl.constexpr,
+    written: tl.constexpr, rounded: tl.constexpr, of_gradient: tl.constexpr, exchanged: tl.constexpr, operands: tl.constexpr,
+    kinds: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk; see `LaunchTable` for the table and the kinds.
 
@@ -331,31 +338,29 @@ def update_kernel(
     """
     # Backward through what was measured forward: the first programs find the end of it in the cache.
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
-    rows = tensors.to(tl.int64)
     row = tl.load(table + (operands + 1 + FIELDS) * tensors + chunk)
     kind_of_row = field(table, tensors, row, operands + 1, KIND)
     has_gradient = (tl.load(table + GRAD * tensors + row) != 0) | (field(table, tensors, row, operands + 1, NUMEL) == 0)
+    rows = tensors.to(tl.int64)
     wanted = has_gradient & (tl.load(vectors + STEP * rows + row) != 0)
     number = None
     if length(exchanged) > 0:
         number = tl.load(vectors + element(exchanged, 2) * rows + row)
     of_last = None if measured is None else vectors + measured * rows
     for i in tl.static_range(length(kinds)):
-        if wanted & (kind_of_row == i):
+        comes = kind_of_row == i
+        if length(found) == 0:
+            comes &= wanted
+        if comes:
             _update_chunk(
-                table, tensors, chunk, chunks, row, partials, tickets, new_sums, vectors, number, of_last, rounding_seed, fold,
-                formula, fold_measured, term, found, left, written, rounded, exchanged, operands, element(kinds, i),
+                table, tensors, chunk, chunks, row, None if length(found) == 0 else wanted, partials, tickets, new_sums, vectors,
+                number, of_last, rounding_seed, fold, formula, fold_measured, term, found, left, written, rounded, of_gradient,
+                exchanged, operands, element(kinds, i),
             )  # fmt: skip
-        if length(found) > 0:
-            if ~wanted & (kind_of_row == i):
-                _measure_chunk(
-                    table, tensors, chunk, chunks, row, partials, tickets, new_sums, number, of_last, fold_measured, term, found,
-                    loads, of_gradient, exchanged, operands, element(kinds, i),
-                )  # fmt: skip
 
 
 def update_constants(rule: Rule, sums: int, kinds: tuple[int, ...]) -> dict[str, Any]:
-    """The compile-time arguments of the update kernel that makes so many sums: those of what it finds, or what it leaves, or none."""
+    """The compile-time arguments of the update kernel that makes so many sums: of what it finds, or of what it leaves, or none."""
     found = rule.found if sums > len(rule.left) else ()
     return {
         "fold": rule.fold,
@@ -364,7 +369,6 @@ def update_constants(rule: Rule, sums: int, kinds: tuple[int, ...]) -> dict[str,
         "fold_measured": rule.fold_measured,
         "term": rule.term,
         "found": found,
-        "loads": measured_operands(rule, found),
         "left": rule.left if sums and not found else (),
         "written": rule.written,
         "rounded": rule.rounded,

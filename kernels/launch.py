@@ -78,7 +78,7 @@ class TritonLaunch(LaunchTable):
         """The rule's update in place; rows without a gradient, or whose step is 0, stay as they are.
 
         Args:
-            vectors: contiguous float64 [V, T] on the tensors' device, made by `kernels.policy` or, MADA's, by `kernels.mada_policy`.
+            vectors: contiguous float64 [V, T] on the tensors' device, made by `kernels.policy` or `kernels.mada_policy`.
             new_sums: contiguous float64 on the tensors' device, or None. [T, 2], of AdamW only, receives Σp², Σv² as stored, in the
                 bits of a later pass of `measure`; rows that stay as they are keep what it holds. With a column for each of the
                 rule's sums that an update makes, [T, 5] of AdamW and [T, 7] of MADA, it receives of every row what `measure` would

@@ -15,7 +15,11 @@ EXP_AVG, EXP_AVG_SQ, AVERAGE_SQ, EXP_AVG_DIFF, LION_EXP_AVG, LAST_GRAD, OTHER_GR
 ROWS_OF_HALF = 21
 STEP_SIZE, DECAY_FACTOR, STEP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BETA1, BETA2, BETA3, RHO, C, GAMMA = (tl.constexpr(3 + i) for i in range(6))
-EPS, GRAD_SCALE, LAST_SCALE = tl.constexpr(9), tl.constexpr(10), tl.constexpr(11)  # the factors of this gradient and of the last one
+EPS, GRAD_SCALE, LAST_SCALE = (
+    tl.constexpr(9),
+    tl.constexpr(10),
+    tl.constexpr(11),
+)  # the factors of this gradient and of the last one
 CORRECTION1, CORRECTION2, SLOPE1, SLOPE2 = (tl.constexpr(12 + i) for i in range(4))  # 1 - beta^t, and t beta^(t-1) / its square
 LION1, LION2 = tl.constexpr(16), tl.constexpr(17)
 TURN = tl.constexpr(18)  # the update's number since the table was made
