@@ -12,8 +12,8 @@ All of them take the same arguments, the lists by position, in the order of the 
         did, they would outlive `zero_grad` by a whole backward pass.
     exp_avgs: T first moments.
     params, exp_avg_sqs: T tensors each; the update needs both.
-    what else the rule has: AdamW max_exp_avg_sqs, None or T running maxima (amsgrad), where None or a tensor without elements leaves
-        its tensor plain; AVGrad average_sqs; MADA five lists, of which each may be None: it then counts as zeros.
+    what else the rule has: AdamW max_exp_avg_sqs, None or T running maxima (amsgrad), where None or a tensor without elements
+        leaves its tensor plain; AVGrad average_sqs; MADA five lists, of which each may be None: it then counts as zeros.
     low_precision_params, the last: T model parameters of bfloat16 or float16 whose float32 masters stand in ``params``; None, or a
         tensor without elements, for a row that has none. The update starts from the master where the parameter is its rounding to
         nearest, else from the parameter, which somebody has written then; it writes the master and, into the parameter, its
@@ -312,8 +312,9 @@ class CppLaunch:
 
         ``vectors``, float64 [V, T], absent rows counted, are what the backend's ``update_vectors`` or ``modulation`` returned.
         ``new_sums``, of AdamW only, float64 [T, 2], gets Σp² and Σv² of what the update leaves, in the bits that
-        ``tensor_stats(True, True, ...)`` would find now; rows without a gradient, or whose step is 0, keep what it holds. Of a wider
-        one, [T, 5] of AdamW and [T, 7] of MADA, every row gets the sums of what the update finds, in the bits of a pass before it.
+        ``tensor_stats(True, True, ...)`` would find now; rows without a gradient, or whose step is 0, keep what it holds.
+        Of a wider one, [T, 5] of AdamW and [T, 7] of MADA, every row gets the sums of what the update finds, in the bits of a
+        pass before it.
         """
         self.namespace.launch_update_.default(self._table, self._copy(), vectors, new_sums, rounding_seed)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from metaadamw_fast import AVGrad, MetaAdamW
+from metaadamw_fast import MADA, AVGrad, MetaAdamW
 
 
 class EagerAVGrad(torch.optim.Optimizer):
@@ -32,6 +32,36 @@ class EagerAVGrad(torch.optim.Optimizer):
                 a.add_((v - a) / k)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(group["lr"] * (m / (1 - beta1**k)) / ((a / (1 - beta2**k)).sqrt() + group["eps"]))
+
+
+class EagerMADA(torch.optim.Optimizer):
+    """docs/mada.md, section 3, at the default coefficients, before they learn: AdamW, with the states of all the others."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0, maximize=False):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                (beta1, beta2), state = group["betas"], self.state[p]
+                if not state:
+                    state.update(step=torch.tensor(0.0), **{name: torch.zeros_like(p) for name in MADA_STATES})
+                state["step"] += 1
+                k, grad = float(state["step"]), -p.grad if group["maximize"] else p.grad
+                operands = [p, grad, p.grad, *(state[name] for name in MADA_STATES)]
+                p, g, raw, m, v, a, n, lion, last, previous = (torch.view_as_real(x) if x.is_complex() else x for x in operands)
+                g, falls = g.to(m), g.to(v).square() < v
+                n.copy_(torch.zeros_like(g) if k == 1 else g - (-last if group["maximize"] else last))
+                m.lerp_(g, 1 - beta1)
+                v.mul_(beta2).add_((1 - beta2) * g.to(v).square())
+                mean = a.abs() + (v - a.abs()) / k
+                a.copy_(torch.where(falls, -mean, mean))
+                lion.lerp_(g, 1 - 0.98)
+                previous.copy_(last)
+                last.copy_(raw)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(group["lr"] * (m / (1 - beta1**k)) / ((v / (1 - beta2**k)).sqrt() + group["eps"]))
 
 
 class Spec(NamedTuple):
@@ -75,7 +105,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 SUMS = ("statistics", "grad_norm")
 META = Spec(MetaAdamW, torch.optim.AdamW, OFF, {"head_init": "xavier"}, MOMENTS, (*SCALES, *SUMS), encodes=True)
 AVGRAD = Spec(AVGrad, EagerAVGrad, {}, {}, AVGrad.rule.names, SUMS, encodes=False)
-OPTIMIZERS = {spec.kind.__name__: spec for spec in (META, AVGRAD)}
+MADA_STATES = (*AVGrad.rule.names, "exp_avg_diff", "lion_exp_avg", "last_grad", "previous_grad")
+LEARNING = {"beta3": 0.1, "rho": 0.6, "c": 0.9, "gamma": 0.9, "freeze_steps": 0}  # from the second step on, all six inside
+LEARNED = ("coefficients", "hyper_gradient", "hyper_sums")
+MADA_ = Spec(MADA, EagerMADA, {}, LEARNING, MADA_STATES, (*SUMS, *LEARNED), encodes=False)
+OPTIMIZERS = {spec.kind.__name__: spec for spec in (META, AVGRAD, MADA_)}
 
 every = pytest.mark.parametrize("spec", OPTIMIZERS.values(), ids=OPTIMIZERS)
 

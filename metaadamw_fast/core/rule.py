@@ -77,7 +77,7 @@ class Step(NamedTuple):
         grad_factor: what the update multiplies the gradients with, float64 [T]; None for 1.
         counts: float64 [T + 1], the steps so far, of each parameter and of the optimizer.
         counted: 0-dim bool, whether this step counts; None if it does.
-        unclipped: as ``grad_factor``, without what clipping multiplies with.
+        loss_scale: what GradScaler has multiplied the loss with, 0-dim float32; None without one.
         present: float64 [T], 1 for parameters that have a gradient, else 0; None if all have.
         turns: float64 [T], how often the rule's ``exchanged`` states have changed their roles since the launch was made; None if
             the rule has none.
@@ -87,7 +87,7 @@ class Step(NamedTuple):
     grad_factor: Tensor | None
     counts: Tensor
     counted: Tensor | None
-    unclipped: Tensor | None = None
+    loss_scale: Tensor | None = None
     present: Tensor | None = None
     turns: Tensor | None = None
 
