@@ -1,4 +1,6 @@
-"""Numbers made with the authors' released code, which MADA must meet: amazon-science/mada_optimizer_search, Apache-2.0, commit 2beded8.
+"""Numbers made with the authors' released code, which MADA must meet.
+
+The code: amazon-science/mada_optimizer_search, Apache-2.0, commit 2beded8.
 
 A file of ``golden/mada`` holds U updates of a tiny model, coefficients in the order beta1, beta2, beta3, rho, c, gamma:
 
@@ -9,8 +11,8 @@ A file of ``golden/mada`` holds U updates of a tiny model, coefficients in the o
         autograd found it. NaN where it was not recorded.
     steps [S]: numbers of updates after which params/NAME, m/NAME, V/NAME, A/NAME, n/NAME, l/NAME [S, ...] were recorded.
 
-Nothing of theirs covers ``variant="paper"`` as a whole. ``class_kept_gradient`` has its differences of gradients; for all else of it
-see mada_oracle.py.
+Nothing of theirs covers ``variant="paper"`` as a whole: ``class_kept_gradient`` has its differences of gradients. mada_oracle.py
+covers all of it.
 """
 
 import json
