@@ -15,8 +15,8 @@ from torch import Tensor
 from . import rounding
 from .avgrad import AVGRAD, mean_of_second_moment, with_mean
 from .core import devices
-from .core.checkpoint import check_keys, check_tensor, with_extra_on_top
-from .core.hyperparameters import pair_of
+from .core.checkpoint import check_keys, check_tensor
+from .core.hyperparameters import check_hyperparameters, pair_of
 from .core.optimizer import FusedOptimizer
 from .core.rule import PARAM, Decision, Rule, State, Step
 from .core.tracking import Moved
@@ -45,6 +45,7 @@ class Semantics(NamedTuple):
 
 
 _LEARNED = ("coefficients", "momentum", "hyper_gradient", "hyper_sums", "last")  # attributes of MADA, with an underscore
+_TURN = VECTORS.index("turn")
 VARIANTS = {"paper": Semantics(True, True, 0.0, True), "released": Semantics(False, False, 1e-15, False)}
 
 
@@ -128,6 +129,8 @@ class MADA(FusedOptimizer):
         backend: str = "auto",
         allocate: str = "eager",
     ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        check_hyperparameters({**defaults, "differentiable": differentiable})
         for name, value, choices in (
             ("scope", scope, ("global", "per_group")),
             ("second_moment", second_moment, ("average", "maximum")),
@@ -152,7 +155,8 @@ class MADA(FusedOptimizer):
         self._bounds = _bounds(bounds)
         rates = _by_name("hyper_lr", hyper_lr, HYPER_LR)
         momenta = _by_name("hyper_momentum", hyper_momentum, {})
-        _check(self._start, self._bounds, rates, momenta)
+        _check_start(self._start, self._bounds)
+        _check_learning(self._bounds, rates, momenta)
         self.scope, self.statistics_mode, self.variant = scope, statistics, variant
         self.hyper_clip, self.freeze_steps, self.lion_betas = float(hyper_clip or 0.0), freeze_steps, (lion_betas[0], lion_betas[1])
         self.rule, self._flags = _rule(self._start, rates, semantics, maximum=second_moment == "maximum")
@@ -161,7 +165,7 @@ class MADA(FusedOptimizer):
         # Whether `hyper_update` has learned from the gradients that the next step finds; whether the sums of the last step are
         # still to be learned from (lagged).
         self._learned, self._pending = False, False
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        self._adds = False  # whether a group is being added
         super().__init__(
             params,
             {**defaults, "capturable": capturable},
@@ -179,7 +183,7 @@ class MADA(FusedOptimizer):
         self._momentum, self._hyper_gradient = torch.zeros_like(sets), torch.zeros_like(sets)
         self._hyper_sums = sets.new_zeros(tensors, len(COEFFICIENTS))
         # The vectors of the last update of each tensor, and of the one before: what its derivatives are made of.
-        self._last = sets.new_zeros(2, len(VECTORS), tensors)
+        self._last = _no_update(tensors, sets.device)
         self._cache()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -188,12 +192,20 @@ class MADA(FusedOptimizer):
         Raises:
             ValueError, RuntimeError: as the constructor. Nothing has changed then.
         """
-        if isinstance(param_group, dict) and "betas" in param_group:
-            betas = tuple(float(beta) for beta in pair_of(param_group["betas"]))
-            if self.scope == "global" and betas != self._start[:2]:
-                raise ValueError(f"Invalid betas of a param group: {betas} (scope='global' has {self._start[:2]} for all)")
-            _check((*betas, *self._start[2:]), self._bounds, [1.0] * len(COEFFICIENTS), [0.0] * len(COEFFICIENTS))
-        super().add_param_group(param_group)
+        self._adds = True
+        try:
+            super().add_param_group(param_group)
+        finally:
+            self._adds = False
+
+    def _check_params(self, params: Sequence[Tensor]) -> None:
+        super()._check_params(params)
+        if not self._adds:  # groups that a user assigns may be those of a checkpoint, with betas that were learned
+            return
+        betas = tuple(float(beta) for beta in self.param_groups[-1]["betas"])
+        if self.scope == "global" and betas != self._start[:2]:
+            raise ValueError(f"Invalid betas of a param group: {betas} (scope='global' has {self._start[:2]} for all)")
+        _check_start((*betas, *self._start[2:]), self._bounds)
 
     def _new_sets(self) -> Tensor:
         """[K, 6] where each set of coefficients starts."""
@@ -223,7 +235,7 @@ class MADA(FusedOptimizer):
         hyper_sums, last = self._hyper_sums, self._last
         self._hyper_sums = hyper_sums.new_zeros(len(moved.origins), hyper_sums.shape[1])
         self._hyper_sums[here] = hyper_sums[there]
-        self._last = last.new_zeros(*last.shape[:2], len(moved.origins))
+        self._last = _no_update(len(moved.origins), last.device)
         self._last[..., here] = last[..., there]
         super()._follow(moved)
 
@@ -240,7 +252,7 @@ class MADA(FusedOptimizer):
     def _drop_tables(self) -> None:
         super()._drop_tables()
         # The lists that are made next name the gradients by what they are now, and count their changes of roles from 0 on.
-        self._last[0, VECTORS.index("turn")] = -1.0
+        self._last[0, _TURN] = -1.0
 
     def _kept(self) -> list[Tensor | None]:
         own = (*_LEARNED, "constants", "set_of", "no_turns")
@@ -361,20 +373,21 @@ class MADA(FusedOptimizer):
 
     @property
     def statistics(self) -> Tensor:
-        """[T, 7] float64 sums of the last step that made them; 0 before the first. [T, 1] where nothing is learned.
-
-        Σg² of the clipped (and with maximize negated) gradient, then, of the gradient as it was, the six that :attr:`hyper_sums`
-        are made of.
-        """
-        return self._statistics
+        """[T, 1] float64, Σg² of the clipped gradient, of the last step that summed; 0 before the first."""
+        return self._statistics[:, :1]
 
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 
     def saved(self) -> dict[str, Any]:
         """Coefficients, and what the next step learns from."""
         copies = {name: getattr(self, f"_{name}").clone() for name in _LEARNED}
+        copies["last"][:, _TURN] = -1.0  # who loads lists the states anew
         pending = self._statistics.clone() if self._pending else None
         return {**copies, "pending": pending, "learned": self._learned}
+
+    def saved_in_group(self, index: int) -> dict[str, Any]:
+        """The betas that were learned, for other optimizers."""
+        return {"betas": tuple(self.coefficients[index if self.scope == "per_group" else 0, :2].tolist())}
 
     def check_saved(self, extra: dict[str, Any], state_dict: dict[str, Any]) -> None:
         """Raises ValueError on other sets of coefficients or other tensors."""
@@ -391,7 +404,7 @@ class MADA(FusedOptimizer):
         self._pending = self._learned = False
         if extra is None:
             mean_of_second_moment(self)
-            self._last.zero_()
+            self._last.copy_(_no_update(len(self._members), self._last.device))
             message = "checkpoint of a plain Adam: moments and steps are loaded, the coefficients stay as they are"
             warnings.warn(message, stacklevel=4)
             return
@@ -404,16 +417,14 @@ class MADA(FusedOptimizer):
 
     def converted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Adam's and AdamW's get A = v, and zeros for all else."""
-        mine = isinstance(state_dict, Mapping) and self.checkpoint_key in with_extra_on_top(state_dict, self.checkpoint_key)
-        return state_dict if mine else with_mean(state_dict, self.rule.names)
+        return with_mean(state_dict, [name for name in self.rule.names if name not in ("exp_avg", "exp_avg_sq")])
 
-    def state_dict(self) -> dict[str, Any]:
-        """As :meth:`FusedOptimizer.state_dict`; ``betas`` of the param groups are those that were learned, for other optimizers."""
-        state_dict = super().state_dict()
-        sets = self.coefficients[:, :2].tolist()
-        for k, group in enumerate(state_dict["param_groups"]):
-            group["betas"] = tuple(sets[k if self.scope == "per_group" else 0])
-        return state_dict
+
+def _no_update(tensors: int, device: torch.device) -> Tensor:
+    """[2, H, T], the vectors of no update: step 0. Nothing is learned of it, and the derivatives by it are finite."""
+    last = torch.zeros(2, len(VECTORS), tensors, dtype=torch.float64, device=device)
+    last[:, [VECTORS.index(name) for name in ("beta1", "beta2", "eps", "k1", "k2", "lion2")]] = 1.0
+    return last
 
 
 def _by_name(option: str, values: float | Mapping[str, float], default: Mapping[str, float]) -> list[float]:
@@ -438,10 +449,14 @@ def _bounds(bounds: Mapping[str, tuple[float, float]]) -> list[tuple[float, floa
     return pairs
 
 
-def _check(start: Sequence[float], bounds: Sequence[tuple[float, float]], rates: Sequence[float], momenta: Sequence[float]) -> None:
-    for name, x, (low, high), rate, momentum in zip(COEFFICIENTS, start, bounds, rates, momenta, strict=True):
+def _check_start(start: Sequence[float], bounds: Sequence[tuple[float, float]]) -> None:
+    for name, x, (low, high) in zip(COEFFICIENTS, start, bounds, strict=True):
         if not low <= x <= high:
             raise ValueError(f"Invalid {name}: {x} (its bounds are {low} and {high}; bounds= takes others)")
+
+
+def _check_learning(bounds: Sequence[tuple[float, float]], rates: Sequence[float], momenta: Sequence[float]) -> None:
+    for name, (low, high), rate, momentum in zip(COEFFICIENTS, bounds, rates, momenta, strict=True):
         if not rate >= 0.0:
             raise ValueError(f"Invalid hyper_lr of {name}: {rate}")
         if not 0.0 <= momentum < 1.0:

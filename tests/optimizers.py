@@ -75,6 +75,8 @@ class Spec(NamedTuple):
         states: those that every updated parameter has, besides its step count.
         shown: what can be read of the last step.
         encodes: whether it groups the parameters and scales each group. It then sums in every step, and takes a ``model``.
+        raw: states that keep gradients as they were given: with the loss scale, unclipped.
+        still: options with which nothing is learned from gradients before they are clipped.
     """
 
     kind: Any
@@ -84,6 +86,8 @@ class Spec(NamedTuple):
     states: tuple
     shown: tuple
     encodes: bool
+    raw: tuple = ()
+    still: dict = {}  # noqa: RUF012
 
     def __repr__(self):
         return self.kind.__name__
@@ -108,7 +112,18 @@ AVGRAD = Spec(AVGrad, EagerAVGrad, {}, {}, AVGrad.rule.names, SUMS, encodes=Fals
 MADA_STATES = (*AVGrad.rule.names, "exp_avg_diff", "lion_exp_avg", "last_grad", "previous_grad")
 LEARNING = {"beta3": 0.1, "rho": 0.6, "c": 0.9, "gamma": 0.9, "freeze_steps": 0}  # from the second step on, all six inside
 LEARNED = ("coefficients", "hyper_gradient", "hyper_sums")
-MADA_ = Spec(MADA, EagerMADA, {}, LEARNING, MADA_STATES, (*SUMS, *LEARNED), encodes=False)
+AS_ADAMW = {"beta3": 0.0, "rho": 1.0, "c": 1.0, "gamma": 1.0, "freeze_steps": 99}  # the defaults, long before they learn
+MADA_ = Spec(
+    MADA,
+    EagerMADA,
+    AS_ADAMW,
+    LEARNING,
+    MADA_STATES,
+    (*SUMS, *LEARNED),
+    encodes=False,
+    raw=MADA_STATES[-2:],
+    still={"freeze_steps": 99},
+)
 OPTIMIZERS = {spec.kind.__name__: spec for spec in (META, AVGRAD, MADA_)}
 
 every = pytest.mark.parametrize("spec", OPTIMIZERS.values(), ids=OPTIMIZERS)

@@ -99,6 +99,10 @@ class FusedOptimizer(TrackingOptimizer):
         """What a checkpoint holds of a subclass: tensors that nobody else holds, numbers, lists and dicts only."""
         return {}
 
+    def saved_in_group(self, index: int) -> dict[str, Any]:
+        """Entries of the param group of this number that are others in a checkpoint."""
+        return {}
+
     def check_saved(self, extra: dict[str, Any], state_dict: dict[str, Any]) -> None:
         """Raises ValueError if ``extra``, of a checkpoint, is not what :meth:`saved` returns; nothing changes."""
 
