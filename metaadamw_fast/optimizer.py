@@ -1,6 +1,6 @@
 """MetaAdamW: what is its own of the step, on the optimizer of core/. No arithmetic on elements happens here; see ops.py.
 
-Longer than 300 lines: half of it is the constructor with its documentation.
+Longer than 300 lines: a third of it is the constructor with its documentation.
 """
 
 from __future__ import annotations
@@ -262,11 +262,7 @@ class MetaAdamW(FusedOptimizer):
         self._table = None
 
     def release(self) -> None:
-        """Lets go of all memory that the next step can make anew: tables, caches, a captured encoder graph.
-
-        States stay, but for those of parameters that are no longer in ``param_groups``. Nothing that is left refers to the memory
-        of a parameter, a gradient or a state, whether or not this is called: that is free as soon as it is replaced.
-        """
+        """As :meth:`~metaadamw_fast.core.tracking.TrackingOptimizer.release`; also of a captured encoder graph."""
         super().release()
         self.encoder.float64_copies = []
         if self._encoder_graph is not None:
