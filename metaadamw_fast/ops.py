@@ -4,7 +4,8 @@ Each op takes lists over T tensors and is one call (one parallel region, one lau
 must have the same shape; strides, dtypes (float32, float64, bfloat16, float16) and sizes may differ from tensor to tensor and from
 list to list. float64 tensors are computed in float64, all others in float32.
 
-Longer than 300 lines: a quarter is documentation, and what runs an op stands beside the ops, so that a backend is added in one place.
+Longer than 300 lines: a quarter is documentation, and what runs an op stands beside the ops, so that a backend is added in one
+place.
 """
 
 from __future__ import annotations
