@@ -16,7 +16,7 @@ from statistics import mean, stdev
 from typing import NoReturn
 
 import torch
-from etth1_data import DataError
+from data import DataError
 from picture import draw
 from scipy.stats import t as student_t
 from tasks import Task, digits, etth1
