@@ -55,7 +55,9 @@ class Run:
     coefficients: list[float] | None  # of MADA at the end, in the order of docs/mada.md section 1
 
 
-def train(name: str, betas: tuple[float, float], seed: int, texts: dict[str, Tensor], steps: int, on_step: Callable[[], object]) -> Run:
+def train(
+    name: str, betas: tuple[float, float], seed: int, texts: dict[str, Tensor], steps: int, on_step: Callable[[], object]
+) -> Run:
     """Train a model from scratch. A text is [bytes], int64; a batch is BATCH windows of texts["train"]."""
     data = texts["train"]
     torch.manual_seed(seed)
@@ -91,7 +93,9 @@ def summary(values: list[float], digits: int) -> str:
 
 def print_table(runs: dict[tuple[float, float], dict[str, list[Run]]]) -> None:
     """A block for each start: losses, what MADA's differ from AdamW's by, seed by seed, and where its coefficients ended."""
-    print(f"{'start (β1, β2)':<16}{'optimizer':<20}{'validation loss':>18}{'less AdamW, paired':>22}   β1    β2    β3    ρ     c     γ")
+    print(
+        f"{'start (β1, β2)':<16}{'optimizer':<20}{'validation loss':>18}{'less AdamW, paired':>22}   β1    β2    β3    ρ     c     γ"
+    )
     for betas, by_name in runs.items():
         for name, seeds in by_name.items():
             losses = [run.loss for run in seeds]
@@ -111,7 +115,10 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each optimizer from each start")
     options = parser.parse_args()
     try:
-        texts = {part: torch.frombuffer(bytearray(load_wikitext2(part, options.data)), dtype=torch.uint8).long() for part in ("train", "valid")}
+        texts = {
+            part: torch.frombuffer(bytearray(load_wikitext2(part, options.data)), dtype=torch.uint8).long()
+            for part in ("train", "valid")
+        }
     except DataError as error:
         print(f"wikitext.py: {error}", file=sys.stderr)
         return 1
