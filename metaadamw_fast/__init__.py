@@ -3,6 +3,7 @@
 from .avgrad import AVGrad
 from .encoder import EncoderConfig, GroupEncoder
 from .features import FeatureConfig
+from .mada import MADA
 from .meta import MetaLearner, MetaReport, MicroBatches
 from .ops import backend_report
 from .optimizer import MetaAdamW
@@ -10,6 +11,7 @@ from .presets import presets
 
 __version__ = "0.1.0"
 __all__ = [
+    "MADA",
     "AVGrad",
     "EncoderConfig",
     "FeatureConfig",

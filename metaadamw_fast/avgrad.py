@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 from . import rounding
 from .core import devices
 from .core.optimizer import FusedOptimizer
-from .core.rule import Decision, Rule, State, Step
+from .core.rule import PARAM, Decision, Rule, State, Step
 from .core.sharding import local
 
 AVGRAD = Rule(
     "avgrad",
     states=(State("exp_avg"), State("exp_avg_sq"), State("average_sq", wide=True)),
+    operands=("exp_avg", PARAM, "exp_avg_sq", "average_sq"),
     vectors=("step_size", "decay_factor", "step", "beta1", "beta2", "inverse_sqrt_correction2", "eps", "grad_scale"),
     sums={"grad_sq": 2},
     carried={},
@@ -102,19 +103,35 @@ class AVGrad(FusedOptimizer):
         return Decision(vectors, {})
 
     def converted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Adam's and AdamW's get A = v; with A = 0 the next step would be about √t times too long."""
-        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("state"), Mapping):
-            return state_dict  # refused later
-        states = {}
-        for key, state in state_dict["state"].items():
-            if isinstance(state, Mapping) and "exp_avg_sq" in state and "average_sq" not in state:
-                state = {**state, "average_sq": state["exp_avg_sq"]}
-            states[key] = state
-        return {**state_dict, "state": states}
+        """Adam's and AdamW's get A = v."""
+        return with_mean(state_dict, ("average_sq",))
 
     def restore(self, extra: dict[str, Any] | None, state_dict: dict[str, Any]) -> None:
-        """Also of a checkpoint by DCP, which leaves what Adam's lacks as it was here: an A of zeros, that is not to be kept."""
-        params = (p for group in self.param_groups for p in group["params"]) if extra is None else ()
-        for state in (self.state[p] for p in params if "average_sq" in self.state.get(p, ())):
-            mean, v = local(state["average_sq"]), local(state["exp_avg_sq"])
-            mean.copy_(torch.where(mean == 0, v, mean))
+        """Also of a checkpoint by DCP, which leaves what Adam's lacks as it was here."""
+        if extra is None:
+            mean_of_second_moment(self)
+
+
+def with_mean(state_dict: dict[str, Any], states: Sequence[str]) -> dict[str, Any]:
+    """A checkpoint of Adam with A = v, where ``states`` have an A, and zeros for the others that it lacks; a copy.
+
+    With A = 0 the next step would be about √t times too long.
+    """
+    if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("state"), Mapping):
+        return state_dict  # refused later
+    completed = {}
+    for key, state in state_dict["state"].items():
+        if isinstance(state, Mapping) and isinstance(state.get("exp_avg_sq"), Tensor):
+            v = state["exp_avg_sq"]
+            missing = {name: v if name == "average_sq" else torch.zeros_like(v) for name in states if name not in state}
+            state = {**state, **missing}
+        completed[key] = state
+    return {**state_dict, "state": completed}
+
+
+def mean_of_second_moment(optimizer: FusedOptimizer) -> None:
+    """A = v where A is 0: DCP loads into what is there, and leaves what a checkpoint lacks as it was, zeros."""
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    for state in (optimizer.state[p] for p in params if "average_sq" in optimizer.state.get(p, ())):
+        mean, v = local(state["average_sq"]), local(state["exp_avg_sq"])
+        mean.copy_(torch.where(mean == 0, v, mean))

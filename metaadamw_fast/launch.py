@@ -5,20 +5,21 @@ addresses, sizes and strides once, in a table (csrc/table.h); after that a call 
 
 Longer than 300 lines: the launches of C++, of plain PyTorch and of FakeTensorMode have the same methods, documented once, here.
 
-All of them take the same arguments:
+All of them take the same arguments, the lists by position, in the order of the rule's operands (csrc/adamw.h, avgrad.h, mada.h):
 
     grads: T gradients. None, or a tensor without elements where its momentum has some, is an absent one: it counts as zeros in the
         statistics, and the update leaves its row alone. Whoever calls holds them until the ops have been called: if a launch
         did, they would outlive `zero_grad` by a whole backward pass.
     exp_avgs: T first moments.
     params, exp_avg_sqs: T tensors each; the update needs both.
-    max_exp_avg_sqs: T running maxima (amsgrad); None, or a tensor without elements, leaves its tensor plain.
-    low_precision_params: T model parameters of bfloat16 or float16 whose float32 masters stand in ``params``; None, or a tensor
-        without elements, for a row that has none. The update starts from the master where the parameter is its rounding to
+    what else the rule has: AdamW max_exp_avg_sqs, None or T running maxima (amsgrad), where None or a tensor without elements
+        leaves its tensor plain; AVGrad average_sqs; MADA five lists, of which each may be None: it then counts as zeros.
+    low_precision_params, the last: T model parameters of bfloat16 or float16 whose float32 masters stand in ``params``; None, or a
+        tensor without elements, for a row that has none. The update starts from the master where the parameter is its rounding to
         nearest, else from the parameter, which somebody has written then; it writes the master and, into the parameter, its
         rounding. The statistics are of the master alone: whoever wants them of what others wrote updates the masters first.
     written: whether the update will be called; then no tensors but the gradients may share memory.
-    rule: whose update it is, ``adamw`` or ``avgrad``. AVGrad has its means in ``max_exp_avg_sqs``, a tensor in every row.
+    rule: whose update it is, ``adamw``, ``avgrad`` or ``mada``.
 
 Elements are walked in the order of the parameters' memory, or of the first moments' without parameters. Errors are those of the ops
 of the same names in :mod:`metaadamw_fast.ops`; nothing has changed then.
@@ -32,25 +33,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import mada_reference, reference
 from .checks import OpList, check_distinct, check_lists, check_low_precision
 from .core import devices
 
-Tensors = Iterable[Tensor]
 OptionalTensors = Iterable[Tensor | None]
 
 
-class Operands(NamedTuple):
-    """The lists of a launch that stay from call to call; as the arguments of the same names."""
-
-    exp_avgs: list[Tensor]
-    params: list[Tensor] | None
-    exp_avg_sqs: list[Tensor] | None
-    max_exp_avg_sqs: list[Tensor] | None
-    low_precision_params: list[Tensor] | None = None
+Operands = Sequence[list[Tensor] | None]  # the lists of a launch that stay from call to call, in order, low-precision ones last
 
 
-RULES = {"adamw": "max_exp_avg_sqs", "avgrad": "average_sqs"}  # in the order of csrc/rules.h, with the name of the last list
+class RuleLists(NamedTuple):
+    """The lists of a rule's operands behind the gradients; the low-precision parameters follow them."""
+
+    names: tuple[str, ...]
+    required: frozenset[str] = frozenset({"exp_avgs", "params", "exp_avg_sqs"})  # by an update
+    in_some_rows: frozenset[str] = frozenset()  # an entry without elements says that its row has none
+
+
+_MOMENTS = ("exp_avgs", "params", "exp_avg_sqs")
+RULES = {  # in the order of csrc/rules.h
+    "adamw": RuleLists((*_MOMENTS, "max_exp_avg_sqs"), in_some_rows=frozenset({"max_exp_avg_sqs"})),
+    "avgrad": RuleLists((*_MOMENTS, "average_sqs"), required=frozenset({*_MOMENTS, "average_sqs"})),
+    "mada": RuleLists((*_MOMENTS, "average_sqs", "exp_avg_diffs", "lion_exp_avgs", "last_grads", "other_grads")),
+}
+_LOW_PRECISION = "low_precision_params"
+_PARAMS = 1
 _MAX_DIMS = 16  # csrc/chunks.h
 _SAME, _OTHER_ADDRESSES, _OTHER_TABLE, _NEGATIVES = range(4)  # what launch_set_gradients returns; csrc/ops.cpp
 
@@ -60,26 +68,51 @@ def statistics_columns(params: bool, exp_avg_sqs: bool, count_nonzero: bool) -> 
     return 0b111 | params << 3 | exp_avg_sqs << 4 | count_nonzero * 0b1100000
 
 
-def _listed(tensors: Tensors | None) -> list[Tensor] | None:
-    return None if tensors is None else list(tensors)
-
-
 def _filled(tensors: OptionalTensors, absent: Tensor) -> list[Tensor]:
     return [absent if x is None else x for x in tensors]
 
 
-def _operands(
-    exp_avgs: Tensors,
-    params: Tensors | None,
-    exp_avg_sqs: Tensors | None,
-    max_exp_avg_sqs: OptionalTensors | None,
-    low_precision_params: OptionalTensors | None,
-) -> tuple[Operands, Tensor]:
-    """The arguments of a launch as lists, and the tensor without elements that stands where one is absent."""
-    exp_avgs = list(exp_avgs)
-    absent = exp_avgs[0].new_empty(0) if exp_avgs else torch.empty(0, device="cpu")
-    optional = [None if xs is None else _filled(xs, absent) for xs in (max_exp_avg_sqs, low_precision_params)]
-    return Operands(exp_avgs, _listed(params), _listed(exp_avg_sqs), *optional), absent
+def listed(operands: Sequence[OptionalTensors | None], rule: str) -> tuple[Operands, Tensor]:
+    """The lists of a launch, None where none is given, and the tensor without elements that stands where one is absent."""
+    number = len(RULES[rule].names) + 1
+    if len(operands) > number:
+        raise RuntimeError(f"the rule {rule} has {number} lists besides the gradients, not {len(operands)}")
+    lists = [None if xs is None else list(xs) for xs in operands] + [None] * (number - len(operands))
+    if lists[0] is None:
+        raise RuntimeError("a launch needs exp_avgs")
+    absent = next((x for x in lists[0] if x is not None), None)
+    absent = torch.empty(0, device="cpu") if absent is None else absent.new_empty(0)
+    return [None if xs is None else _filled(xs, absent) for xs in lists], absent
+
+
+def leaders(operands: Operands) -> list[Tensor]:
+    """The tensors in the order of whose memory elements are walked: the parameters, without these the first moments."""
+    return (operands[_PARAMS] if operands[_PARAMS] is not None else operands[0]) or []
+
+
+def check_operands(operands: Operands, grads: Sequence[Tensor], rule: str, *, written: bool) -> None:
+    """Checks all lists of a launch.
+
+    Raises:
+        RuntimeError: see :mod:`metaadamw_fast.checks`; an update that lacks a list; gradient buffers that differ.
+    """
+    names, required, in_some_rows = RULES[rule]
+    missing = [name for name, xs in zip(names, operands, strict=False) if xs is None and name in required]
+    if written and missing:
+        raise RuntimeError(f"the update needs {' and '.join(missing)}")
+    own = [
+        OpList(name, xs, written, optional=name in in_some_rows or name == _LOW_PRECISION)
+        for name, xs in zip((*names, _LOW_PRECISION), operands, strict=True)
+    ]
+    leader = own[_PARAMS if operands[_PARAMS] is not None else 0]
+    lists = (leader, OpList("grads", grads, optional=True), *(xs for xs in own if xs is not leader))
+    check_lists(*lists)
+    check_low_precision(operands[_PARAMS], operands[-1])
+    check_distinct(*lists)
+    if rule == "mada" and operands[6] is not None and operands[7] is not None:
+        for t, (x, y) in enumerate(zip(operands[6], operands[7], strict=True)):
+            if (x.dtype, x.stride()) != (y.dtype, y.stride()):
+                raise RuntimeError(f"last_grads[{t}] and other_grads[{t}] differ in dtype or strides: they take turns")
 
 
 def resolved(grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor]]:
@@ -160,27 +193,21 @@ class CppLaunch:
     def __init__(
         self,
         grads: OptionalTensors,
-        exp_avgs: Tensors,
-        params: Tensors | None = None,
-        exp_avg_sqs: Tensors | None = None,
-        max_exp_avg_sqs: OptionalTensors | None = None,
-        low_precision_params: OptionalTensors | None = None,
-        *,
+        *operands: OptionalTensors | None,
         written: bool,
         rule: str = "adamw",
     ) -> None:
         self._rule = rule
-        operands, self._absent = _operands(exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs, low_precision_params)
-        self._operands: Callable[[], Operands] = lambda: operands
-        if any(x.is_neg() for xs in operands for x in xs or ()):
+        lists, self._absent = listed(operands, rule)
+        self._operands: Callable[[], Operands] = lambda: lists
+        if any(x.is_neg() for xs in lists for x in xs or ()):
             raise RuntimeError("a tensor is a negative view of its memory: resolve_neg() makes it one of its own")
         self._written = written
         self._in_graphs: list[tuple[Tensor, Tensor]] = []
-        leaders = exp_avgs if operands.params is None else operands.params
         # Stand-ins without memory: of a leader only its shape and strides are asked.
         self._many_dims = [
             (t, torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
-            for t, x in enumerate(leaders)
+            for t, x in enumerate(leaders(lists))
             if x.dim() > _MAX_DIMS
         ]
         whole, self._copies = resolved(list(grads))
@@ -263,13 +290,16 @@ class CppLaunch:
         """
         return self.measure(statistics_columns(params, exp_avg_sqs, count_nonzero), dtype, carried)
 
-    def measure(self, columns: int, dtype: torch.dtype, carried: Tensor | None = None) -> Tensor:
+    def measure(self, columns: int, dtype: torch.dtype, carried: Tensor | None = None, vectors: Tensor | None = None) -> Tensor:
         """Sums [T, S] of the rule: the columns that ``columns`` has a bit for. What they do not need is not read.
 
-        AdamW's are Σg², Σg·m, Σm², Σp², Σv² and the non-zeros of g and of m, AVGrad's is Σg². ``carried``, float64 [T, C], are the
-        columns that an update leaves in its ``new_sums``, of a call that asks for none of them.
+        AdamW's are Σg², Σg·m, Σm², Σp², Σv² and the non-zeros of g and of m, AVGrad's is Σg², MADA's are that and six that need the
+        ``vectors`` [H, T] of the update before. ``carried``, float64 [T, C], are the columns of what an update left, of a call that
+        asks for none of them.
         """
-        sums: Tensor = self.namespace.launch_measure.default(self._table, self._copy(), columns, dtype, carried)
+        sums: Tensor = self.namespace.launch_measure.default(
+            self._table, self._copy(), columns, dtype, carried, *([] if vectors is None else [vectors])
+        )
         return sums
 
     def update_(
@@ -282,8 +312,9 @@ class CppLaunch:
 
         ``vectors``, float64 [V, T], absent rows counted, are what the backend's ``update_vectors`` or ``modulation`` returned.
         ``new_sums``, of AdamW only, float64 [T, 2], gets Σp² and Σv² of what the update leaves, in the bits that
-        ``tensor_stats(True, True, ...)`` would find now; [T, 5] before them Σg², Σg·m, Σm² of what the update found, in the bits of
-        a pass before it. Rows without a gradient, or whose step is 0, keep what it holds.
+        ``tensor_stats(True, True, ...)`` would find now; rows without a gradient, or whose step is 0, keep what it holds.
+        Of a wider one, [T, 5] of AdamW and [T, 7] of MADA, every row gets the sums of what the update finds, in the bits of a
+        pass before it.
         """
         self.namespace.launch_update_.default(self._table, self._copy(), vectors, new_sums, rounding_seed)
 
@@ -294,23 +325,14 @@ class ReferenceLaunch:
     def __init__(
         self,
         grads: OptionalTensors,
-        exp_avgs: Tensors,
-        params: Tensors | None = None,
-        exp_avg_sqs: Tensors | None = None,
-        max_exp_avg_sqs: OptionalTensors | None = None,
-        low_precision_params: OptionalTensors | None = None,
-        *,
+        *operands: OptionalTensors | None,
         written: bool,
         rule: str = "adamw",
     ) -> None:
         self._rule = rule
-        operands, self._absent = _operands(exp_avgs, params, exp_avg_sqs, max_exp_avg_sqs, low_precision_params)
-        self._operands: Callable[[], Operands] = lambda: operands
+        lists, self._absent = listed(operands, rule)
+        self._operands: Callable[[], Operands] = lambda: lists
         self._written = written
-        if written and (operands.params is None or operands.exp_avg_sqs is None):
-            raise RuntimeError("the update needs params and exp_avg_sqs")
-        if written and rule == "avgrad" and operands.max_exp_avg_sqs is None:
-            raise RuntimeError(f"the update needs {RULES[rule]}")
         self.set_gradients(grads)
 
     def set_gradients(self, grads: OptionalTensors) -> None:
@@ -319,17 +341,8 @@ class ReferenceLaunch:
         Raises:
             RuntimeError: as the constructor; the launch then keeps the gradients that it had.
         """
-        grads, mine = _filled(grads, self._absent), self._operands()
-        leaders = [OpList("params", mine.params, self._written), OpList("exp_avgs", mine.exp_avgs, self._written)]
-        others = (
-            OpList("exp_avg_sqs", mine.exp_avg_sqs, self._written),
-            OpList(RULES[self._rule], mine.max_exp_avg_sqs, self._written, optional=self._rule == "adamw"),
-            OpList("low_precision_params", mine.low_precision_params, self._written, optional=True),
-        )
-        lists = (*leaders[mine.params is None :], OpList("grads", grads, optional=True), *others)
-        check_lists(*lists)
-        check_low_precision(mine.params, mine.low_precision_params)
-        check_distinct(*lists)
+        grads = _filled(grads, self._absent)
+        check_operands(self._operands(), grads, self._rule, written=self._written)
         self._grads = grads
 
     def let_go(self, operands: Callable[[], Operands]) -> None:
@@ -346,17 +359,18 @@ class ReferenceLaunch:
         """As :meth:`CppLaunch.tensor_stats`."""
         return self.measure(statistics_columns(params, exp_avg_sqs, count_nonzero), dtype, carried)
 
-    def measure(self, columns: int, dtype: torch.dtype, carried: Tensor | None = None) -> Tensor:
+    def measure(self, columns: int, dtype: torch.dtype, carried: Tensor | None = None, vectors: Tensor | None = None) -> Tensor:
         """As :meth:`CppLaunch.measure`. All columns of AdamW's that read neither p nor v are made, whatever is asked."""
+        if self._rule == "mada":
+            return mada_reference.mada_sums((self._grads, *self._operands()), columns, dtype, vectors)
         params, exp_avg_sqs, count_nonzero = (bool(columns >> column & 1) for column in (3, 4, 5))
-        mine = self._operands()
-        if (params and mine.params is None) or (exp_avg_sqs and mine.exp_avg_sqs is None):
+        exp_avgs, mine, theirs, *_ = self._operands()
+        if (params and mine is None) or (exp_avg_sqs and theirs is None):
             raise RuntimeError("the launch was made without the lists of these columns")
-        chosen = (mine.params if params else None, mine.exp_avg_sqs if exp_avg_sqs else None)
-        lists = (self._grads, mine.exp_avgs, mine.params, mine.exp_avg_sqs)
-        rows = zip(*(x for x in lists if x is not None), strict=True)
+        chosen = (mine if params else None, theirs if exp_avg_sqs else None)
+        rows = zip(*(x for x in (self._grads, exp_avgs, mine, theirs) if x is not None), strict=True)
         arithmetic = [reference.arithmetic_dtype(*row) for row in rows]  # also of the columns that are not read now
-        read = reference.tensor_stats(self._grads, mine.exp_avgs, *chosen, count_nonzero, dtype, arithmetic)
+        read = reference.tensor_stats(self._grads, exp_avgs or [], *chosen, count_nonzero, dtype, arithmetic)
         return read[:, :1] if self._rule == "avgrad" else reference.beside(read, carried)
 
     def update_(
@@ -366,14 +380,20 @@ class ReferenceLaunch:
         rounding_seed: int | None = None,
     ) -> None:
         """As :meth:`CppLaunch.update_`."""
-        mine = self._operands()
-        if not self._written or mine.params is None or mine.exp_avg_sqs is None:
+        if not self._written:
             raise RuntimeError("the launch was not made for updates: written=False")
-        lists = (mine.params, self._grads, mine.exp_avgs, mine.exp_avg_sqs, mine.max_exp_avg_sqs)
+        if self._rule == "mada":
+            mada_reference.mada_update_((self._grads, *self._operands()), vectors, new_sums, rounding_seed)
+            return
+        exp_avgs, params, exp_avg_sqs, of_v_hat, low = self._operands()
+        assert exp_avgs is not None
+        assert params is not None
+        assert exp_avg_sqs is not None
+        lists = (params, self._grads, exp_avgs, exp_avg_sqs, of_v_hat)
+        formula = reference.running_maximum if self._rule == "adamw" else reference.running_mean
         step_size, decay_factor, step, beta1, beta2, eps, grad_scale = vectors.unbind()
         hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
-        of_v_hat = reference.running_maximum if self._rule == "adamw" else reference.running_mean
-        reference.adamw_update_(*lists, *hyperparameters, new_sums, rounding_seed, mine.low_precision_params, of_v_hat)
+        reference.adamw_update_(*lists, *hyperparameters, new_sums, rounding_seed, low, formula)
 
 
 class FakeLaunch:
@@ -382,17 +402,12 @@ class FakeLaunch:
     def __init__(
         self,
         grads: OptionalTensors,
-        exp_avgs: Tensors,
-        params: Tensors | None = None,
-        exp_avg_sqs: Tensors | None = None,
-        max_exp_avg_sqs: OptionalTensors | None = None,
-        low_precision_params: OptionalTensors | None = None,
-        *,
+        *operands: OptionalTensors | None,
         written: bool,
         rule: str = "adamw",
     ) -> None:
-        exp_avgs = list(exp_avgs)
-        self._rows, self._device = len(exp_avgs), exp_avgs[0].device if exp_avgs else torch.device("cpu")
+        lists, absent = listed(operands, rule)
+        self._rows, self._device = len(leaders(lists)), absent.device
 
     def set_gradients(self, grads: OptionalTensors) -> None:
         """As :meth:`CppLaunch.set_gradients`."""
@@ -406,7 +421,7 @@ class FakeLaunch:
         """As :meth:`CppLaunch.tensor_stats`."""
         return self.measure(statistics_columns(params, exp_avg_sqs, count_nonzero), dtype, carried)
 
-    def measure(self, columns: int, dtype: torch.dtype, carried: Tensor | None = None) -> Tensor:
+    def measure(self, columns: int, dtype: torch.dtype, carried: Tensor | None = None, vectors: Tensor | None = None) -> Tensor:
         """As :meth:`CppLaunch.measure`."""
         width = columns.bit_count() + (0 if carried is None else carried.shape[1])
         return torch.empty(self._rows, width, dtype=dtype, device=self._device)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import mada_reference, reference
 from .checks import HYPERPARAMETERS, check_stats, check_update
 from .core.hyperparameters import pair_of
 from .features import FeatureTable
@@ -108,6 +108,11 @@ class CppBackend:
         scaled_gradients = staticmethod(torch.ops.metaadamw_fast.scaled_gradients.default)
         modulation = staticmethod(torch.ops.metaadamw_fast.modulation.default)
         update_vectors = staticmethod(torch.ops.metaadamw_fast.update_vectors.default)
+        mada_policy_ = (
+            staticmethod(getattr(torch.ops.metaadamw_fast, "mada_policy_", mada_reference).default)
+            if hasattr(torch.ops.metaadamw_fast, "mada_policy_")
+            else staticmethod(mada_reference.mada_policy_)
+        )
         launch = CppLaunch
 
     @classmethod
@@ -132,6 +137,7 @@ class ReferenceBackend:
     scaled_gradients = staticmethod(reference.scaled_gradients)
     modulation = staticmethod(reference.modulation)
     update_vectors = staticmethod(reference.update_vectors)
+    mada_policy_ = staticmethod(mada_reference.mada_policy_)
     launch: Any = ReferenceLaunch
 
 

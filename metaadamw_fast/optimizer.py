@@ -32,9 +32,11 @@ from .features import FeatureConfig, FeatureTable, feature_table, training_progr
 ADAMW = Rule(
     "adamw",
     states=(State("exp_avg"), State("exp_avg_sq"), State("max_exp_avg_sq", flag="amsgrad")),
+    operands=("exp_avg", PARAM, "exp_avg_sq", "max_exp_avg_sq"),
     vectors=("step_size", "decay_factor", "step", "beta1", "beta2", "eps", "grad_scale"),
     sums={"grad_sq": 2, "grad_momentum": 1, "momentum_sq": 0, "param_sq": 0, "second_moment_sq": 0},
     carried={"param_sq": PARAM, "second_moment_sq": "exp_avg_sq"},
+    found=5,
 )
 ADAMW_COUNTING = ADAMW._replace(sums={**ADAMW.sums, "grad_nonzero": 0, "momentum_nonzero": 0})
 

@@ -199,6 +199,8 @@ def adamw_update_(
     hyperparameters = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
     check_update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *hyperparameters, low_precision_params=low_precision_params)
     check_distinct(*update_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision_params))
+    if new_sums is not None and new_sums.shape[1] == 5:
+        new_sums.copy_(tensor_stats(grads, exp_avgs, params, exp_avg_sqs, False, torch.float64))
     bias_correction1 = 1 - beta1**step
     bias_correction2 = 1 - beta2**step
     for t, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
@@ -209,9 +211,6 @@ def adamw_update_(
         arithmetic = arithmetic_dtype(param, grad, exp_avg, exp_avg_sq)
         g = grad.to(arithmetic)
         skip = step[t] == 0
-        if new_sums is not None and new_sums.shape[1] == 5:
-            m = exp_avg.to(arithmetic)
-            _write(new_sums[t, :3], torch.stack([_sum(g * g), _sum(g * m), _sum(m * m)]), skip)
         if grad_scale is not None:
             g = g * grad_scale[t]
         m = beta1[t] * exp_avg.to(arithmetic) + (1 - beta1[t]) * g
@@ -230,9 +229,9 @@ def adamw_update_(
         write(param, p, rounding.PARAM)
         if low is not None:
             low.copy_(torch.where(skip, low, param.to(low.dtype)))
-        if new_sums is not None:
+        if new_sums is not None and new_sums.shape[1] == 2:
             left = [_sum(x.to(arithmetic).square()) for x in (param, exp_avg_sq)]
-            _write(new_sums[t, -2:], torch.stack(left), skip)
+            _write(new_sums[t], torch.stack(left), skip)
 
 
 def start_of_update(master: Tensor, low: Tensor) -> Tensor:

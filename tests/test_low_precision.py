@@ -152,7 +152,8 @@ def test_state_dtype(state_dtype, spec):
     steps(m, opt, 0, 2, torch.bfloat16)
     for state in opt.state.values():
         wide = {rule.name for rule in opt.rule.states if rule.wide}
-        assert all(state[name].dtype == state_dtype for name in opt.rule.names if name not in wide)
+        assert all(state[name].dtype == state_dtype for name in {*opt.rule.names} - wide - {*spec.raw})
+        assert all(state[name].dtype == torch.bfloat16 for name in spec.raw)
         assert all(state[name].dtype == torch.promote_types(state_dtype, torch.float32) for name in wide)
         assert state["step"].dtype == torch.float32
 

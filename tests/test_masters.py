@@ -48,9 +48,7 @@ def updated(lists, low, there, h=Hyper(), *, sums=None, seed=None):  # noqa: B00
     count = len(low)
     new_sums = None if sums is None else torch.full((count, sums), -7.0, dtype=F64, device=device)
     kind = ops.resolve_backend(backend, torch.device(device)).launch
-    launch = kind(
-        lists.grads, lists.exp_avgs, lists.params, lists.exp_avg_sqs, lists.maxima, low_precision_params=low, written=True
-    )
+    launch = kind(lists.grads, lists.exp_avgs, lists.params, lists.exp_avg_sqs, lists.maxima, low, written=True)
     launch.update_(h.vectors(count, backend, device), new_sums, seed)
     back = None if new_sums is None else new_sums.cpu()
     return lists.map(lambda x: moved(x, "cpu")), [moved(x, "cpu") for x in low], back

@@ -116,8 +116,8 @@ def test_building_draws_nothing_from_the_global_random_state(spec, options):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_max_grad_norm_is_clip_grad_norm(backend, spec):
     models = [perceptron(), perceptron()]
-    folded = make(models[0], spec, max_grad_norm=2.0, backend=backend)
-    plain = make(models[1], spec, backend=backend)
+    folded = make(models[0], spec, max_grad_norm=2.0, backend=backend, **spec.still)
+    plain = make(models[1], spec, backend=backend, **spec.still)
     norms = []
     for step in range(50):
         for model, opt in zip(models, (folded, plain), strict=True):

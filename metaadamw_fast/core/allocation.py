@@ -117,7 +117,8 @@ class Allocation:
             own["step"] = torch.zeros((), dtype=torch.float32, device=self._device)
 
     def _dtype(self, p: Tensor, state: State) -> torch.dtype:
-        real = self._state_dtype or (p.dtype.to_real() if p.is_complex() else p.dtype)
+        own = p.dtype.to_real() if p.is_complex() else p.dtype
+        real = own if state.of_gradient else self._state_dtype or own
         if state.wide:
             real = torch.promote_types(real, torch.float32)
         return _COMPLEX.get(real, p.dtype) if p.is_complex() else real

@@ -70,7 +70,10 @@ def saved(optimizer: FusedOptimizer) -> dict[str, Any]:
     numbers: dict[Tensor, int] = {}
     for number, param in enumerate(params):
         numbers.setdefault(param, number)
-    groups = [{**group, "params": [numbers[p] for p in group["params"]]} for group in optimizer.param_groups]
+    groups = [
+        {**group, **optimizer.saved_in_group(index), "params": [numbers[p] for p in group["params"]]}
+        for index, group in enumerate(optimizer.param_groups)
+    ]
     key = optimizer.checkpoint_key
     extra = groups[0][key] = extra_state(optimizer)
     states = list(optimizer.state.items())  # at once: another thread may be in a step

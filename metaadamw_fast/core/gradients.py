@@ -5,6 +5,7 @@ And whether there is an update at all. Where only the device knows, the answer i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,9 +53,23 @@ def skip_nonfinite(should: Tensor | bool, sums: Tensor, skipped: Tensor) -> Tens
     return bool(should) if devices.readable(should) else should
 
 
-def scale(backend: Any, sums: Tensor, sign: Tensor | None, scale_of_loss: Tensor | None, max_norm: float | None) -> Scaled:
-    """Unscaling by 0-dim ``scale_of_loss``, clipping to ``max_norm`` and maximizing (``sign`` float64 [T]), as far as not None."""
+def scale(
+    backend: Any,
+    sums: Tensor,
+    sign: Tensor | None,
+    scale_of_loss: Tensor | None,
+    max_norm: float | None,
+    degrees: Sequence[int] = (2, 1),
+) -> Scaled:
+    """Unscaling by 0-dim ``scale_of_loss``, clipping to ``max_norm`` and maximizing (``sign`` float64 [T]), as far as not None.
+
+    ``degrees`` are those of the columns of ``sums``; see :class:`~metaadamw_fast.core.rule.Rule`.
+    """
     if sign is None and scale_of_loss is None and max_norm is None:
         return Scaled(None, None, sums)
-    factor, norm, sums = backend.scaled_gradients(sums, sign, scale_of_loss, max_norm or 0.0)
-    return Scaled(factor, None if max_norm is None else norm, sums)
+    # A backend knows a rule's sums by their places: of the second it takes Σg·m to be there.
+    known = sums if any(degrees[1:]) else sums[:, :1].contiguous()
+    factor, norm, scaled = backend.scaled_gradients(known, sign, scale_of_loss, max_norm or 0.0)
+    if known is not sums:
+        scaled = torch.cat([scaled, sums[:, 1:]], dim=1)
+    return Scaled(factor, None if max_norm is None else norm, scaled)

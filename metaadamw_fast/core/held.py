@@ -6,6 +6,7 @@ What is kept are the addresses of the objects and of their data, and weak refere
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, compress
 from operator import itemgetter
@@ -19,7 +20,7 @@ from metaadamw_fast.ops import addresses_of, expected_objects, listed_objects
 from . import devices
 from .allocation import MASTER
 from .members import Member
-from .rule import Rule
+from .rule import PARAM, Rule
 from .sharding import is_sharded, local
 from .watch import Storages, as_real
 
@@ -64,6 +65,9 @@ class HeldTensors:
             have such a tensor.
         params, states, masters: the same as the kernels take them: of a DTensor the shard, complex ones as real ones.
         chosen: for each of the rule's states and, last, the masters: which rows have one.
+
+    Two states of a parameter may change their roles with every update, and so their entries in ``state``. Here each stays what it
+    was when the lists were made.
         sharded, complex: whether there are such parameters.
     """
 
@@ -99,6 +103,10 @@ class HeldTensors:
         )
         found = listed_objects(_containers(state, param_groups))
         self._addresses = addresses_of(found)
+        # Of each row where its two states that change their roles stand in `found`; which rows have changed them.
+        both = rule.exchanged
+        self._pairs = [] if both is None else [(at[id(p), both[0]], at[id(p), both[1]]) for p in params]
+        self._exchanged = [False] * len(self._pairs)
         self._owners = (id(state), id(param_groups))
         self._outlined = _outline(param_groups, self._flags)
         self.sharded = any(isinstance(x, Tensor) and is_sharded(x) for x in found)
@@ -122,6 +130,7 @@ class HeldTensors:
     def let_go(self) -> None:
         """Holds the tensors no longer; :meth:`hold` brings them back."""
         self.leaves = self.params = self.masters = ()
+        self._entries: Sequence[Any] = ()
         self.states = [()] * len(self._rule.states)
         self.outer = [(), *self.states, ()]
 
@@ -137,11 +146,36 @@ class HeldTensors:
         found = expected_objects(_containers(state, param_groups), self._addresses)
         if found is None:
             return False
+        for i, j in compress(self._pairs, self._exchanged):
+            found[i], found[j] = found[j], found[i]
+        if self._pairs:
+            self._entries = [state[p] for p in self._places.params(found)]
         self._take(found)
         if self._where() == self._places_of_data:
             return True
         self.let_go()
         return False
+
+    def exchange(self, chosen: Sequence[bool] | None) -> None:
+        """Exchanges the two states of the ``chosen`` rows in ``state``, of all if None. Only while the tensors are held."""
+        rows = range(len(self._pairs)) if chosen is None else compress(range(len(self._pairs)), chosen)
+        self._exchange([(r, self._entries[r]) for r in rows])
+
+    def name_by(self, exchanged: Sequence[bool], entries: Sequence[Any]) -> None:
+        """Brings the two states of each row in the order that ``exchanged`` says, R bools; ``entries`` are its states."""
+        self._exchange([(r, entries[r]) for r, now in enumerate(exchanged) if now != self._exchanged[r]])
+
+    def _exchange(self, rows: Sequence[tuple[int, Any]]) -> None:
+        assert self._rule.exchanged is not None
+        first, second = self._rule.exchanged
+        addresses = array("Q", self._addresses)
+        for r, entry in rows:
+            if first in entry and second in entry:
+                entry[first], entry[second] = entry[second], entry[first]
+            i, j = self._pairs[r]
+            addresses[i], addresses[j] = addresses[j], addresses[i]
+            self._exchanged[r] = not self._exchanged[r]
+        self._addresses = addresses.tobytes()
 
     def written(self) -> list[Tensor]:
         """All tensors that an update of all rows writes, as the kernels take them."""
@@ -170,10 +204,10 @@ class HeldTensors:
         return {state.name: [*xs] if state.flag is None else _spread(xs, has) for state, xs, has in rows}
 
     def operands(self) -> Operands:
-        """The lists as the arguments of a launch, which has those of AdamW."""
-        lists, copies = self.by_name(), _spread(self.copies(), self.chosen[-1])
-        exp_avgs, exp_avg_sqs, *others = (lists[name] for name in self._rule.names)
-        return Operands(exp_avgs or [], self.updated(), exp_avg_sqs or [], others[0] if others else None, copies)
+        """The lists as the arguments of a launch, in the order of the rule's operands; the low-precision parameters last."""
+        lists = {**self.by_name(), PARAM: self.updated()}
+        own = [None if name is None else lists.get(name) for name in self._rule.operands]
+        return [own[0] or [], *own[1:], _spread(self.copies(), self.chosen[-1])]
 
 
 def _spread(tensors: Sequence[Tensor], chosen: Sequence[bool]) -> list[Tensor] | None:

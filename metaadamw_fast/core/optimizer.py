@@ -83,12 +83,24 @@ class FusedOptimizer(TrackingOptimizer):
         """Whether :meth:`decide` needs the sums of this step. If not, the update itself may make them, in the same launch."""
         return True
 
+    def wants_sums(self) -> bool:
+        """Whether the sums of this step are wanted at all, be it after the update."""
+        return self.rule.found > 0
+
+    def measured_with(self) -> Tensor | None:
+        """What the rule's sums need besides gradients and states: float64 [H, T], of the last update."""
+        return None
+
     def sums_dtype(self) -> torch.dtype:
         """Of the sums that :meth:`decide` gets."""
         return torch.float32
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint holds of a subclass: tensors that nobody else holds, numbers, lists and dicts only."""
+        return {}
+
+    def saved_in_group(self, index: int) -> dict[str, Any]:
+        """Entries of the param group of this number that are others in a checkpoint."""
         return {}
 
     def check_saved(self, extra: dict[str, Any], state_dict: dict[str, Any]) -> None:
@@ -160,25 +172,27 @@ class FusedOptimizer(TrackingOptimizer):
         scaler_scale = gradients.scaler_scale(self, self._counts.device)
         states.set_gradients(states.gradients())
         states.sync_masters()
+        degrees = [*self.rule.sums.values()]
         sums: Tensor | None = None
-        if not self.rule.carried and not self._measures():
-            factor, norm = gradient_factor(len(self._members), hyper.sign, scaler_scale)[0], None
-            decision = self.decide(None, Step(hyper, factor, self._counts, _undecided(should_step)))
-            states.update(decision.vectors, None, should_step, self._rounding_seed)
-        elif should_step is True and self._can_fuse(states):
-            factor, norm = gradient_factor(len(self._members), hyper.sign, scaler_scale)[0], None
-            decision = self.decide(None, Step(hyper, factor, self._counts, None))
-            sums = states.update_and_measure(decision.vectors, self._rounding_seed)
-            sums = self._rank_sums(states.whole(sums)).to(self._statistics.dtype)
-            sums = of_multiplied_gradient(sums, factor, [*self.rule.sums.values()])
+        of_rows: Tensor | None = None
+        norm: Tensor | None = None
+        if not self._measures():
+            factor = gradient_factor(len(self._members), hyper.sign, scaler_scale)[0]
         else:
             of_rows, sums = self._measure(states)
             if self._skipped is not None:
                 should_step = gradients.skip_nonfinite(should_step, sums, self._skipped)
                 if should_step is False:
                     return
-            factor, norm, sums = gradients.scale(self._backend, sums, hyper.sign, scaler_scale, self.max_grad_norm)
-            decision = self.decide(sums, Step(hyper, factor, self._counts, _undecided(should_step)))
+            factor, norm, sums = gradients.scale(self._backend, sums, hyper.sign, scaler_scale, self.max_grad_norm, degrees)
+        counted = should_step if isinstance(should_step, Tensor) else None
+        turns = None if states.turns is None else states.turns[:-1]
+        decision = self.decide(sums, Step(hyper, factor, self._counts, counted, scaler_scale, states.present, turns))
+        if sums is None and self.wants_sums():
+            sums = states.update_and_measure(decision.vectors, should_step, self._rounding_seed)
+            sums = self._rank_sums(states.whole(sums)).to(self._statistics.dtype)
+            sums = of_multiplied_gradient(sums, factor, degrees)
+        else:
             states.update(decision.vectors, of_rows, should_step, self._rounding_seed)
         if any(group["capturable"] for group in self.param_groups):
             # A CUDA graph replays the kernels but not this Python: it would miss a user's write to p, and Python would miss the
@@ -192,10 +206,6 @@ class FusedOptimizer(TrackingOptimizer):
         """Whether a step needs the sums before its update."""
         return self.needs_sums() or self.max_grad_norm is not None or self._skipped is not None
 
-    def _can_fuse(self, states: States) -> bool:
-        """Whether the update itself can make the sums: nothing of them is needed before it, and all gradients are there."""
-        return not self._measures() and states.complete and states.carried() is not None
-
     def _measure(self, states: States) -> tuple[Tensor, Tensor]:
         """Sums [T, S] of the gradients that ``states`` has and of the states, a missing gradient counting as zeros.
 
@@ -203,10 +213,16 @@ class FusedOptimizer(TrackingOptimizer):
             Those of this rank's shards, of the R parameters that have a state, and those of all T whole tensors, in
             :meth:`sums_dtype`. One and the same where nothing is sharded or frozen.
         """
-        wanted = self.sums_dtype()
-        # A row that the last update left out has carried sums in the dtype of that time.
-        reuse = wanted == self._statistics.dtype
-        sums = states.measure(torch.float64 if self._rank_sums.active else wanted, reuse=reuse)
+        wanted, every = self.sums_dtype(), len(self.rule.sums)
+        needed = self.needs_sums()
+        sums = states.measure(
+            torch.float64 if self._rank_sums.active else wanted,
+            columns=every if needed else 1,  # Σg², to clip and to skip by
+            # A row that the last update left out has carried sums in the dtype of that time.
+            reuse=wanted == self._statistics.dtype,
+            vectors=self.measured_with() if needed else None,
+        )
+        sums = sums if needed else torch.nn.functional.pad(sums, (0, every - 1))
         return sums, self._rank_sums(states.whole(sums)).to(wanted)
 
     def _record_stream(self) -> None:
@@ -345,6 +361,7 @@ class FusedOptimizer(TrackingOptimizer):
             before(self)
         if not repeats(self.param_groups):  # else they are numbered as torch numbers them
             self._sync_params()
+        self._settle_names()
         state_dict = checkpoint.saved(self)
         for after in self._optimizer_state_dict_post_hooks.values():
             replaced = after(self, state_dict)
@@ -375,8 +392,3 @@ class FusedOptimizer(TrackingOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_stream": None}
-
-
-def _undecided(should_step: Tensor | bool) -> Tensor | None:
-    """Whether the step counts, where only the device knows; None if it does."""
-    return should_step if isinstance(should_step, Tensor) else None

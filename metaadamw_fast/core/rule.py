@@ -20,11 +20,13 @@ class State(NamedTuple):
         name: its key in ``optimizer.state[p]``.
         flag: the key of ``param_groups`` that asks for it; None if every parameter has it.
         wide: whether it is at least float32, whatever the parameter and ``state_dtype`` are.
+        of_gradient: whether it keeps gradients, and so has the parameter's dtype, whatever ``state_dtype`` is.
     """
 
     name: str
     flag: str | None = None
     wide: bool = False
+    of_gradient: bool = False
 
 
 class Rule(NamedTuple):
@@ -32,18 +34,24 @@ class Rule(NamedTuple):
 
     Attributes:
         name: names its ops.
-        states: in the order of the operands, which are the gradient, the parameter, then these. The first has no flag.
+        states: what is kept of a parameter. The first has no flag.
+        operands: of its ops, behind the gradient and in their order: states by name, ``PARAM``, None for one that is not used.
         vectors: the rows of the float64 [V, T] that an update reads.
         sums: the columns of the sums [T, S], and the degree d of each: that of the gradient c·g is c^d times that of g. Column 0 is
             Σg².
         carried: neighbouring columns that an update can leave for the next step, and the operand of which each is Σx².
+        found: how many columns, from the first on, an update can make of what it finds.
+        exchanged: two states that change their roles, and so their names, with every update of a parameter.
     """
 
     name: str
     states: tuple[State, ...]
+    operands: tuple[str | None, ...]
     vectors: tuple[str, ...]
     sums: dict[str, int]
     carried: dict[str, str]
+    found: int = 0
+    exchanged: tuple[str, str] | None = None
 
     @property
     def always(self) -> tuple[str, ...]:
@@ -69,12 +77,19 @@ class Step(NamedTuple):
         grad_factor: what the update multiplies the gradients with, float64 [T]; None for 1.
         counts: float64 [T + 1], the steps so far, of each parameter and of the optimizer.
         counted: 0-dim bool, whether this step counts; None if it does.
+        loss_scale: what GradScaler has multiplied the loss with, 0-dim float32; None without one.
+        present: float64 [T], 1 for parameters that have a gradient, else 0; None if all have.
+        turns: float64 [T], how often the rule's ``exchanged`` states have changed their roles since the launch was made; None if
+            the rule has none.
     """
 
     hyper: Hyperparameters
     grad_factor: Tensor | None
     counts: Tensor
     counted: Tensor | None
+    loss_scale: Tensor | None = None
+    present: Tensor | None = None
+    turns: Tensor | None = None
 
 
 class Decision(NamedTuple):

@@ -69,6 +69,8 @@ class States:
         rows: which parameters have one; ``index`` is the same as int64 [R], None if all have.
         held: the tensors.
         captured_ready: whether a step was taken with these lists: everything is compiled and uploaded then, as a capture needs it.
+        turns: float64 [T + 1], how often the rule's ``exchanged`` states of each parameter have changed their roles since these
+            lists were made: the kernels read from it which is which. None if the rule has none.
 
     Raises:
         ValueError: a parameter that is to get a row and that no backend can update.
@@ -116,6 +118,8 @@ class States:
         self.counts = StepCounts(counts, self.index, [state[p] for p in of_rows], always=always)
         # Again: the counts may have put tensors of their own there.
         self.held = HeldTensors(rule, members, self.rows, chosen, state, param_groups)
+        self.turns = torch.zeros_like(counts) if rule.exchanged else None
+        self._turns_known = True  # whether the names in `state` say what `turns` says, as far as Python can know
         ask = weakref.WeakMethod(self.held.operands)  # the launch belongs to these states
         self.launch.let_go(lambda: ask()())  # type: ignore[misc]
         first = [*rule.sums].index(next(iter(rule.carried))) if rule.carried else 0
@@ -178,13 +182,17 @@ class States:
         """[R, C] float64, the carried sums as the last update left them; None if a tensor of theirs has been written since."""
         return self._sums if self._sums_of == self._seen and self._rule.carried else None
 
-    def measure(self, dtype: torch.dtype, *, reuse: bool) -> Tensor:
-        """Sums [R, S] of the gradients and the states. What the last update summed is not read again, if ``reuse``."""
-        carried = self.carried() if reuse else None
-        columns = (1 << len(self._rule.sums)) - 1
-        if carried is not None:
-            columns &= ~((1 << self._carried_columns.stop) - (1 << self._carried_columns.start))
-        sums: Tensor = self.launch.measure(columns, dtype, carried)
+    def measure(self, dtype: torch.dtype, *, columns: int, reuse: bool, vectors: Tensor | None = None) -> Tensor:
+        """The first ``columns`` sums [R, S] of the gradients and the states.
+
+        What the last update summed is not read again, if ``reuse``. ``vectors`` [H, T], if the rule's sums need them, are of the
+        last update.
+        """
+        wanted = (1 << columns) - 1
+        left = (1 << self._carried_columns.stop) - (1 << self._carried_columns.start)
+        carried = self.carried() if reuse and wanted & left else None
+        of_rows = None if vectors is None else self.of_rows(vectors).contiguous()
+        sums: Tensor = self.launch.measure(wanted if carried is None else wanted & ~left, dtype, carried, of_rows)
         return sums
 
     def update(self, vectors: Tensor, sums: Tensor | None, should_step: Tensor | bool, seed: int | None) -> None:
@@ -196,25 +204,19 @@ class States:
         self.launch.update_(self.of_rows(vectors), new_sums, seed)
         self.after_update(should_step)
 
-    def update_and_measure(self, vectors: Tensor, seed: int | None) -> Tensor:
-        """The update with ``vectors`` [V, T]; returns the sums [R, S] of what it found."""
-        columns = self._carried_columns
-        sums = torch.empty(len(self.rows), columns.stop, dtype=torch.float64, device=self.device)
+    def update_and_measure(self, vectors: Tensor, should_step: Tensor | bool, seed: int | None) -> Tensor:
+        """The update with ``vectors`` [V, T]; returns the sums [R, S] of what it found, also in rows that it left alone."""
+        sums = torch.empty(len(self.rows), self._rule.found, dtype=torch.float64, device=self.device)
         self.launch.update_(self.of_rows(vectors), sums, seed)
-        self.after_update(True)
-        return torch.cat([sums[:, : columns.start], self._exchange_sums(sums[:, columns])], dim=1)
+        self.after_update(should_step)
+        self.forget_sums()  # of what it left there are none
+        return sums
 
     def _new_sums(self, sums: Tensor, should_step: Tensor | bool) -> Tensor:
         """Where the update writes the carried sums; rows that it leaves alone keep those of ``sums`` [R, S]."""
         if (self._present.absent or should_step is not True) and self.carried() is None:
             self._sums.copy_(sums[:, self._carried_columns])
         return self._sums
-
-    def _exchange_sums(self, new: Tensor) -> Tensor:
-        """Puts other carried sums in the place of those that were there, and returns these."""
-        old = self._sums.clone()
-        self._sums.copy_(new)
-        return old
 
     def forget_sums(self) -> None:
         """Says that the sums which the last update left are not to be used."""
@@ -238,14 +240,15 @@ class States:
 
     def kept(self) -> list[Tensor]:
         """The tensors on the device that it keeps from step to step, besides parameters and states."""
-        own = [self._present.counts, self.index, self._rest, self._sums, self._around]
+        own = [self._present.counts, self.index, self._rest, self._sums, self._around, self.turns]
         kept = [*self.counts.kept(), *(x for x in own if isinstance(x, Tensor))]
         return [*kept, *self.launch.kept(), *([] if self.frozen_sums is None else self.frozen_sums.kept())]
 
     @property
-    def complete(self) -> bool:
-        """Whether every row has a gradient."""
-        return not self._present.absent
+    def present(self) -> Tensor | None:
+        """Float64 [T], 1 for parameters that have a gradient, else 0; None if all have."""
+        counts = self._present.counts
+        return counts[:-1] if isinstance(counts, Tensor) else None
 
     def gradients(self) -> list[Tensor | None]:
         """``.grad`` of the T parameters as it is now, of a DTensor this rank's shard."""
@@ -297,11 +300,20 @@ class States:
     def count(self, should_step: Tensor | bool = True) -> None:
         """Counts the step of the optimizer and of the rows that have a gradient; nothing if ``should_step`` is False."""
         counts = self._present.counts
-        self.counts.add(counts if should_step is True else counts * should_step)
+        increment = counts if should_step is True else counts * should_step
+        self.counts.add(increment)
+        if self.turns is not None:
+            self.turns += increment
 
     def after_update(self, should_step: Tensor | bool = True) -> None:
         """Counts the step and marks what was written; counts nothing if ``should_step`` is False."""
         self.count(should_step)
+        if self.turns is not None:
+            # Only here does Python know which roles have changed: not where the device decides it, nor at a graph's replays.
+            if should_step is True and self._turns_known and not devices.capturing(self.device):
+                self.held.exchange(self._present.chosen)
+            elif should_step is not False:
+                self._turns_known = False
         before = self._version() if self._rise is None else 0
         mark_written(self._written())
         if self.held.masters:
@@ -310,6 +322,16 @@ class States:
             self._rise = self._version() - before
         # Not the version of now: a user's thread may have written since the step looked, and then the next one reads everything.
         self._sums_of = self._seen + self._rise
+
+    def settle_names(self, state: Mapping[Any, Any], params: Sequence[Tensor]) -> None:
+        """Names the ``exchanged`` states in ``state`` as they are now; waits for the device where only that knows.
+
+        ``params`` are the R parameters of the rows.
+        """
+        if self.turns is None or self._turns_known:
+            return
+        turns = self.turns[:-1] if self.index is None else self.turns[:-1].index_select(0, self.index)
+        self.held.name_by([bool(turn % 2) for turn in turns.tolist()], [state.get(p, {}) for p in params])
 
     def sync_masters(self) -> None:
         """Brings the float32 masters up to date with parameters that others have written: they are the model, what they say counts.

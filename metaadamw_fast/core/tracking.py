@@ -151,7 +151,8 @@ class TrackingOptimizer(Optimizer, ABC):
             self._backend = FakeBackend
         self._rank_sums = RankSums([m.param for m in self._members], self._rank_sums)
         self._counts = self._counts if self._counts.device == device else self._counts.to(device)
-        frozen_sums, self._states = None if self._states is None else self._states.frozen_sums, None
+        frozen_sums = None if self._states is None else self._states.frozen_sums
+        self._drop_states()
         if allocated is None:
             allocated = self._allocate == "eager" and not on_meta
         if allocated:
@@ -169,6 +170,16 @@ class TrackingOptimizer(Optimizer, ABC):
                 frozen_sums=frozen_sums,
             )
             self._states.let_go()
+
+    def _settle_names(self) -> None:
+        """Brings the names of states that change their roles up to date, after steps of which only the device knows the outcome."""
+        if self._states is not None:
+            self._states.settle_names(self.state, [self._members[t].param for t in self._states.rows])
+
+    def _drop_states(self) -> None:
+        """Forgets the lists of the states; the next step makes them anew."""
+        self._settle_names()
+        self._states = None
 
     def _current_states(self, grads: Sequence[Tensor | None] | None = None) -> States:
         """The states, listed anew if somebody replaced a parameter, a state or the data of one, or if one gets its first gradient.
@@ -220,8 +231,8 @@ class TrackingOptimizer(Optimizer, ABC):
             return
         known = {m.param for m in self._members}
         self._check_params([p for p, _ in now if p not in known])
+        self._drop_states()
         self._follow(self._arrange())
-        self._states = None
         present = {p for p, _ in now}
         for p in [p for p in self.state if isinstance(p, Tensor) and p not in present]:
             del self.state[p]
@@ -250,11 +261,12 @@ class TrackingOptimizer(Optimizer, ABC):
         """
         if not repeats(self.param_groups):
             self._sync_params()
-        self._states = None
+        self._drop_states()
         self._drop_tables()
 
     def __getstate__(self) -> dict[str, Any]:
         # As torch's optimizers leave it to who copies or loads: hooks, and the `step` that an LR scheduler wraps.
+        self._settle_names()
         kept = {name: x for name, x in self.__dict__.items() if name != "step" and not name.startswith("_optimizer_")}
         # The first step of the copy makes these anew. A backend is a class that need not have a name to be pickled by.
         anew = {"_states": None, "_backend": None, "_rank_sums": RankSums([])}
