@@ -2,9 +2,9 @@
 
     python -m bench.mada [--models minigpt-1.7m gpt2-124m] [--threads N] [--json FILE] [--png FILE]
 
-Tables as bench/step.py has them: interleaved medians, bytes counted, and the ratio that the words alone predict at the measured price
-of a word read and of a word written. What the words are is in docs/mada.md section 9. Gradients are random and change in every round,
-so that no difference of gradients, and hence no state, is 0. Learning begins with the first update.
+Tables as bench/step.py has them: interleaved medians, bytes counted, and the ratio that the words alone predict at the measured
+price of a word read and of a word written. What the words are is in docs/mada.md section 9. Gradients are random and change in
+every round, so that no difference of gradients, and hence no state, is 0. Learning begins with the first update.
 
 The autograd side has a table of its own, because it holds about 28 words an element: beside all others a large model would not fit.
 It is left out where the memory does not suffice, which is said. Before anything is timed both take some steps on a small model and
@@ -39,7 +39,7 @@ class AutogradMADA(torch.optim.Optimizer):
 
     That is how the authors' code learns; the arithmetic is that of docs/mada.md section 3. Coefficients are scalars that require
     gradients. An update leaves parameters that are functions of them; the next ``step`` sends its gradients back through these
-    functions, moves the coefficients, cuts the graph and builds a new one. One tensor after the other, one operation after the other.
+    functions, moves the coefficients, cuts the graph and builds a new one. One tensor and one operation after the other.
     """
 
     NAMES = ("beta1", "beta2", "beta3", "rho", "c", "gamma")

@@ -83,7 +83,10 @@ def torch_fused(workload: Workload) -> Contender:
 
 
 def torch_foreach(workload: Workload) -> Contender:
-    """One pass per operation, each writing one word. p*= reads 1, lerp m 2, v*= 1, addcmul v 2, sqrt 1, div 1, add eps 1, addcdiv p 3."""
+    """One pass per operation, each of which writes a word.
+
+    p*= reads 1, lerp m 2, v*= 1, addcmul v 2, sqrt 1, div 1, add eps 1, addcdiv p 3.
+    """
     optimizer = torch.optim.AdamW(workload.parameters_for_one(), lr=LR, weight_decay=WEIGHT_DECAY, foreach=True)
     return Contender("torch foreach", optimizer.step, optimizer, 12, 8)
 

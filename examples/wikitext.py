@@ -2,8 +2,8 @@
 
     python examples/wikitext.py [--data DIR] [--steps N] [--seeds N]
 
-Of the three starts one is usual and two are deliberately wrong. All runs of a seed train the same initial model on the same batches with the
-same schedule of the learning rate; MADA's other four coefficients start where MADA is AdamW, and its rates are the library's.
+Of the three starts one is usual and two are deliberately wrong. All runs of a seed train the same initial model on the same batches
+with the same schedule of the learning rate. MADA's other four coefficients start where MADA is AdamW; its rates are the library's.
 DIR holds wikitext-2/train.txt and valid.txt; without it they are downloaded.
 """
 
@@ -93,9 +93,8 @@ def summary(values: list[float], digits: int) -> str:
 
 def print_table(runs: dict[tuple[float, float], dict[str, list[Run]]]) -> None:
     """A block for each start: losses, what MADA's differ from AdamW's by, seed by seed, and where its coefficients ended."""
-    print(
-        f"{'start (β1, β2)':<16}{'optimizer':<20}{'validation loss':>18}{'less AdamW, paired':>22}   β1    β2    β3    ρ     c     γ"
-    )
+    names = "".join(f"{name:<6}" for name in ("β1", "β2", "β3", "ρ", "c", "γ"))
+    print(f"{'start (β1, β2)':<16}{'optimizer':<20}{'validation loss':>18}{'less AdamW, paired':>22}   {names}")
     for betas, by_name in runs.items():
         for name, seeds in by_name.items():
             losses = [run.loss for run in seeds]
@@ -133,8 +132,9 @@ def main() -> int:
                     bar.set_description(f"{name}, {betas}, seed {seed}", refresh=False)
                     runs[betas][name].append(train(name, betas, seed, texts, options.steps, bar.update))
     print(
-        f"WikiText-2 as bytes, GPT of {LAYERS} layers, {options.steps} steps of {BATCH} × {CONTEXT} bytes, lr {LR:g} (warm-up {WARM_UP}, cosine),\n"
-        f"weight decay {WEIGHT_DECAY:g}; losses in nats per byte at the end, mean ± std over {options.seeds} seed(s); coefficients at the end, means\n"
+        f"WikiText-2 as bytes, GPT of {LAYERS} layers, {options.steps} steps of {BATCH} × {CONTEXT} bytes, lr {LR:g} (warm-up "
+        f"{WARM_UP}, cosine),\nweight decay {WEIGHT_DECAY:g}; losses in nats per byte at the end, mean ± std over {options.seeds} "
+        "seed(s); coefficients at the end, means\n"
     )
     print_table(runs)
     return 0
