@@ -84,6 +84,19 @@ METAADAMW_INLINE T start_of_update(T master, T rounded, T low) {
   return (rounded == low) | ((rounded != rounded) & (low != low)) ? master : low;
 }
 
+// beta1*m + (1-beta1)*g as an interpolation from the heavier end: rounding beta1 itself to float32 would bias the momentum
+// by 2.4e-7, and from the heavier end beta1 = 0 gives exactly g. The weight is that of the other end.
+template <typename T, typename V>
+METAADAMW_INLINE V lerp_momentum(bool from_grad, T weight, V g, V m) {
+  const V from = from_grad ? g : m;
+  const V to = from_grad ? m : g;
+  return from + weight * (to - from);
+}
+
+// What `measure` knows of a tensor besides its elements, for rules that need nothing.
+template <typename T>
+struct NothingMeasured {};
+
 template <typename V>
 METAADAMW_INLINE V square_root(V x) {
   if constexpr (std::is_floating_point_v<V>) {
@@ -101,6 +114,8 @@ struct AdamW {
   enum Operand { kMomentum = kGrad + 1, kParam, kSecondMoment, kMaximum, kOperands };
   static constexpr const char* kLists[] = {"grads", "exp_avgs", "params", "exp_avg_sqs", "max_exp_avg_sqs"};
   static constexpr bool kLastIsOptional = true;
+  static constexpr int kOptionalLists = 1 << kMaximum;  // bit i: an update can do without the list of operand i
+  static constexpr int kWritten = 1 << kMomentum | 1 << kParam | 1 << kSecondMoment | 1 << kMaximum;
   // Bit i: operand i. A running maximum would be the maximum of the roundings, and grow.
   static constexpr int kRoundedStochastically = 1 << kMomentum | 1 << kParam | 1 << kSecondMoment;
 
@@ -117,6 +132,11 @@ struct AdamW {
     kGradScale,  // the gradient is multiplied with it: clipping, unscaling, or -1 to maximize
     kVectors
   };
+  static constexpr int kMeasureVectors = 0;  // rows of the vectors that `measure` needs for sums from kFirstExtra on
+
+  // The two operands that change roles from update to update where `exchanged` says so; none if they are equal.
+  static constexpr int kExchanged[2] = {kGrad, kGrad};
+  static METAADAMW_INLINE bool exchanged(const Update&, int64_t, int) { return false; }
 
   // The vectors of one tensor, rounded once to the type of the arithmetic. Everything that does not change inside a tensor is here,
   // so that the loop over elements has one division and one square root.
@@ -150,8 +170,6 @@ struct AdamW {
   static METAADAMW_INLINE Scalars<T> scalars(const Update& update, int64_t t) {
     Scalars<T> s;
     s.grad_scale = static_cast<T>(update.at(kGradScale, t));
-    // beta1*m + (1-beta1)*g as an interpolation from the heavier end: rounding beta1 itself to float32 would bias the momentum
-    // by 2.4e-7, and from the heavier end beta1 = 0 gives exactly g.
     const double beta1 = update.at(kBeta1, t), beta2 = update.at(kBeta2, t);
     s.lerp_from_grad = beta1 < 0.5;
     s.momentum_weight = static_cast<T>(s.lerp_from_grad ? beta1 : 1.0 - beta1);
@@ -168,9 +186,7 @@ struct AdamW {
   template <typename T, typename V>
   static METAADAMW_INLINE void moments(const Scalars<T>& s, V grad, V& exp_avg, V& exp_avg_sq) {
     const V g = grad * s.grad_scale;
-    const V from = s.lerp_from_grad ? g : exp_avg;
-    const V to = s.lerp_from_grad ? exp_avg : g;
-    exp_avg = from + s.momentum_weight * (to - from);
+    exp_avg = lerp_momentum(s.lerp_from_grad, s.momentum_weight, g, exp_avg);
     exp_avg_sq = s.beta2 * exp_avg_sq + s.beta2_complement * g * g;
   }
 
@@ -192,9 +208,9 @@ struct AdamW {
     x[kParam] = moved(s, x[kParam], x[kMomentum], v);
   }
 
-  // The sums that describe one tensor, in the order of the columns of `optimizer.statistics`. The update makes those before
-  // kUpdateSums: of what it finds in g and m, and from kFirstLeft on of what it leaves in p and v. The latter are carried over to
-  // the next statistics, which then do not read p and v.
+  // The sums that describe one tensor, in the order of the columns of `optimizer.statistics`. An update can make [0, kFoundSums) of
+  // what it finds, or [kFirstLeft, kEndLeft) of what it leaves: these are carried over to the next statistics, which then do not
+  // read p and v.
   enum Sum {
     kGradSquared,
     kGradMomentum,
@@ -205,9 +221,10 @@ struct AdamW {
     kMomentumNonzero,
     kSums
   };
-  static constexpr int kFirstLeft = kParamSquared;
-  static constexpr int kUpdateSums = kGradNonzero;
-  static constexpr int kFirstCount = kGradNonzero;
+  static constexpr int kFirstLeft = kParamSquared, kEndLeft = kGradNonzero;
+  static constexpr int kFoundSums = kGradNonzero;
+  static constexpr int kFirstExtra = kGradNonzero;  // those from here on cost more, so they have loops of their own
+  static constexpr bool kAllNeedGradient = false;   // whether all sums are 0 in a row without a gradient
   // The operands that a sum reads; bit i: operand i.
   static METAADAMW_INLINE constexpr int reads(int sum) {
     return sum == kGradSquared || sum == kGradNonzero           ? 1 << kGrad
@@ -217,11 +234,19 @@ struct AdamW {
                                                                 : 1 << kSecondMoment;
   }
 
-  template <typename V>
-  static METAADAMW_INLINE void accumulate_found(V (&sums)[kSums], const V (&x)[kOperands]) {
+  template <typename T>
+  using Measured = NothingMeasured<T>;
+  template <typename T>
+  static METAADAMW_INLINE Measured<T> measured(const Update&, int, int64_t) {
+    return {};
+  }
+
+  template <typename T, typename V>
+  static METAADAMW_INLINE void accumulate_found(const Measured<T>&, V (&sums)[kSums], const V (&x)[kOperands]) {
     sums[kGradSquared] += x[kGrad] * x[kGrad];
     sums[kGradMomentum] += x[kGrad] * x[kMomentum];
     sums[kMomentumSquared] += x[kMomentum] * x[kMomentum];
+    accumulate_left(sums, x);
   }
 
   template <typename V>
@@ -230,9 +255,9 @@ struct AdamW {
     sums[kSecondMomentSquared] += x[kSecondMoment] * x[kSecondMoment];
   }
 
-  // The sums from kFirstCount on: only the `enhanced` features want them.
-  template <typename V>
-  static METAADAMW_INLINE void accumulate_counts(V (&sums)[kSums], const V (&x)[kOperands]) {
+  // The sums from kFirstExtra on: only the `enhanced` features want them.
+  template <typename T, typename V>
+  static METAADAMW_INLINE void accumulate_extra(const Measured<T>&, V (&sums)[kSums], const V (&x)[kOperands]) {
     const V zero = V{};
     const V one = zero + 1;
     sums[kGradNonzero] += x[kGrad] != zero ? one : zero;

@@ -11,6 +11,7 @@ struct AVGrad : AdamW {
   static constexpr int kAverage = kMaximum;
   static constexpr const char* kLists[] = {"grads", "exp_avgs", "params", "exp_avg_sqs", "average_sqs"};
   static constexpr bool kLastIsOptional = false;
+  static constexpr int kOptionalLists = 0;
 
   template <typename T>
   struct Scalars : AdamW::Scalars<T> {
@@ -31,11 +32,12 @@ struct AVGrad : AdamW {
   }
 
   enum Sum { kGradSquared, kSums };
-  static constexpr int kFirstLeft = 0, kUpdateSums = 0, kFirstCount = kSums;  // its update makes none
+  static constexpr int kFirstLeft = 0, kEndLeft = 0, kFoundSums = 0, kFirstExtra = kSums;  // its update makes none
+  static constexpr bool kAllNeedGradient = true;
   static METAADAMW_INLINE constexpr int reads(int) { return 1 << kGrad; }
 
-  template <typename V>
-  static METAADAMW_INLINE void accumulate_found(V (&sums)[kSums], const V (&x)[kOperands]) {
+  template <typename T, typename V>
+  static METAADAMW_INLINE void accumulate_found(const Measured<T>&, V (&sums)[kSums], const V (&x)[kOperands]) {
     sums[kGradSquared] += x[kGrad] * x[kGrad];
   }
   template <typename V>

@@ -63,7 +63,8 @@ template <class R>
 const double* check_measured(const Header& header, int64_t mask, const std::optional<Tensor>& carried, ScalarType dtype) {
   METAADAMW_CHECK(mask >= 0 && mask < 1 << R::kSums, "there are no more than ", R::kSums, " sums");
   for (int s = 0; s < R::kSums; ++s) {
-    METAADAMW_CHECK(!(mask >> s & 1) || !(R::reads(s) & ~header.given), "the launch was made without the lists of these columns");
+    METAADAMW_CHECK(!(mask >> s & 1) || !(R::reads(s) & ~(header.given | R::kOptionalLists)),
+                    "the launch was made without the lists of these columns");
   }
   METAADAMW_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "the statistics are float32 or float64, not ",
                   torch::headeronly::toString(dtype));
@@ -73,6 +74,20 @@ const double* check_measured(const Header& header, int64_t mask, const std::opti
                   "carried must be a contiguous float64 tensor of shape [", header.tensors, ", ", kCarriedSums<R>,
                   "] on the device of the tensors, instead of the sums that it holds");
   return carried ? static_cast<const double*>(carried->data_ptr()) : nullptr;
+}
+
+// What the sums of `mask` need to know of the last update: float64 [kMeasureVectors, T]; no vectors if they need nothing.
+template <class R>
+Update measured_update(const std::optional<Tensor>& vectors, int64_t mask, const Header& header) {
+  if (R::kMeasureVectors == 0 || mask >> R::kFirstExtra == 0) {
+    return {nullptr, header.tensors, false, 0};
+  }
+  METAADAMW_CHECK(vectors, "these columns need the vectors of the last update");
+  METAADAMW_CHECK(vectors->scalar_type() == ScalarType::Double && vectors->dim() == 2 && vectors->size(0) == R::kMeasureVectors &&
+                      vectors->size(1) == header.tensors && vectors->is_contiguous() && device_of(*vectors) == header.device,
+                  "vectors must be a contiguous float64 tensor of shape [", static_cast<int>(R::kMeasureVectors), ", ",
+                  header.tensors, "] on the device of the tensors");
+  return {static_cast<const double*>(vectors->data_ptr()), header.tensors, false, 0};
 }
 
 // The sums that tensor_stats returns, as a mask.
@@ -97,10 +112,10 @@ Update checked_update(const Tensor& vectors, const std::optional<int64_t>& round
 template <class R>
 NewSums<R> sums_output(const std::optional<Tensor>& x, const Header& header) {
   METAADAMW_CHECK(!x || (x->scalar_type() == ScalarType::Double && x->dim() == 2 && x->size(0) == header.tensors &&
-                         (x->size(1) == kCarriedSums<R> || x->size(1) == R::kUpdateSums) && x->is_contiguous() &&
+                         (x->size(1) == kCarriedSums<R> || x->size(1) == R::kFoundSums) && x->is_contiguous() &&
                          device_of(*x) == header.device),
                   "new_sums must be a contiguous float64 tensor of shape [", header.tensors, ", ", kCarriedSums<R>, "] or [",
-                  header.tensors, ", ", static_cast<int>(R::kUpdateSums), "] on the device of the tensors");
+                  header.tensors, ", ", static_cast<int>(R::kFoundSums), "] on the device of the tensors");
   return x ? NewSums<R>{static_cast<double*>(x->data_ptr()), static_cast<int>(x->size(1))} : NewSums<R>{nullptr, kCarriedSums<R>};
 }
 

@@ -10,9 +10,11 @@ namespace {
 
 const Header& header_of(void* table) { return *static_cast<Header*>(table); }
 
-Tensor launch_measure(Tensor table, std::optional<Tensor>, int64_t mask, ScalarType dtype, std::optional<Tensor> carried) {
+Tensor launch_measure(Tensor table, std::optional<Tensor>, int64_t mask, ScalarType dtype, std::optional<Tensor> carried,
+                      std::optional<Tensor> vectors) {
   const Header& header = header_of(table.data_ptr());
-  return with_rule(header.rule, [&](auto rule) { return measure<decltype(rule)>(header, table.data_ptr(), mask, dtype, carried); });
+  return with_rule(header.rule,
+                   [&](auto rule) { return measure<decltype(rule)>(header, table.data_ptr(), mask, dtype, carried, vectors); });
 }
 
 void launch_update_(Tensor table, std::optional<Tensor>, Tensor vectors, std::optional<Tensor> new_sums,
@@ -31,7 +33,7 @@ Tensor tensor_stats(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Lis
       make_table(Lists<AdamW>{{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::nullopt},
                               /*written=*/false},
                  kChunkOnCpu);
-  return measure<AdamW>(header_of(memory.data()), memory.data(), mask, dtype, std::nullopt);
+  return measure<AdamW>(header_of(memory.data()), memory.data(), mask, dtype, std::nullopt, std::nullopt);
 }
 
 void adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,

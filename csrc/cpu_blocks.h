@@ -154,6 +154,13 @@ T* zeros() {
   return block;
 }
 
+// Zeros in place of an operand that the row does not have, for loops that write there.
+template <typename T>
+T* zeroed(T* buffer, int count) {
+  std::fill_n(buffer, count, T(0));
+  return buffer;
+}
+
 // The elements [begin, begin + count) of an operand: where they lie, or a copy in `buffer`; zeros if the row has no such operand.
 template <typename T>
 T* read(const Operand& x, int64_t begin, int count, T* buffer) {

@@ -49,12 +49,14 @@ METAADAMW_INLINE void add_lanes(const V (&sums)[R::kSums], int begin, int end, L
 
 // Adds the sums [begin, end) of n <= kBlock elements to `totals`; of the operands only those are read that sums are of. Products
 // and lanes are in the arithmetic type, over kBlock / kLanes = 64 additions at most; everything after that is float64.
-template <class R, bool counts, typename T>
-METAADAMW_CLONES void sum_block(const T* const* operands, int n, int begin, int end, LaneSums<R>& totals) {
+template <class R, bool extra, typename T>
+METAADAMW_CLONES void sum_block(const typename R::template Measured<T>& measured, const T* const* operands, int n, int begin,
+                                int end, LaneSums<R>& totals) {
   using Vector = typename Lanes<T>::type;
+  const typename R::template Measured<T> s = measured;
   const T* at[R::kOperands] = {};
   for (int k = 0; k < R::kOperands; ++k) {
-    if (kRead<R> >> k & 1) at[k] = operands[k];
+    if (kRead<R, extra> >> k & 1) at[k] = operands[k];
   }
   Vector sums[R::kSums] = {};
   const int ahead = kPrefetch;
@@ -62,26 +64,27 @@ METAADAMW_CLONES void sum_block(const T* const* operands, int n, int begin, int 
   for (; i + kLanes <= n; i += kLanes) {
     Vector x[R::kOperands] = {};
     for (int k = 0; k < R::kOperands; ++k) {
-      if (kRead<R> >> k & 1) {
+      if (kRead<R, extra> >> k & 1) {
         __builtin_prefetch(at[k] + i + ahead);
         x[k] = lanes_at(at[k] + i);
       }
     }
-    accumulate<R, counts>(sums, x);
+    accumulate<R, extra, T>(s, sums, x);
   }
   if (i < n) {  // the tail, padded with zeros, which add nothing to any sum
     Vector tail[R::kOperands] = {};
     for (int k = 0; k < R::kOperands; ++k) {
-      if (kRead<R> >> k & 1) std::memcpy(&tail[k], at[k] + i, (n - i) * sizeof(T));
+      if (kRead<R, extra> >> k & 1) std::memcpy(&tail[k], at[k] + i, (n - i) * sizeof(T));
     }
-    accumulate<R, counts>(sums, tail);
+    accumulate<R, extra, T>(s, sums, tail);
   }
   add_lanes<R>(sums, begin, end, totals);
 }
 
 // The sums of the first two operands over a block of each half of a chunk, with the bits of two calls of sum_block.
 template <class R, typename T>
-METAADAMW_CLONES void sum_pair(const T* first, const T* second, int64_t half, int end, LaneSums<R> (&totals)[2]) {
+METAADAMW_CLONES void sum_pair(const typename R::template Measured<T>& measured, const T* first, const T* second, int64_t half,
+                               int end, LaneSums<R> (&totals)[2]) {
   using Vector = typename Lanes<T>::type;
   Vector sums[2][R::kSums] = {};
   const int ahead = kPrefetch;
@@ -93,7 +96,7 @@ METAADAMW_CLONES void sum_pair(const T* first, const T* second, int64_t half, in
       Vector x[R::kOperands] = {};
       x[0] = lanes_at(y);
       x[1] = lanes_at(z);
-      accumulate<R, false>(sums[k], x);
+      accumulate<R, false, T>(measured, sums[k], x);
     }
   }
   for (const int k : {0, 1}) {

@@ -48,13 +48,32 @@ void for_each_chunk(const Table<N>& table, const F& f) {
 
 // ------------------------------------------------------------------------------------------------------------------ measure
 
-// The sums [0, end) of a chunk; operands whose data is null count as zeros.
+// The operands of a row. With `exchanged` two of them have changed roles, if the row has both.
+template <class R>
+std::array<Operand, kOperandsOf<R>> operands_of(const Table<kOperandsOf<R>>& table, const Row<kOperandsOf<R>>& row,
+                                                bool exchanged) {
+  std::array<Operand, kOperandsOf<R>> operands;
+  for (int i = 0; i < kOperandsOf<R>; ++i) {
+    operands[i] = Operand(table, row, i);
+  }
+  if constexpr (kExchanges<R>) {
+    Operand &a = operands[R::kExchanged[0]], &b = operands[R::kExchanged[1]];
+    if (exchanged && a.data != nullptr && b.data != nullptr) {
+      std::swap(a, b);
+    }
+  }
+  return operands;
+}
+
+// The sums [0, end) of a chunk; operands that are not in `wanted`, or whose data is null, count as zeros.
 template <class R, typename T>
-void measure_chunk(const Operand (&operands)[R::kOperands], int64_t first, int64_t count, int end, double* totals) {
+void measure_chunk(std::array<Operand, kOperandsOf<R>> operands, int wanted, const typename R::template Measured<T>& measured,
+                   int64_t first, int64_t count, int end, double* totals) {
   ChunkSums<R> sums(count, 0, end);
-  bool in_pairs = (kRead<R> & 3) == 3 && end <= R::kFirstCount && count == 2 * sums.half();
+  bool in_pairs = (kRead<R, false> & 3) == 3 && end <= R::kFirstExtra && count == 2 * sums.half();
   for (int i = 0; i < R::kOperands; ++i) {
-    const Operand& x = operands[i];
+    Operand& x = operands[i];
+    x.data = wanted >> i & 1 ? x.data : nullptr;
     in_pairs = in_pairs && (i < 2 ? in_place<T>(x) && x.data != nullptr : x.data == nullptr);
   }
   if (in_pairs) {
@@ -63,40 +82,54 @@ void measure_chunk(const Operand (&operands)[R::kOperands], int64_t first, int64
       x[i] = reinterpret_cast<const T*>(operands[i].data) + first;
     }
     for (int64_t done = 0; done < sums.half(); done += kBlock) {
-      sum_pair<R>(x[0] + done, x[1] + done, sums.half(), end, sums.of_halves());
+      sum_pair<R, T>(measured, x[0] + done, x[1] + done, sums.half(), end, sums.of_halves());
     }
   } else {
     T buffers[R::kOperands][kBlock];
     const T* x[R::kOperands];
-    constexpr bool counts = R::kFirstCount < R::kSums;
-    const auto sum = end > R::kFirstCount ? sum_block<R, counts, T> : sum_block<R, false, T>;
+    constexpr bool extra = R::kFirstExtra < R::kSums;
+    const auto sum = end > R::kFirstExtra ? sum_block<R, extra, T> : sum_block<R, false, T>;
     for (int64_t done = 0; done < count; done += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
       for (int i = 0; i < R::kOperands; ++i) {
         x[i] = read<T>(operands[i], first + done, n, buffers[i]);
       }
-      sum(x, n, 0, end, sums.of_block(done));
+      sum(measured, x, n, 0, end, sums.of_block(done));
     }
   }
   sums.add_to(totals);
 }
 
-// The sums of all rows for which `mask` has a bit, and the carried ones if they are given: [T, count], float32 or float64.
+// The same of a row, in the type of its arithmetic. The update before is half `half` of the vectors, which are read if there are
+// any.
 template <class R>
-Tensor measure(const Header& header, void* memory, int mask, ScalarType dtype, const std::optional<Tensor>& carried) {
-  const Table<kOperandsOf<R>> table(header, static_cast<char*>(memory));
-  const double* carried_sums = check_measured<R>(header, mask, carried, dtype);
-  const int reads = reads_of<R>(mask);
+void measure_chunk(const Table<kOperandsOf<R>>& table, const Row<kOperandsOf<R>>& row, int64_t t, const Update& vectors, int half,
+                   int64_t first, int64_t count, int mask, double* totals) {
+  if (R::kAllNeedGradient && row.lacks_gradient()) {
+    return;
+  }
   int end = 0;
   while (mask >> end != 0) ++end;
+  const auto operands = operands_of<R>(table, row, vectors.vectors != nullptr && R::exchanged(vectors, t, half == 0));
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const auto measured =
+        vectors.vectors != nullptr ? R::template measured<T>(vectors, half, t) : typename R::template Measured<T>{};
+    measure_chunk<R, T>(operands, reads_of<R>(mask), measured, first, count, end, totals);
+  };
+  row.is_double ? run(0.0) : run(0.0f);
+}
+
+// The sums of all rows for which `mask` has a bit, and the carried ones if they are given: [T, count], float32 or float64.
+template <class R>
+Tensor measure(const Header& header, void* memory, int mask, ScalarType dtype, const std::optional<Tensor>& carried,
+               const std::optional<Tensor>& vectors) {
+  const Table<kOperandsOf<R>> table(header, static_cast<char*>(memory));
+  const double* carried_sums = check_measured<R>(header, mask, carried, dtype);
+  const Update last = measured_update<R>(vectors, mask, header);
   std::vector<std::array<double, R::kSums>> partials(table.chunks, std::array<double, R::kSums>{});
-  for_each_chunk<Order::kForward>(table, [&](const auto& row, int64_t, int64_t chunk, int64_t first, int64_t count) {
-    Operand operands[R::kOperands];
-    for (int i = 0; i < R::kOperands; ++i) {
-      operands[i] = Operand(table, row, i);
-      if (!(reads >> i & 1)) operands[i].data = nullptr;
-    }
-    (row.is_double ? measure_chunk<R, double> : measure_chunk<R, float>)(operands, first, count, end, partials[chunk].data());
+  for_each_chunk<Order::kForward>(table, [&](const auto& row, int64_t t, int64_t chunk, int64_t first, int64_t count) {
+    measure_chunk<R>(table, row, t, last, 0, first, count, mask, partials[chunk].data());
   });
 
   const Columns<R> columns(carried ? mask | kCarriedMask<R> : mask);
@@ -123,16 +156,20 @@ Tensor measure(const Header& header, void* memory, int mask, ScalarType dtype, c
 
 // ------------------------------------------------------------------------------------------------------------------- update
 
-// Sums from R::kFirstLeft on are of what it leaves, those before, if `found`, of what it finds; all with the bits of sum_block.
-// Adds sums [begin, end) to `totals`. With `optional` there is the last operand, if the rule's is optional.
-template <class R, bool optional, bool found, typename T>
-METAADAMW_CLONES void update_block(const typename R::template Scalars<T>& scalars, T* const* operands, int n, int begin, int end,
-                                   LaneSums<R>& totals) {
+// Which sums an update makes as it goes.
+enum class Sums { kLeft, kFound };
+
+// Adds sums [begin, end) to `totals`, with the bits of sum_block. With `optional` there is the last operand, if the rule's is
+// optional.
+template <class R, bool optional, Sums which, typename T>
+METAADAMW_CLONES void update_block(const typename R::template Scalars<T>& scalars, const typename R::template Measured<T>& measured,
+                                   T* const* operands, int n, int begin, int end, LaneSums<R>& totals) {
   using Vector = typename Lanes<T>::type;
   constexpr int kUsed = R::kOperands - (R::kLastIsOptional && !optional);
   T* at[kUsed];
   std::copy_n(operands, kUsed, at);
   const typename R::template Scalars<T> s = scalars;  // local copies: nothing that the loop writes can change them
+  const typename R::template Measured<T> last = measured;
   Vector sums[R::kSums] = {};
   const int ahead = kPrefetch;
   int i = 0;
@@ -142,29 +179,35 @@ METAADAMW_CLONES void update_block(const typename R::template Scalars<T>& scalar
       __builtin_prefetch(at[k] + i + ahead);
       x[k] = lanes_at(at[k] + i);
     }
-    if constexpr (found) {
-      R::accumulate_found(sums, x);
+    if constexpr (which == Sums::kFound) {
+      accumulate_found<R, T>(last, sums, x);
     }
     R::template update<optional>(s, x);
-    for (int k = kGrad + 1; k < kUsed; ++k) {
-      lanes_at(at[k] + i) = x[k];
+    for (int k = 0; k < kUsed; ++k) {
+      if (R::kWritten >> k & 1) lanes_at(at[k] + i) = x[k];
     }
-    R::accumulate_left(sums, x);
+    if constexpr (which == Sums::kLeft) {
+      R::accumulate_left(sums, x);
+    }
   }
   if (i < n) {  // the tail, padded with zeros
     Vector x[R::kOperands] = {}, left[R::kOperands] = {};
     for (int k = 0; k < kUsed; ++k) {
       std::memcpy(&x[k], at[k] + i, (n - i) * sizeof(T));
     }
-    if constexpr (found) {
-      R::accumulate_found(sums, x);
+    if constexpr (which == Sums::kFound) {
+      accumulate_found<R, T>(last, sums, x);
     }
     R::template update<optional>(s, x);
-    for (int k = kGrad + 1; k < kUsed; ++k) {
-      std::memcpy(at[k] + i, &x[k], (n - i) * sizeof(T));
-      std::memcpy(&left[k], &x[k], (n - i) * sizeof(T));  // what became of the padding does not count
+    for (int k = 0; k < kUsed; ++k) {
+      if (R::kWritten >> k & 1) {
+        std::memcpy(at[k] + i, &x[k], (n - i) * sizeof(T));
+        std::memcpy(&left[k], &x[k], (n - i) * sizeof(T));  // what became of the padding does not count
+      }
     }
-    R::accumulate_left(sums, left);
+    if constexpr (which == Sums::kLeft) {
+      R::accumulate_left(sums, left);
+    }
   }
   add_lanes<R>(sums, begin, end, totals);
 }
@@ -187,50 +230,63 @@ struct RoundingKeys {
   }
 };
 
-// Adds the sums of what it finds and, as it was stored, of what it leaves to `totals`, from sum `first_sum` on.
+// Adds to `totals`, if it is not null, the sums of what it finds or, as it was stored, of what it leaves.
 template <class R, typename T>
-void update_chunk(const Operand (&operands)[kOperandsOf<R>], const typename R::template Scalars<T>& scalars,
-                  const RoundingKeys<R>& keys, int64_t first, int64_t count, int first_sum, double* totals) {
+void update_chunk(const std::array<Operand, kOperandsOf<R>>& operands, const typename R::template Scalars<T>& scalars,
+                  const typename R::template Measured<T>& measured, const RoundingKeys<R>& keys, int64_t first, int64_t count,
+                  const NewSums<R>& new_sums, double* totals) {
   T buffers[R::kOperands][kBlock];
   T* x[R::kOperands];
   const Operand& low_precision = operands[R::kOperands];
   const bool with_last = !R::kLastIsOptional || operands[R::kOperands - 1].data != nullptr;
   const int used = R::kOperands - !with_last;
-  // Otherwise elements are rounded on their way out of a buffer, and summed up after that.
+  // What it finds is summed up before what others wrote into the low-precision parameter comes into the master's place. What it
+  // leaves may be rounded on its way out of a buffer, and is summed up after that.
+  const bool found = totals != nullptr && new_sums.found();
+  const bool found_first = found && low_precision.data != nullptr;
   bool as_stored = true;
-  constexpr int left = reads_of<R>(R::kFirstLeft, R::kUpdateSums);
+  constexpr int left = reads_of<R>(R::kFirstLeft, R::kEndLeft);
   for (int i = 0; i < R::kOperands; ++i) {
     as_stored = as_stored && (!(left >> i & 1) || in_place<T>(operands[i]));
   }
-  const int end_sum = totals == nullptr ? first_sum : as_stored ? R::kUpdateSums : R::kFirstLeft;
-  const bool found = first_sum < R::kFirstLeft && end_sum > first_sum;
-  constexpr bool lacks = R::kLastIsOptional, finds = R::kFirstLeft > 0;  // whether there are such loops
-  const auto update = with_last ? (found ? update_block<R, true, finds, T> : update_block<R, true, false, T>)
-                                : (found ? update_block<R, !lacks, finds, T> : update_block<R, !lacks, false, T>);
-  ChunkSums<R> sums(count, first_sum, R::kUpdateSums);
+  const bool left_last = totals != nullptr && !found && !as_stored;
+  const int first_sum = new_sums.first();
+  const int end_sum = totals == nullptr || found_first || left_last ? first_sum : new_sums.end();
+  constexpr bool lacks = R::kLastIsOptional;                              // whether there are loops without the last operand,
+  constexpr Sums finds = R::kFoundSums > 0 ? Sums::kFound : Sums::kLeft;  // and such that find
+  const auto update = with_last
+                          ? (found && !found_first ? update_block<R, true, finds, T> : update_block<R, true, Sums::kLeft, T>)
+                          : (found && !found_first ? update_block<R, !lacks, finds, T> : update_block<R, !lacks, Sums::kLeft, T>);
+  ChunkSums<R> sums(count, first_sum, new_sums.end());
   for (int64_t done = 0; done < count; done += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
     for (int i = 0; i < used; ++i) {
-      x[i] = read<T>(operands[i], first + done, n, buffers[i]);
-    }
-    if (low_precision.data != nullptr) {
-      take_up(low_precision, first + done, n, x[R::kParam]);
+      const bool absent = R::kWritten >> i & 1 && operands[i].data == nullptr;
+      x[i] = absent ? zeroed(buffers[i], n) : read<T>(operands[i], first + done, n, buffers[i]);
     }
     LaneSums<R>& of_block = sums.of_block(done);
-    update(scalars, x, n, first_sum, end_sum, of_block);
-    for (int i = kGrad + 1; i < used; ++i) {
-      if (keys.used && R::kRoundedStochastically >> i & 1 && itemsize(operands[i].type) == 2) {
-        round_block(x[i], n, operands[i].type, keys.of[i], static_cast<uint32_t>(first + done));
+    if (low_precision.data != nullptr) {
+      if (found_first) {
+        sum_block<R, (R::kFoundSums > R::kFirstExtra), T>(measured, x, n, first_sum, new_sums.end(), of_block);
       }
-      write<T>(operands[i], first + done, n, x[i]);
+      take_up(low_precision, first + done, n, x[R::kParam]);
+    }
+    update(scalars, measured, x, n, first_sum, end_sum, of_block);
+    for (int i = 0; i < used; ++i) {
+      if (R::kWritten >> i & 1) {
+        if (keys.used && R::kRoundedStochastically >> i & 1 && itemsize(operands[i].type) == 2) {
+          round_block(x[i], n, operands[i].type, keys.of[i], static_cast<uint32_t>(first + done));
+        }
+        write<T>(operands[i], first + done, n, x[i]);
+      }
     }
     write<T>(low_precision, first + done, n, x[R::kParam]);
-    if (totals != nullptr && !as_stored) {
+    if (left_last) {
       const T* stored[R::kOperands];
       for (int i = 0; i < R::kOperands; ++i) {
         stored[i] = left >> i & 1 ? read<T>(operands[i], first + done, n, buffers[i]) : zeros<T>();
       }
-      sum_block<R, false>(stored, n, R::kFirstLeft, R::kUpdateSums, of_block);
+      sum_block<R, false, T>(measured, stored, n, first_sum, new_sums.end(), of_block);
     }
   }
   if (totals != nullptr) {
@@ -241,29 +297,31 @@ void update_chunk(const Operand (&operands)[kOperandsOf<R>], const typename R::t
 template <class R>
 void update(const Header& header, void* memory, const Update& vectors, const NewSums<R>& new_sums) {
   const Table<kOperandsOf<R>> table(header, static_cast<char*>(memory));
-  std::vector<std::array<double, R::kSums>> partials(new_sums.data != nullptr ? table.chunks : 0, std::array<double, R::kSums>{});
+  const bool summed = new_sums.data != nullptr, found = summed && new_sums.found();
+  std::vector<std::array<double, R::kSums>> partials(summed ? table.chunks : 0, std::array<double, R::kSums>{});
   const auto skips = [&](int64_t t) { return table.rows[t].lacks_gradient() || vectors.at(R::kStep, t) == 0.0; };
   for_each_chunk<Order::kBackward>(table, [&](const auto& row, int64_t t, int64_t chunk, int64_t first, int64_t count) {
+    double* totals = summed ? partials[chunk].data() : nullptr;
     if (skips(t)) {
+      if (found) {
+        measure_chunk<R>(table, row, t, vectors, 1, first, count, (1 << R::kFoundSums) - 1, totals);
+      }
       return;
     }
-    Operand operands[kOperandsOf<R>];
-    for (int i = 0; i < kOperandsOf<R>; ++i) {
-      operands[i] = Operand(table, row, i);
-    }
-    double* totals = new_sums.data != nullptr ? partials[chunk].data() : nullptr;
+    const auto operands = operands_of<R>(table, row, R::exchanged(vectors, t, 0));
     const RoundingKeys<R> keys(vectors, t, first);
-    if (row.is_double) {
-      update_chunk<R, double>(operands, R::template scalars<double>(vectors, t), keys, first, count, new_sums.first(), totals);
-    } else {
-      update_chunk<R, float>(operands, R::template scalars<float>(vectors, t), keys, first, count, new_sums.first(), totals);
-    }
+    const auto run = [&](auto zero) {
+      using T = decltype(zero);
+      const auto measured = found ? R::template measured<T>(vectors, 1, t) : typename R::template Measured<T>{};
+      update_chunk<R, T>(operands, R::template scalars<T>(vectors, t), measured, keys, first, count, new_sums, totals);
+    };
+    row.is_double ? run(0.0) : run(0.0f);
   });
-  for (int64_t t = 0; t < table.tensors && new_sums.data != nullptr; ++t) {
-    if (skips(t)) {
+  for (int64_t t = 0; t < table.tensors && summed; ++t) {
+    if (skips(t) && !found) {
       continue;
     }
-    for (int s = new_sums.first(); s < R::kUpdateSums; ++s) {
+    for (int s = new_sums.first(); s < new_sums.end(); ++s) {
       double& total = new_sums.at(t, s) = 0.0;
       for (int64_t chunk = table.first_chunk[t]; chunk < table.first_chunk[t + 1]; ++chunk) {
         total += partials[chunk][s];

@@ -180,12 +180,20 @@ std::optional<Layout<kOperandsOf<R>>> make_row(const Lists<R>& lists, size_t t, 
     if (i == lists.kLowPrecision) {
       check_low_precision(x, leader, t, lists.name(i), lists.name(R::kParam));
     }
-    if (lists.written && i != kGrad && row.numel != 0) {
+    if (lists.written && i != kGrad && row.numel != 0) {  // of two that change roles each is written in its turn
       extents.push_back(written_extent(x, lists.name(i), t));
     }
     tensors[i] = &x;
     row.data[i] = static_cast<char*>(x.data_ptr());
     METAADAMW_CHECK(row.data[i] != nullptr || row.numel == 0, lists.name(i), "[", t, "] has no memory: its storage was freed");
+  }
+  if constexpr (kExchanges<R>) {
+    const Tensor *a = tensors[R::kExchanged[0]], *b = tensors[R::kExchanged[1]];
+    METAADAMW_CHECK(a == nullptr || b == nullptr ||
+                        (a->scalar_type() == b->scalar_type() &&
+                         std::equal(a->strides().begin(), a->strides().end(), b->strides().begin(), b->strides().end())),
+                    lists.name(R::kExchanged[0]), "[", t, "] and ", lists.name(R::kExchanged[1]), "[", t,
+                    "] change roles, so they must have the same dtype and strides");
   }
   if (row.lacks_gradient()) {  // one that comes later will most likely be as autograd makes it
     row.type[kGrad] = row.type[lists.leader()];
@@ -211,12 +219,18 @@ std::vector<int64_t> make_table(const Lists<R>& lists, int64_t chunk_size) {
                     lists.tensors[i] ? lists.tensors[i]->size() : 0, " tensors, ", lists.name(leader), " has ", leaders.size());
   }
   std::string missing;
-  for (int i = 0; i < R::kOperands - R::kLastIsOptional; ++i) {
-    missing += lists.tensors[i] ? "" : concatenate(missing.empty() ? "" : " and ", lists.name(i));
+  for (int i = 0; i < R::kOperands; ++i) {
+    const bool needed = !lists.tensors[i] && !(R::kOptionalLists >> i & 1);
+    missing += needed ? concatenate(missing.empty() ? "" : " and ", lists.name(i)) : "";
   }
   METAADAMW_CHECK(!lists.written || missing.empty(), "the update needs ", missing);
   METAADAMW_CHECK(!lists.tensors[lists.kLowPrecision] || lists.tensors[R::kParam],
                   "low_precision_params need params, which are their masters");
+  if constexpr (kExchanges<R>) {
+    constexpr int a = R::kExchanged[0], b = R::kExchanged[1];
+    METAADAMW_CHECK(!lists.tensors[a] || lists.tensors[b], lists.name(a), " need ", lists.name(b),
+                    ", with which they change roles");
+  }
   Header header{};
   header.rule = rule_number<R>;
   header.tensors = leaders.size();

@@ -106,7 +106,9 @@ STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
   m.def("launch_table(int rule, Tensor[] tensors, int[] lengths, bool written, int chunk_size=0) -> Tensor");
   m.def("launch_capture(Tensor like) -> int");  // CUDA only
   m.def("launch_set_gradients(Tensor(a!) table, Tensor[] grads) -> int");
-  m.def("launch_measure(Tensor table, Tensor? copy, int sums, ScalarType dtype, Tensor? carried=None) -> Tensor");
+  m.def(
+      "launch_measure(Tensor table, Tensor? copy, int sums, ScalarType dtype, Tensor? carried=None,"
+      " Tensor? vectors=None) -> Tensor");
   m.def("launch_update_(Tensor table, Tensor? copy, Tensor vectors, Tensor(a!)? new_sums, int? rounding_seed) -> ()");
   // The vectors of an update by AdamW or AVGrad, [8, T], from hyper-parameters [T] each.
   m.def(

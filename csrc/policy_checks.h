@@ -40,8 +40,8 @@ inline StepCounts check_features(const FeatureColumns& columns, const Tensor& st
   METAADAMW_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, "statistics are float32 or float64, not ",
                   torch::headeronly::toString(dtype));
   METAADAMW_CHECK(
-      statistics.dim() == 2 && statistics.size(1) == (columns.enhanced ? AdamW::kSums : AdamW::kUpdateSums) && constants.dim() == 2,
-      "statistics must be [T, ", columns.enhanced ? AdamW::kSums : AdamW::kUpdateSums, "] and constants [G, D]");
+      statistics.dim() == 2 && statistics.size(1) == (columns.enhanced ? AdamW::kSums : AdamW::kFoundSums) && constants.dim() == 2,
+      "statistics must be [T, ", columns.enhanced ? AdamW::kSums : AdamW::kFoundSums, "] and constants [G, D]");
   const int64_t statistic_columns = columns.enhanced ? 9 : columns.values() * (1 + columns.deviations);
   METAADAMW_CHECK(constants.size(1) >= statistic_columns && columns.time < constants.size(1), "constants have ", constants.size(1),
                   " columns, too few for the features");

@@ -3,12 +3,17 @@
 
 #include "adamw.h"
 #include "avgrad.h"
+#include "mada.h"
 
 namespace metaadamw {
 
 // The operands of a row: those of the rule and, last, the low-precision parameter.
 template <class R>
 constexpr int kOperandsOf = R::kOperands + 1;
+
+// Whether two operands of the rule change roles from update to update.
+template <class R>
+constexpr bool kExchanges = R::kExchanged[0] != R::kExchanged[1];
 
 // The numbers are also known to metaadamw_fast/launch.py.
 template <class R>
@@ -17,11 +22,13 @@ template <>
 inline constexpr int rule_number<AdamW> = 0;
 template <>
 inline constexpr int rule_number<AVGrad> = 1;
+template <>
+inline constexpr int rule_number<Mada> = 2;
 
 // f(a rule) of the rule with this number.
 template <typename F>
 auto with_rule(int number, const F& f) {
-  return number == rule_number<AVGrad> ? f(AVGrad()) : f(AdamW());
+  return number == rule_number<Mada> ? f(Mada()) : number == rule_number<AVGrad> ? f(AVGrad()) : f(AdamW());
 }
 
 }  // namespace metaadamw

@@ -18,15 +18,15 @@ struct Columns {
   }
 };
 
-// Of the sums that an update makes, the ones of what it leaves: they are carried over to the next call of `measure`.
+// The sums of what an update leaves: they are carried over to the next call of `measure`.
 template <class R>
 METAADAMW_INLINE constexpr bool is_carried(int sum) {
-  return sum >= R::kFirstLeft && sum < R::kUpdateSums;
+  return sum >= R::kFirstLeft && sum < R::kEndLeft;
 }
 template <class R>
-constexpr int kCarriedSums = R::kUpdateSums - R::kFirstLeft;
+constexpr int kCarriedSums = R::kEndLeft - R::kFirstLeft;
 template <class R>
-constexpr int kCarriedMask = (1 << R::kUpdateSums) - (1 << R::kFirstLeft);
+constexpr int kCarriedMask = (1 << R::kEndLeft) - (1 << R::kFirstLeft);
 
 // The operands (bit i: operand i) that the sums of a mask, or the sums [begin, end), read.
 template <class R>
@@ -42,30 +42,37 @@ METAADAMW_INLINE constexpr int reads_of(int begin, int end) {
   return reads_of<R>((1 << end) - (1 << begin));
 }
 
-// The operands that sums read at all.
-template <class R>
-constexpr int kRead = reads_of<R>(0, R::kSums);
+// The operands that sums read at all; without `extra`, those before R::kFirstExtra.
+template <class R, bool extra>
+constexpr int kRead = reads_of<R>(0, extra ? R::kSums : R::kFirstExtra);
 
-// Where an update writes its sums: [T, kCarriedSums] of what it leaves or, before them, also those of what it found, [T,
-// kUpdateSums].
+// Where an update writes its sums: [T, kCarriedSums] of what it leaves, or [T, kFoundSums] of what it finds.
 template <class R>
 struct NewSums {
   double* data;  // null if nobody wants them
   int columns;
 
-  METAADAMW_INLINE bool found() const { return columns > kCarriedSums<R>; }
-  METAADAMW_INLINE int first() const { return R::kUpdateSums - columns; }
+  METAADAMW_INLINE bool found() const { return R::kFoundSums > kCarriedSums<R> && columns == R::kFoundSums; }
+  METAADAMW_INLINE int first() const { return found() ? 0 : R::kFirstLeft; }
+  METAADAMW_INLINE int end() const { return first() + columns; }
   METAADAMW_INLINE double& at(int64_t t, int sum) const { return data[t * columns + sum - first()]; }
 };
 
-// All sums of elements x.
-template <class R, bool counts, typename V>
-METAADAMW_INLINE void accumulate(V (&sums)[R::kSums], const V (&x)[R::kOperands]) {
-  R::accumulate_found(sums, x);
-  R::accumulate_left(sums, x);
-  if constexpr (counts) {
-    R::accumulate_counts(sums, x);
+// All sums of elements x; without `extra`, those before R::kFirstExtra.
+template <class R, bool extra, typename T, typename V>
+METAADAMW_INLINE void accumulate(const typename R::template Measured<T>& measured, V (&sums)[R::kSums],
+                                 const V (&x)[R::kOperands]) {
+  R::accumulate_found(measured, sums, x);
+  if constexpr (extra) {
+    R::accumulate_extra(measured, sums, x);
   }
+}
+
+// Those that an update makes of what it finds.
+template <class R, typename T, typename V>
+METAADAMW_INLINE void accumulate_found(const typename R::template Measured<T>& measured, V (&sums)[R::kSums],
+                                       const V (&x)[R::kOperands]) {
+  accumulate<R, (R::kFoundSums > R::kFirstExtra), T>(measured, sums, x);
 }
 
 }  // namespace metaadamw

@@ -49,7 +49,7 @@ def _parameter(p, m, second, scalars):
 
 
 @triton.jit
-def _term(x, column: tl.constexpr):
+def _term(x, _, column: tl.constexpr):
     """Of Σg², Σg·m, Σm², Σp², Σv², and the numbers of non-zeros of g and m: the columns of csrc/adamw.h."""
     g, m, p, v, _ = x
     if column == 0:
@@ -84,14 +84,14 @@ def _adamw(x, scalars, kind: tl.constexpr):
 
 ADAMW = Rule(
     operands=("grads", "exp_avgs", "params", "exp_avg_sqs", "max_exp_avg_sqs"),
-    optional=(MAXIMUM.value,),
+    written=(EXP_AVG, PARAM.value, EXP_AVG_SQ, MAXIMUM.value),
     rounded=(EXP_AVG, PARAM.value, EXP_AVG_SQ),
     vectors=8,
     fold=_fold,
     formula=_adamw,
-    term=_term,
     sum_operands=((0,), (0, 1), (1,), (2,), (3,), (0,), (1,)),
-    found=(0, 1, 2),
+    term=_term,
+    found=(0, 1, 2, 3, 4),
     left=(3, 4),
 )
 
@@ -112,11 +112,8 @@ def _avgrad(x, scalars, kind: tl.constexpr):
 # A is not rounded stochastically. The only sum is that of clipping.
 AVGRAD = ADAMW._replace(
     operands=(*ADAMW.operands[: MAXIMUM.value], "average_sqs"),
-    optional=(),
     formula=_avgrad,
     sum_operands=((0,),),
     found=(),
     left=(),
 )
-
-RULES = {"adamw": ADAMW, "avgrad": AVGRAD}

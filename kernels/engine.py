@@ -3,7 +3,7 @@
 A `Rule` says what is an optimizer's own: its operands, its formula, its sums. The kernels get its functions as compile-time
 arguments of their own, since Triton finds changed source text only there and not inside a tuple.
 
-A little longer than 300 lines: both kernels walk a chunk in the same way, and are best read side by side.
+Longer than 300 lines: both kernels walk a chunk in the same way, and are best read side by side.
 """
 
 from __future__ import annotations
@@ -50,15 +50,50 @@ class Rule(NamedTuple):
     """
 
     operands: tuple[str, ...]  # names of the lists
-    optional: tuple[int, ...]  # the operands but the gradient that a row may lack
+    written: tuple[int, ...]  # the operands that the update writes, in rows that have them
     rounded: tuple[int, ...]  # the operands that stochastic rounding is for; their numbers enter the random bits
     vectors: int  # the update reads float64 [vectors, T]
     fold: Any  # (vectors + row, T, type of the arithmetic) -> what the formula takes of the vectors
-    formula: Any  # (operands, what `fold` returned, kind) -> operands as the update leaves them; it leaves the gradient alone
-    term: Any  # (operands, number of a sum) -> an element's term of the sum
-    sum_operands: tuple[tuple[int, ...], ...]  # what each sum reads
+    formula: Any  # (operands, what `fold` returned, kind) -> operands as the update leaves them; absent ones come as zeros
+    sum_operands: tuple[tuple[int, ...], ...]  # what each sum reads; of these a launch may lack those of `zeros`
+    term: Any  # (operands, what `fold_measured` returned, number of a sum) -> an element's term of the sum
     found: tuple[int, ...]  # the sums that an update can make of what it finds
     left: tuple[int, ...]  # the sums that an update can make of what it leaves
+    zeros: tuple[int, ...] = ()  # the operands that count as zeros in a launch without their list
+    measured: int = 0  # so many rows, the last ones of the vectors, say of the update before what the sums need
+    fold_measured: Any = None  # (these rows + row, T, type of the arithmetic) -> what `term` takes of them
+    of_gradient: bool = False  # every sum is one of products with the gradient: 0 where there is none, whatever the others hold
+    # Two operands that change places where the update's number is odd, and the row of vectors with that number. It is read on the
+    # device, so a CUDA graph changes them at every replay.
+    exchanged: tuple[int, ...] = ()
+
+
+# ----------------------------------------------------------------------------------------------------------- what both kernels do
+
+
+@triton.jit
+def _addresses(table, tensors, row, operands: tl.constexpr, number, exchanged: tl.constexpr, kind: tl.constexpr):
+    """Of the row's operands and its low-precision parameter, as the update with this number sees them."""
+    addresses = addresses_of(table, tensors, row, operands + 1)
+    if number is not None:
+        first: tl.constexpr = element(exchanged, 0)
+        second: tl.constexpr = element(exchanged, 1)
+        if storage_type(kind, first) is not None and storage_type(kind, second) is not None:
+            is_odd = (number.to(tl.int64) & 1) != 0
+            x = tl.where(is_odd, addresses[second], addresses[first])
+            y = tl.where(is_odd, addresses[first], addresses[second])
+            changed = addresses[:first]
+            changed += (x,)
+            changed += addresses[first + 1 : second]
+            changed += (y,)
+            addresses = changed + addresses[second + 1 :]
+    return addresses
+
+
+@triton.jit
+def _masked(of_sum, mask):
+    """Without the lanes behind the end, where a rule's term of zeros need not be zero."""
+    return of_sum if mask is None else tl.where(mask, of_sum, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------------- measure
@@ -74,8 +109,8 @@ def _zeros(count: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _measure_block(
-    lanes, addresses, begin, offsets, grad_mask, mask, layout, term: tl.constexpr, columns: tl.constexpr, loads: tl.constexpr,
-    kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
+    lanes, addresses, begin, offsets, grad_mask, mask, layout, scalars, term: tl.constexpr, columns: tl.constexpr,
+    loads: tl.constexpr, kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
     """Adds one block to the lanes of every sum."""
     operands: tl.constexpr = length(addresses) - 1
@@ -89,17 +124,20 @@ def _measure_block(
                 up_to_it = x[:k]
                 up_to_it += (load(addresses[k], begin, places[k], of_operand, k, kind, aligned),)
                 x = up_to_it + x[k + 1 :]
-        more += (lanes[i] + term(x, element(columns, i)),)
+        more += (lanes[i] + _masked(term(x, scalars, element(columns, i)), mask),)
     return more
 
 
 @triton.jit
 def _measure_chunk(
-    table, tensors, chunk, chunks, row, partials, tickets, out, term: tl.constexpr, columns: tl.constexpr, loads: tl.constexpr,
-    operands: tl.constexpr, kind: tl.constexpr,
+    table, tensors, chunk, chunks, row, partials, tickets, out, number, measured, fold_measured: tl.constexpr, term: tl.constexpr,
+    columns: tl.constexpr, loads: tl.constexpr, of_gradient: tl.constexpr, exchanged: tl.constexpr, operands: tl.constexpr,
+    kind: tl.constexpr,
 ):  # fmt: skip
+    """``number`` is that of the update to come, ``measured`` points to the vectors of the one before; None where none is needed."""
     begin, count, first_chunk, chunks_of_row = chunk_bounds(table, tensors, chunk, row, operands + 1)
-    addresses = addresses_of(table, tensors, row, operands + 1)
+    addresses = _addresses(table, tensors, row, operands, number, exchanged, kind)
+    scalars = () if measured is None else fold_measured(measured + row, tensors.to(tl.int64), arithmetic_type(kind))
     lanes = _zeros(length(columns), arithmetic_type(kind))
     lane = tl.arange(0, BLOCK)
     grad = addresses[GRAD]
@@ -109,33 +147,42 @@ def _measure_chunk(
             together |= addresses[k]
     layout = table + field(table, tensors, row, operands + 1, LAYOUT)
     strided: tl.constexpr = is_strided(kind)
+    if of_gradient:
+        count = tl.where(grad != 0, count, 0)
     done = 0
     if (together % 16 == 0) & (grad != 0) & (not strided):
         done = count // BLOCK * BLOCK
         for i in range(0, done, BLOCK):
-            lanes = _measure_block(lanes, addresses, begin, i + lane, None, None, layout, term, columns, loads, kind, False, True)
+            lanes = _measure_block(
+                lanes, addresses, begin, i + lane, None, None, layout, scalars, term, columns, loads, kind, False, True
+            )
     for i in range(done, count, BLOCK):
         mask = i + lane < count
         lanes = _measure_block(
-            lanes, addresses, begin, i + lane, mask & (grad != 0), mask, layout, term, columns, loads, kind, strided, False
+            lanes, addresses, begin, i + lane, mask & (grad != 0), mask, layout, scalars, term, columns, loads, kind, strided, False
         )
     write_sums(lanes, row, chunk, chunks, first_chunk, chunks_of_row, partials, tickets, out)
 
 
-@triton.jit(do_not_specialize=["tensors", "chunks"], do_not_specialize_on_alignment=["out"])
+@triton.jit(do_not_specialize=["tensors", "chunks"], do_not_specialize_on_alignment=["out", "vectors"])
 def measure_kernel(
-    table, tensors, chunks, partials, tickets, out, term: tl.constexpr, columns: tl.constexpr, loads: tl.constexpr,
-    operands: tl.constexpr, kinds: tl.constexpr,
+    table, tensors, chunks, partials, tickets, out, vectors, fold_measured: tl.constexpr, term: tl.constexpr,
+    columns: tl.constexpr, loads: tl.constexpr, of_gradient: tl.constexpr, exchanged: tl.constexpr, operands: tl.constexpr,
+    kinds: tl.constexpr,
 ):  # fmt: skip
-    """One program per chunk; see `LaunchTable` for the table and the kinds."""
+    """One program per chunk; see `LaunchTable` for the table and the kinds. ``vectors`` is None where no sum needs them."""
     chunk = tl.program_id(0)
     row = tl.load(table + (operands + 1 + FIELDS) * tensors + chunk)
     kind_of_row = field(table, tensors, row, operands + 1, KIND)
+    number = None
+    if vectors is not None and length(exchanged) > 0:
+        number = tl.load(vectors + element(exchanged, 2) * tensors.to(tl.int64) + row) + 1.0  # after the one that they are of
     for i in tl.static_range(length(kinds)):
         if kind_of_row == i:
             _measure_chunk(
-                table, tensors, chunk, chunks, row, partials, tickets, out, term, columns, loads, operands, element(kinds, i)
-            )
+                table, tensors, chunk, chunks, row, partials, tickets, out, number, vectors, fold_measured, term, columns, loads,
+                of_gradient, exchanged, operands, element(kinds, i),
+            )  # fmt: skip
 
 
 def measure_constants(rule: Rule, columns: tuple[int, ...], kinds: tuple[int, ...]) -> dict[str, Any]:
@@ -144,7 +191,16 @@ def measure_constants(rule: Rule, columns: tuple[int, ...], kinds: tuple[int, ..
     for column in columns:
         loads.append(tuple(k for k in rule.sum_operands[column] if k not in loaded))
         loaded.update(loads[-1])
-    return {"term": rule.term, "columns": columns, "loads": tuple(loads), "operands": len(rule.operands), "kinds": kinds}
+    return {
+        "fold_measured": rule.fold_measured,
+        "term": rule.term,
+        "columns": columns,
+        "loads": tuple(loads),
+        "of_gradient": rule.of_gradient,
+        "exchanged": rule.exchanged,
+        "operands": len(rule.operands),
+        "kinds": kinds,
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------------- update
@@ -171,8 +227,9 @@ def _write(
 
 @triton.jit
 def _update_block(
-    lanes, addresses, begin, offsets, mask, layout, scalars, key, formula: tl.constexpr, term: tl.constexpr, found: tl.constexpr,
-    left: tl.constexpr, rounded: tl.constexpr, kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
+    lanes, addresses, begin, offsets, mask, grad_mask, written_mask, layout, scalars, measured_scalars, key,
+    formula: tl.constexpr, term: tl.constexpr, found: tl.constexpr, left: tl.constexpr, written: tl.constexpr,
+    rounded: tl.constexpr, kind: tl.constexpr, strided: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
     """Updates one block, and adds what it finds and what it leaves to the lanes of the sums.
 
@@ -185,69 +242,81 @@ def _update_block(
     others = ()
     for k in tl.static_range(operands):
         if k != PARAM:
-            others += (load(addresses[k], begin, places[k], mask, k, kind, aligned),)
+            of_operand = grad_mask if k == GRAD else mask
+            others += (load(addresses[k], begin, places[k], of_operand, k, kind, aligned),)
     p = load(addresses[PARAM], begin, places[PARAM], mask, PARAM, kind, aligned)
-    if has_master:
-        p = start_of_update(p, load(addresses[low], begin, places[low], mask, low, kind, aligned), storage_type(kind, low))
-    before = _with_param(others, p)
+    before = _with_param(others, p)  # of a master itself, as `measure` reads it
     more = ()
     for i in tl.static_range(length(found)):
-        more += (lanes[i] + term(before, element(found, i)),)
+        more += (lanes[i] + _masked(term(before, measured_scalars, element(found, i)), mask),)
 
-    new = formula(before, scalars, kind)
-    written = ()
-    for k in tl.static_range(operands):
-        if k == GRAD or (k != PARAM and storage_type(kind, k) is None):
-            written += (new[k],)
-        elif k != PARAM:
-            written += (_write(new[k], addresses, begin, offsets, places, mask, key, rounded, k, kind, aligned),)
-    p = _write(new[PARAM], addresses, begin, offsets, places, mask, key, rounded, PARAM, kind, aligned)
     if has_master:
-        store(addresses[low], begin, places[low], mask, p, low, kind, aligned)
-    after = _with_param(written, p)
+        p = start_of_update(p, load(addresses[low], begin, places[low], mask, low, kind, aligned), storage_type(kind, low))
+    new = formula(_with_param(others, p), scalars, kind)
+    stored = ()
+    for k in tl.static_range(operands):
+        if k != PARAM:
+            if contains(written, k) and storage_type(kind, k) is not None:
+                stored += (_write(new[k], addresses, begin, offsets, places, written_mask, key, rounded, k, kind, aligned),)
+            else:
+                stored += (new[k],)
+    p = _write(new[PARAM], addresses, begin, offsets, places, written_mask, key, rounded, PARAM, kind, aligned)
+    if has_master:
+        store(addresses[low], begin, places[low], written_mask, p, low, kind, aligned)
+    after = _with_param(stored, p)
     for i in tl.static_range(length(left)):
-        of_sum = term(after, element(left, i))
-        if mask is not None:
-            of_sum = tl.where(mask, of_sum, 0.0)
-        more += (lanes[length(found) + i] + of_sum,)
+        more += (lanes[length(found) + i] + _masked(term(after, (), element(left, i)), mask),)
     return more
 
 
 @triton.jit
 def _update_chunk(
-    table, tensors, chunk, chunks, row, partials, tickets, new_sums, vectors, rounding_seed, fold: tl.constexpr,
-    formula: tl.constexpr, term: tl.constexpr, found: tl.constexpr, left: tl.constexpr, rounded: tl.constexpr,
+    table, tensors, chunk, chunks, row, wanted, partials, tickets, new_sums, vectors, number, measured, rounding_seed,
+    fold: tl.constexpr, formula: tl.constexpr, fold_measured: tl.constexpr, term: tl.constexpr, found: tl.constexpr,
+    left: tl.constexpr, written: tl.constexpr, rounded: tl.constexpr, of_gradient: tl.constexpr, exchanged: tl.constexpr,
     operands: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
+    """``wanted``: whether the row is updated and not only measured; None where all that come here are."""
     begin, count, first_chunk, chunks_of_row = chunk_bounds(table, tensors, chunk, row, operands + 1)
-    addresses = addresses_of(table, tensors, row, operands + 1)
+    addresses = _addresses(table, tensors, row, operands, number, exchanged, kind)
     lanes = _zeros(length(found) + length(left), arithmetic_type(kind))
     lane = tl.arange(0, BLOCK)
     column = vectors + row
     rows = tensors.to(tl.int64)
     scalars = fold(column, rows, arithmetic_type(kind))
+    measured_scalars = () if measured is None else fold_measured(measured + row, rows, arithmetic_type(kind))
     if rounding_seed is None:
         key = None
     else:
         key = rounding_key(rounding_seed, tl.load(column + STEP * rows), row)
 
-    together = addresses[GRAD]
+    grad = addresses[GRAD]
+    together = grad
     for k in tl.static_range(1, operands + 1):
         together |= addresses[k]
     layout = table + field(table, tensors, row, operands + 1, LAYOUT)
     strided: tl.constexpr = is_strided(kind)
+    has_gradient = grad != 0
+    if of_gradient and length(found) > 0:
+        count = tl.where(has_gradient, count, 0)
     done = 0
-    if (together % 16 == 0) & (not strided):
+    if (together % 16 == 0) & has_gradient & (not strided):
         done = count // BLOCK * BLOCK
         for i in range(0, done, BLOCK):
             lanes = _update_block(
-                lanes, addresses, begin, i + lane, None, layout, scalars, key, formula, term, found, left, rounded, kind,
-                False, True,
+                lanes, addresses, begin, i + lane, None, None, wanted, layout, scalars, measured_scalars, key, formula, term,
+                found, left, written, rounded, kind, False, True,
             )  # fmt: skip
     for i in range(done, count, BLOCK):
+        mask = i + lane < count
+        grad_mask = mask
+        written_mask = mask
+        if wanted is not None:
+            grad_mask = mask & has_gradient
+            written_mask = mask & wanted
         lanes = _update_block(
-            lanes, addresses, begin, i + lane, i + lane < count, layout, scalars, key, formula, term, found, left, rounded, kind,
-            strided, False,
+            lanes, addresses, begin, i + lane, mask, grad_mask, written_mask, layout, scalars, measured_scalars, key, formula,
+            term, found, left, written, rounded, kind, strided, False,
         )  # fmt: skip
     if length(lanes) > 0:
         write_sums(lanes, row, chunk, chunks, first_chunk, chunks_of_row, partials, tickets, new_sums)
@@ -259,33 +328,52 @@ def _update_chunk(
 )
 def update_kernel(
     table, tensors, chunks, partials, tickets, new_sums, vectors, rounding_seed, fold: tl.constexpr, formula: tl.constexpr,
-    term: tl.constexpr, found: tl.constexpr, left: tl.constexpr, rounded: tl.constexpr, operands: tl.constexpr,
+    measured: tl.constexpr, fold_measured: tl.constexpr, term: tl.constexpr, found: tl.constexpr, left: tl.constexpr,
+    written: tl.constexpr, rounded: tl.constexpr, of_gradient: tl.constexpr, exchanged: tl.constexpr, operands: tl.constexpr,
     kinds: tl.constexpr,
 ):  # fmt: skip
-    """One program per chunk; see `LaunchTable` for the table and the kinds."""
+    """One program per chunk; see `LaunchTable` for the table and the kinds.
+
+    ``measured`` is the row of the vectors with which those of the update before begin, None where no sum needs them.
+    """
     # Backward through what was measured forward: the first programs find the end of it in the cache.
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tl.load(table + (operands + 1 + FIELDS) * tensors + chunk)
     kind_of_row = field(table, tensors, row, operands + 1, KIND)
     has_gradient = (tl.load(table + GRAD * tensors + row) != 0) | (field(table, tensors, row, operands + 1, NUMEL) == 0)
-    wanted = has_gradient & (tl.load(vectors + STEP * tensors.to(tl.int64) + row) != 0)
+    rows = tensors.to(tl.int64)
+    wanted = has_gradient & (tl.load(vectors + STEP * rows + row) != 0)
+    number = None
+    if length(exchanged) > 0:
+        number = tl.load(vectors + element(exchanged, 2) * rows + row)
+    of_last = None if measured is None else vectors + measured * rows
     for i in tl.static_range(length(kinds)):
-        if wanted & (kind_of_row == i):
+        comes = kind_of_row == i
+        if length(found) == 0:
+            comes &= wanted
+        if comes:
             _update_chunk(
-                table, tensors, chunk, chunks, row, partials, tickets, new_sums, vectors, rounding_seed, fold, formula, term,
-                found, left, rounded, operands, element(kinds, i),
+                table, tensors, chunk, chunks, row, None if length(found) == 0 else wanted, partials, tickets, new_sums, vectors,
+                number, of_last, rounding_seed, fold, formula, fold_measured, term, found, left, written, rounded, of_gradient,
+                exchanged, operands, element(kinds, i),
             )  # fmt: skip
 
 
 def update_constants(rule: Rule, sums: int, kinds: tuple[int, ...]) -> dict[str, Any]:
-    """The compile-time arguments of the update kernel that makes so many sums: those of what it leaves, or all, or none."""
+    """The compile-time arguments of the update kernel that makes so many sums: of what it finds, or of what it leaves, or none."""
+    found = rule.found if sums > len(rule.left) else ()
     return {
         "fold": rule.fold,
         "formula": rule.formula,
+        "measured": rule.vectors - rule.measured if found and rule.measured else None,
+        "fold_measured": rule.fold_measured,
         "term": rule.term,
-        "found": rule.found if sums > len(rule.left) else (),
-        "left": rule.left if sums else (),
+        "found": found,
+        "left": rule.left if sums and not found else (),
+        "written": rule.written,
         "rounded": rule.rounded,
+        "of_gradient": rule.of_gradient,
+        "exchanged": rule.exchanged,
         "operands": len(rule.operands),
         "kinds": kinds,
     }

@@ -39,42 +39,50 @@ class TritonLaunch(LaunchTable):
         """
         return self.measure(statistics_columns(params, exp_avg_sqs, count_nonzero), dtype, carried)
 
-    def measure(self, columns: int, dtype: torch.dtype, carried: Tensor | None = None) -> Tensor:
+    def measure(self, columns: int, dtype: torch.dtype, carried: Tensor | None = None, vectors: Tensor | None = None) -> Tensor:
         """Sums [T, S] of the rule: those that ``columns`` has a bit for.
 
         Args:
             columns: bit i asks for sum i of the rule.
             dtype: of the result, float32 or float64.
             carried: float64 [T, C], the columns that an update leaves, where none of them is asked for.
+            vectors: float64 [H, T], what the sums need of the update before; MADA's needs them but for its first column.
 
         Raises:
-            RuntimeError: as :meth:`tensor_stats`.
+            RuntimeError: as :meth:`tensor_stats`; vectors that are missing or of another dtype, shape, layout or device.
         """
+        rule = self.rule
         if dtype not in (torch.float32, torch.float64):
             raise RuntimeError(f"the statistics are float32 or float64, not {dtype}")
-        wanted = tuple(i for i in range(len(self.rule.sum_operands)) if columns >> i & 1)
-        if any(not self.has(k) for i in wanted for k in self.rule.sum_operands[i]):
+        wanted = tuple(i for i in range(len(rule.sum_operands)) if columns >> i & 1)
+        if any(not self.has(k) and k not in rule.zeros for i in wanted for k in rule.sum_operands[i]):
             raise RuntimeError("the launch was made without the lists of these columns")
+        if not rule.measured or wanted == (0,):
+            vectors = None
+        elif vectors is None:
+            raise RuntimeError("these columns need the vectors of the update before")
+        self.check_vector("vectors", vectors, (rule.measured, self.tensors))
         out = torch.empty(self.tensors, len(wanted), dtype=dtype, device=self.device)
         if self.tensors:
             with self.device_guard():
                 measure_kernel[(self.chunks,)](
-                    self.table, self.tensors, self.chunks, self.partials, self.tickets, out,
-                    **measure_constants(self.rule, wanted, self.kinds), num_warps=WARPS, enable_fp_fusion=False,
+                    self.table, self.tensors, self.chunks, self.partials, self.tickets, out, vectors,
+                    **measure_constants(rule, wanted, self.kinds), num_warps=WARPS, enable_fp_fusion=False,
                 )  # fmt: skip
         if carried is None:
             return out
-        before = sum(i < self.rule.left[0] for i in wanted)
+        before = sum(i < rule.left[0] for i in wanted)
         return torch.cat([out[:, :before], carried.to(dtype), out[:, before:]], dim=1)
 
     def update_(self, vectors: Tensor, new_sums: Tensor | None = None, rounding_seed: int | None = None) -> None:
         """The rule's update in place; rows without a gradient, or whose step is 0, stay as they are.
 
         Args:
-            vectors: contiguous float64 [8, T] on the tensors' device, made by `kernels.policy`.
-            new_sums: contiguous float64 [T, 2] or None; receives Σp², Σv² as stored, in the bits of a later pass of `tensor_stats`;
-                with [T, 5], before them Σg², Σg·m, Σm² as found, in the bits of an earlier pass. Rows that stay as they are keep
-                what it holds.
+            vectors: contiguous float64 [V, T] on the tensors' device, made by `kernels.policy` or `kernels.mada_policy`.
+            new_sums: contiguous float64 on the tensors' device, or None. [T, 2], of AdamW only, receives Σp², Σv² as stored, in the
+                bits of a later pass of `measure`; rows that stay as they are keep what it holds. With a column for each of the
+                rule's sums that an update makes, [T, 5] of AdamW and [T, 7] of MADA, it receives of every row what `measure` would
+                find before the update.
             rounding_seed: of stochastic rounding; None rounds to the nearest.
 
         Raises:
@@ -82,16 +90,16 @@ class TritonLaunch(LaunchTable):
         """
         if not self.written:
             raise RuntimeError("the launch was not made for updates: written=False")
-        self.check_vector("vectors", vectors, (self.rule.vectors, self.tensors))
-        left, every = len(self.rule.left), len(self.rule.left) + len(self.rule.found)
-        found = new_sums is not None and new_sums.dim() == 2 and new_sums.shape[1] == every
-        self.check_vector("new_sums", new_sums, (self.tensors, every if found else left))
+        rule = self.rule
+        self.check_vector("vectors", vectors, (rule.vectors, self.tensors))
+        sums = new_sums.shape[-1] if new_sums is not None and new_sums.dim() else 0
+        found = sums > len(rule.left)
+        self.check_vector("new_sums", new_sums, (self.tensors, len(rule.found if found else rule.left)))
         if self.tensors:
-            sums = 0 if new_sums is None else new_sums.shape[1]
             with self.device_guard():
                 update_kernel[(self.chunks,)](
                     self.table, self.tensors, self.chunks, self.partials, self.tickets, new_sums, vectors, rounding_seed,
-                    **update_constants(self.rule, sums, self.kinds), num_warps=WARPS, enable_fp_fusion=False,
+                    **update_constants(rule, sums, self.kinds), num_warps=WARPS, enable_fp_fusion=False,
                     **register_limit(self.kinds, found, rounding_seed is not None),
                 )  # fmt: skip
 

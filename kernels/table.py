@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from metaadamw_fast.checks import OpList, check_distinct, check_lists, check_low_precision
-from metaadamw_fast.launch import Operands, resolved
+from metaadamw_fast.launch import Operands, check_operands, leaders, listed, resolved
 
-from .adamw import RULES
+from .adamw import ADAMW, AVGRAD
 from .elements import CHUNK, DTYPE_CODES, FIELDS, STRIDED_KIND
+from .mada import MADA
 
-FIFTH = 4  # the number of the operand that comes as max_exp_avg_sqs
+RULES = {"adamw": ADAMW, "avgrad": AVGRAD, "mada": MADA}
 
-Tensors = Iterable[Tensor]
 MaybeTensors = Iterable[Tensor | None]
 
 
@@ -26,15 +25,10 @@ class LaunchTable:
     Args:
         grads: T gradients, not kept alive. None, or one without elements where its momentum has some, is absent: it counts as
             zeros in the statistics and the update leaves the whole row as it is.
-        exp_avgs: T first moments.
-        params, exp_avg_sqs: T tensors each, or None for an op that does without.
-        max_exp_avg_sqs: T tensors of the rule's fifth operand or None. AdamW's are running maxima; an entry may be absent as a
-            gradient may: no amsgrad then. AVGrad's are the means of the second moments, of float32 or wider, and never absent.
-        low_precision_params: T parameters of bfloat16 or float16 whose float32 masters stand in ``params``, or None; an entry may
-            be absent as a maximum may. The update starts from the master where the parameter is its rounding, else from the
-            parameter.
-        written: everything but the gradients will be updated, so their elements must not share memory.
-        rule: whose operands these are, ``adamw`` or ``avgrad``.
+        operands: the other lists of the rule in its order, then the low-precision parameters; :mod:`metaadamw_fast.launch` has
+            what each is and which may be None.
+        written: an update will write the operands, so their elements must not share memory.
+        rule: whose operands these are, ``adamw``, ``avgrad`` or ``mada``.
 
     The elements of a row are walked in the order of the last given of params, else of exp_avgs, in memory. Where all operands are
     dense in that order they are walked flat, else through sizes and strides in the table.
@@ -44,39 +38,16 @@ class LaunchTable:
 
     Raises:
         RuntimeError: lists of different lengths, tensors of different shapes or devices, sparse or non-floating tensors, an
-            expanded tensor that would be written.
+            expanded tensor that would be written, an update without a list that it needs, gradient buffers that differ.
     """
 
-    def __init__(
-        self,
-        grads: MaybeTensors,
-        exp_avgs: Tensors,
-        params: Tensors | None = None,
-        exp_avg_sqs: Tensors | None = None,
-        max_exp_avg_sqs: MaybeTensors | None = None,
-        low_precision_params: MaybeTensors | None = None,
-        *,
-        written: bool,
-        rule: str = "adamw",
-    ) -> None:
-        self.written, self.rule = written, RULES[rule]
-        exp_avgs = list(exp_avgs)
-        self._given = (True, True, params is not None, exp_avg_sqs is not None, max_exp_avg_sqs is not None)
-        if written and (params is None or exp_avg_sqs is None):
-            raise RuntimeError("the update needs params and exp_avg_sqs")
-        if written and max_exp_avg_sqs is None and FIFTH not in self.rule.optional:
-            raise RuntimeError(f"the update needs {self.rule.operands[FIFTH]}")
-        self.tensors = len(exp_avgs)
-        self.device = exp_avgs[0].device if exp_avgs else torch.device("cpu")
-        empty = torch.empty(0, device=self.device)
-        maxima, low = (
-            None if tensors is None else [empty if x is None else x for x in tensors]
-            for tensors in (max_exp_avg_sqs, low_precision_params)
-        )
-        operands = Operands(
-            exp_avgs, None if params is None else list(params), None if exp_avg_sqs is None else list(exp_avg_sqs), maxima, low
-        )
-        self._operands: Callable[[], Operands] = lambda: operands
+    def __init__(self, grads: MaybeTensors, *operands: MaybeTensors | None, written: bool, rule: str = "adamw") -> None:
+        self.written, self.rule, self._name = written, RULES[rule], rule
+        lists, self._absent = listed(operands, rule)
+        self._given = (True, *(tensors is not None for tensors in lists))
+        self._operands: Callable[[], Operands] = lambda: lists
+        self.tensors = len(leaders(lists))
+        self.device = self._absent.device
         self._on_gpu = self.device.type != "cpu"
         self._captured: list[Tensor] = []  # what CUDA graphs copy from at every replay
         # Memory to capture an upload from, allocated now: not every torch can while it captures.
@@ -88,30 +59,18 @@ class LaunchTable:
 
     def _fill(self, grads: list[Tensor | None]) -> None:
         """Checks everything, then describes it."""
-        empty, mine = torch.empty(0, device=self.device), self._operands()
-        leaders = [OpList("params", mine.params, self.written), OpList("exp_avgs", mine.exp_avgs, self.written)]
-        check = (
-            *leaders[mine.params is None :],
-            OpList("grads", [empty if x is None else x for x in grads], optional=True),
-            OpList("exp_avg_sqs", mine.exp_avg_sqs, self.written),
-            OpList(self.rule.operands[FIFTH], mine.max_exp_avg_sqs, self.written, optional=FIFTH in self.rule.optional),
-            OpList("low_precision_params", mine.low_precision_params, self.written, optional=True),
-        )
-        check_lists(*check)
-        check_low_precision(mine.params, mine.low_precision_params)
-        check_distinct(*check)
-        lists = (grads, mine.exp_avgs, mine.params, mine.exp_avg_sqs, mine.max_exp_avg_sqs, mine.low_precision_params)
+        mine = self._operands()
+        check_operands(mine, [self._absent if x is None else x for x in grads], self._name, written=self.written)
+        lists = (grads, *mine)
         rows = [[None if tensors is None else tensors[t] for tensors in lists] for t in range(self.tensors)]
         if any(x is not None and x.is_neg() for row in rows for x in row):
             raise RuntimeError("a tensor is a negative view of its memory: resolve_neg() makes it one of its own")
         # Without elements: either absent, or all of the row is empty and no address matters.
         rows = [[None if x is None or not x.numel() else x for x in row] for row in rows]
-        leading = mine.exp_avgs if mine.params is None else mine.params
-
         addresses = [[0 if x is None else x.data_ptr() for x in row] for row in rows]
         layouts: list[int] = [1, 2**62] + [1] * len(lists)  # the one of all rows that are walked flat: offset = index
         numels, kinds, layout_of, chunk_rows, first_chunks = [], [], [], [], []
-        for t, (row, leader) in enumerate(zip(rows, leading, strict=True)):
+        for t, (row, leader) in enumerate(zip(rows, leaders(mine), strict=True)):
             dimensions = _layout(row, leader)
             kind = sum(DTYPE_CODES[x.dtype] << (4 * i) for i, x in enumerate(row) if x is not None)
             kinds.append(kind if dimensions is None else kind | STRIDED_KIND)

@@ -114,7 +114,15 @@ LEARNING = {"beta3": 0.1, "rho": 0.6, "c": 0.9, "gamma": 0.9, "freeze_steps": 0}
 LEARNED = ("coefficients", "hyper_gradient", "hyper_sums")
 AS_ADAMW = {"beta3": 0.0, "rho": 1.0, "c": 1.0, "gamma": 1.0, "freeze_steps": 99}  # the defaults, long before they learn
 MADA_ = Spec(
-    MADA, EagerMADA, AS_ADAMW, LEARNING, MADA_STATES, (*SUMS, *LEARNED), encodes=False, raw=MADA_STATES[-2:], still={"freeze_steps": 99}
+    MADA,
+    EagerMADA,
+    AS_ADAMW,
+    LEARNING,
+    MADA_STATES,
+    (*SUMS, *LEARNED),
+    encodes=False,
+    raw=MADA_STATES[-2:],
+    still={"freeze_steps": 99},
 )
 OPTIMIZERS = {spec.kind.__name__: spec for spec in (META, AVGRAD, MADA_)}
 

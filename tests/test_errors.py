@@ -122,7 +122,9 @@ def test_a_differentiable_step_is_refused_wherever_it_is_asked_for(way, spec):
 @pytest.mark.parametrize("params", [[], ONE, [3], [NOT_A_LEAF], [("a", ONE), parameter()], [{"params": [ONE]}, {"params": [ONE]}]])
 def test_parameter_lists_fail_as_in_torch(params, spec):
     with pytest.raises((ValueError, TypeError)) as theirs:
-        torch.optim.AdamW([{**x} if isinstance(x, dict) else x for x in params])  # torch writes its defaults into a group
+        torch.optim.AdamW(
+            [{**x} if isinstance(x, dict) else x for x in params] if isinstance(params, list) else params
+        )  # torch writes its defaults into a group
     with pytest.raises(theirs.type) as ours:
         spec.kind(params)
     assert str(ours.value) == str(theirs.value)
