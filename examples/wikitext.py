@@ -3,8 +3,8 @@
     python examples/wikitext.py [--data DIR] [--steps N] [--seeds N]
 
 Of the three starts one is usual and two are deliberately wrong. All runs of a seed train the same initial model on the same batches
-with the same schedule of the learning rate. MADA's other four coefficients start where MADA is AdamW; its rates are the library's, or
-those that its authors took for a small model on characters.
+with the same schedule of the learning rate. MADA's other four coefficients start where MADA is AdamW; its rates are the library's,
+or those that its authors took for a small model on characters.
 DIR holds wikitext-2/train.txt and valid.txt; without it they are downloaded.
 """
 
