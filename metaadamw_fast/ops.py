@@ -110,11 +110,7 @@ class CppBackend:
         scaled_gradients = staticmethod(torch.ops.metaadamw_fast.scaled_gradients.default)
         modulation = staticmethod(torch.ops.metaadamw_fast.modulation.default)
         update_vectors = staticmethod(torch.ops.metaadamw_fast.update_vectors.default)
-        mada_policy_ = (
-            staticmethod(getattr(torch.ops.metaadamw_fast, "mada_policy_", mada_reference).default)
-            if hasattr(torch.ops.metaadamw_fast, "mada_policy_")
-            else staticmethod(mada_reference.mada_policy_)
-        )
+        mada_policy_ = staticmethod(torch.ops.metaadamw_fast.mada_policy_.default)
         launch = CppLaunch
 
     @classmethod
