@@ -336,7 +336,7 @@ class MADA(FusedOptimizer):
                 self._policy(self._statistics, step, advance=False)
             self._pending, self._learned = False, False
             states.set_gradients(states.gradients())
-            self._policy(self._measure(states)[1], step, advance=False, lagged=False)
+            self._policy(self._measure(states, needed=True)[1], step, advance=False, lagged=False)
             self._learned = True
         finally:
             states.let_go()
