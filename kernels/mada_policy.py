@@ -20,7 +20,7 @@ from .mada import (
     UNCLIPPED,
     V_STARTS,
 )
-from .policy import ROWS, WARPS, check, check_counts, device_guard, integer_power
+from .policy import ROWS, WARPS, check, device_guard, integer_power
 
 COEFFICIENTS = tl.constexpr(6)
 HALF = tl.constexpr(ROWS_OF_HALF)
@@ -108,7 +108,7 @@ def _advance(
     for i in range(0, tensors, ROWS):
         tensor = i + tl.arange(0, ROWS)
         mine = tl.load(set_of + tensor, mask=tensor < tensors, other=-1) == set_number
-        step = tl.load(counts + tensor, mask=mine, other=0.0).to(tl.float64) + 1.0
+        step = tl.load(counts + tensor, mask=mine, other=0.0) + 1.0
         at_rest = _own(last + STEP * rows, tensor, mine) == 0.0
         own_flags = tl.full([ROWS], 0, tl.int64) + (flags & ~NOT_ALWAYS)
         if (flags & STARTS_AT_REST) != 0:
@@ -158,7 +158,7 @@ def mada_policy_kernel(
         half = last + HALF * rows if lagged else last
         factor = last + UNCLIPPED * rows if lagged else unclipped
         h = _hyper_gradient(sums, hyper_sums, half, rows, factor, set_of, tensors, set_number, goes)
-        done = tl.load(counts + rows).to(tl.float64) - (1.0 if lagged else 0.0)
+        done = tl.load(counts + rows) - (1.0 if lagged else 0.0)
         learns = goes & (done > freeze_steps.to(tl.float64))
         clip = clip_bits.to(tl.int64).to(tl.float64, bitcast=True)  # in bits, since Triton would round a float to 32 of them
         for c in tl.static_range(COEFFICIENTS):
@@ -217,7 +217,7 @@ def mada_policy_(
     of_tensors = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "grad_scale": grad_scale, "unclipped": unclipped}
     for name, y in (of_tensors | {"present": present, "turns": turns}).items():
         check(name, y, torch.float64, (tensors,))
-    check_counts("counts", counts, (tensors + 1,))
+    check("counts", counts, torch.float64, (tensors + 1,))
     vectors = last.new_empty(2 * ROWS_OF_HALF, tensors if advance else 0)
     clip_bits, lion1_bits, lion2_bits = (struct.unpack("<q", struct.pack("<d", x))[0] for x in (hyper_clip, lion1, lion2))
     with device_guard(last):
