@@ -1,6 +1,6 @@
 """MADA and AVGrad against torch.optim.AdamW(fused=True), and against MADA whose coefficients autograd differentiates.
 
-    python -m bench.mada [--models minigpt-1.7m gpt2-124m] [--threads N] [--json FILE] [--png FILE]
+    python -m bench.mada [--models minigpt-1.7m gpt2-124m] [--threads N] [--json FILE]
 
 Tables as bench/step.py has them: interleaved medians, bytes counted, and the ratio that the words alone predict at the measured
 price of a word read and of a word written. What the words are is in docs/mada.md section 9. Gradients are random and change in
@@ -26,7 +26,7 @@ from torch import Tensor
 from bench import timing
 from bench.optimizers import LR, WEIGHT_DECAY, Contender, Workload, torch_fused
 from bench.shapes import MODELS, named_shapes, numel
-from bench.step import WORD, draw, measure, show
+from bench.step import WORD, measure, show
 
 ALL_FROZEN = {"hyper_lr": 0.0}
 # Words of an element, read and written, of a step: docs/mada.md section 9.
@@ -177,7 +177,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=25.0, help="of interleaved timing per table")
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    parser.add_argument("--png", metavar="FILE", help="draw the ratios there (needs matplotlib)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -198,8 +197,6 @@ def main() -> None:
         run = {"machine": timing.machine(), "tables": tables}
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(run, file, indent=1)
-    if options.png:
-        draw(tables, options.png)
 
 
 if __name__ == "__main__":
