@@ -115,6 +115,13 @@ STABLE_TORCH_LIBRARY(metaadamw_fast, m) {
       "update_vectors(Tensor step_size, Tensor decay_factor, Tensor step, Tensor beta1, Tensor beta2, Tensor eps, Tensor? "
       "grad_scale)"
       " -> Tensor");
+  // What MADA's coefficients learn, and the vectors of its update (mada_policy.h).
+  m.def(
+      "mada_policy_(Tensor? sums, Tensor(a!) coefficients, Tensor(b!) momentum, Tensor(c!) hyper_gradient, Tensor(d!) hyper_sums,"
+      " Tensor(e!) last, Tensor set_of, Tensor lr, Tensor weight_decay, Tensor eps, Tensor? grad_scale, Tensor? unclipped,"
+      " Tensor counts, Tensor? present, Tensor turns, Tensor? go, Tensor constants, float hyper_clip, int freeze_steps, float "
+      "lion1,"
+      " float lion2, int flags, bool lagged, bool advance) -> Tensor");
   // What stands on both sides of the encoder (policy.h).
   m.def(
       "group_features(Tensor statistics, Tensor order, Tensor begin, Tensor numel, Tensor constants, bool enhanced, bool v_norm,"

@@ -1,4 +1,4 @@
-// Features and modulation on the CPU. There are as many rows as groups and tensors: a loop, not a parallel one.
+// Features, modulation and MADA's policy on the CPU. There are as many rows as groups and tensors: a loop, not a parallel one.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -52,6 +52,21 @@ std::tuple<Tensor, Tensor, Tensor> scaled_gradients_on_cpu(Tensor statistics, st
   });
 }
 
+Tensor mada_policy_(std::optional<Tensor> sums, Tensor coefficients, Tensor momentum, Tensor hyper_gradient, Tensor hyper_sums,
+                    Tensor last, Tensor set_of, Tensor lr, Tensor weight_decay, Tensor eps, std::optional<Tensor> grad_scale,
+                    std::optional<Tensor> unclipped, Tensor counts, std::optional<Tensor> present, Tensor turns,
+                    std::optional<Tensor> go, Tensor constants, double hyper_clip, int64_t freeze_steps, double lion1, double lion2,
+                    int64_t flags, bool lagged, bool advance) {
+  return mada_policy(sums, coefficients, momentum, hyper_gradient, hyper_sums, last, set_of, lr, weight_decay, eps, grad_scale,
+                     unclipped, counts, present, turns, go, constants, hyper_clip, freeze_steps, lion1, lion2, flags, lagged,
+                     advance, [](const MadaPolicy& policy, int64_t sets) {
+                       const auto alone = [](double (&)[kCoefficients]) {};
+                       for (int64_t k = 0; k < sets; ++k) {
+                         mada_policy_of_set(policy, k, 0, 1, alone);
+                       }
+                     });
+}
+
 }  // namespace
 }  // namespace metaadamw
 
@@ -60,4 +75,5 @@ STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CPU, m) {
   m.impl("scaled_gradients", TORCH_BOX(&metaadamw::scaled_gradients_on_cpu));
   m.impl("modulation", TORCH_BOX(&metaadamw::modulation));
   m.impl("update_vectors", TORCH_BOX(&metaadamw::update_vectors));
+  m.impl("mada_policy_", TORCH_BOX(&metaadamw::mada_policy_));
 }

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "mada_policy.h"
 #include "policy.h"
 
 namespace metaadamw {
@@ -193,6 +194,60 @@ inline ModulationInput modulation_input(const Tensor& scales, const Tensor& grou
           step_counts(steps, "steps", tensors, scales),
           go ? static_cast<const bool*>(go->data_ptr()) : nullptr,
           released};
+}
+
+// Calls run(MadaPolicy, number of sets) and returns the vectors that it writes: [2H, T], [2H, 0] without `advance`.
+template <typename Run>
+Tensor mada_policy(const std::optional<Tensor>& sums, Tensor& coefficients, Tensor& momentum, Tensor& hyper_gradient,
+                   Tensor& hyper_sums, Tensor& last, const Tensor& set_of, const Tensor& lr, const Tensor& weight_decay,
+                   const Tensor& eps, const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& unclipped,
+                   const Tensor& counts, const std::optional<Tensor>& present, const Tensor& turns, const std::optional<Tensor>& go,
+                   const Tensor& constants, double hyper_clip, int64_t freeze_steps, double lion1, double lion2, int64_t flags,
+                   bool lagged, bool advance, const Run& run) {
+  const int64_t tensors = set_of.numel(), rows = Mada::kVectors;
+  METAADAMW_CHECK(coefficients.dim() == 2 && coefficients.size(1) == kCoefficients, "coefficients must be [K, ", kCoefficients,
+                  "]");
+  const int64_t sets = coefficients.size(0);
+  const auto checked = [&](const Tensor& x, const char* name, int64_t length) {
+    check_vector(x, name, ScalarType::Double, length, coefficients);
+    return static_cast<double*>(x.data_ptr());
+  };
+  const auto optional = [&](const std::optional<Tensor>& x, const char* name, int64_t length) -> const double* {
+    return x ? checked(*x, name, length) : nullptr;
+  };
+  check_vector(set_of, "set_of", ScalarType::Long, tensors, coefficients);
+  if (go) {
+    check_vector(*go, "go", ScalarType::Bool, 1, coefficients);
+  }
+  Tensor vectors = torch::stable::new_empty(coefficients, {rows, advance ? tensors : 0});
+  run(MadaPolicy{tensors,
+                 optional(sums, "sums", tensors * Mada::kSums),
+                 checked(coefficients, "coefficients", sets * kCoefficients),
+                 checked(momentum, "momentum", sets * kCoefficients),
+                 checked(hyper_gradient, "hyper_gradient", sets * kCoefficients),
+                 checked(hyper_sums, "hyper_sums", tensors * kCoefficients),
+                 checked(last, "last", rows * tensors),
+                 static_cast<const int64_t*>(set_of.data_ptr()),
+                 checked(lr, "lr", tensors),
+                 checked(weight_decay, "weight_decay", tensors),
+                 checked(eps, "eps", tensors),
+                 optional(grad_scale, "grad_scale", tensors),
+                 optional(unclipped, "unclipped", tensors),
+                 checked(counts, "counts", tensors + 1),
+                 optional(present, "present", tensors),
+                 checked(turns, "turns", tensors),
+                 go ? static_cast<const bool*>(go->data_ptr()) : nullptr,
+                 checked(constants, "constants", 4 * kCoefficients),
+                 hyper_clip,
+                 static_cast<double>(freeze_steps),
+                 lion1,
+                 lion2,
+                 static_cast<int>(flags),
+                 lagged,
+                 advance,
+                 static_cast<double*>(vectors.data_ptr())},
+      sets);
+  return vectors;
 }
 
 inline Tensor empty_vectors(int64_t tensors, torch::stable::Device device) {

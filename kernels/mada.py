@@ -32,6 +32,7 @@ MAXIMUM = tl.constexpr(8)  # A is the maximum
 SIGN_IN_V = tl.constexpr(16)  # which stores the bit of section 4, else A
 V_STARTS, N_STARTS = tl.constexpr(32), tl.constexpr(64)  # V before the update counts as 1e-15, n as g²
 TWO = tl.constexpr(128)  # gradient buffers
+STARTS_AT_REST = tl.constexpr(256)  # of the policy alone: FIRST is to be set where a tensor has no last update
 
 
 @triton.jit
@@ -236,7 +237,7 @@ MADA = Rule(
         "exp_avg_diffs",
         "lion_exp_avgs",
         "last_grads",
-        "other_grads",
+        "previous_grads",
     ),
     written=(EXP_AVG, PARAM.value, EXP_AVG_SQ, AVERAGE_SQ, EXP_AVG_DIFF, LION_EXP_AVG, OTHER_GRAD),
     rounded=(EXP_AVG, PARAM.value, EXP_AVG_SQ, EXP_AVG_DIFF, LION_EXP_AVG),

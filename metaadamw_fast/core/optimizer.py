@@ -61,7 +61,7 @@ class FusedOptimizer(TrackingOptimizer):
         self._statistics: Tensor
         self._grad_norm: Tensor | None = None
         # How often `step` was called, and how often the count of steps was set, and to what: known without a wait for the device.
-        self._step_calls, self._set_steps = 0, (0, 0)
+        self.step_calls, self.count_set = 0, (0, 0)
         self._stream: torch.Stream | None = None  # of the last step
         super().__init__(
             params,
@@ -140,7 +140,7 @@ class FusedOptimizer(TrackingOptimizer):
     @devices.outside_inference_mode
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        self._step_calls += 1
+        self.step_calls += 1
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -309,7 +309,7 @@ class FusedOptimizer(TrackingOptimizer):
     @steps_done.setter
     def steps_done(self, value: int) -> None:
         self._counts[-1] = value
-        self._set_steps = (self._set_steps[0] + 1, int(value))
+        self.count_set = (self.count_set[0] + 1, int(value))
 
     @property
     def skipped_steps(self) -> int:
