@@ -6,9 +6,9 @@ Tables as bench/step.py has them: interleaved medians, bytes counted, and the ra
 price of a word read and of a word written. What the words are is in docs/mada.md section 9. Gradients are random and change in
 every round, so that no difference of gradients, and hence no state, is 0. Learning begins with the first update.
 
-The autograd side has a table of its own, because it holds about 28 words an element: beside all others a large model would not fit.
-It is left out where the memory does not suffice, which is said. Before anything is timed both take some steps on a small model and
-must agree.
+Autograd has a table of its own, because it holds so many words an element that beside all others a large model would not fit; it is
+left out where the memory does not suffice, which is said. Its words are those of the operations that it dispatches. Before anything
+is timed both take some steps on a small model and must agree.
 
 `python -m bench.gpu_step --optimizer mada` times the same sides on a GPU.
 """
@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import timing
 from bench.optimizers import LR, WEIGHT_DECAY, Contender, Workload, torch_fused
@@ -31,7 +33,7 @@ from bench.step import WORD, measure, show
 ALL_FROZEN = {"hyper_lr": 0.0}
 # Words of an element, read and written, of a step: docs/mada.md section 9.
 WORDS = {"exact": (16, 7), "lagged": (9, 7), "frozen": (4, 3), "AVGrad": (5, 4)}
-AUTOGRAD_WORDS = 28 + 8  # held at the peak: its own, and the workload's with those of torch fused
+AUTOGRAD_WORDS = 22 + 8  # held by it between two steps, and by the workload, torch fused and what is under way
 
 
 class AutogradMADA(torch.optim.Optimizer):
@@ -132,9 +134,44 @@ def avgrad(workload: Workload) -> Contender:
 
 
 def mada_autograd(workload: Workload) -> Contender:
-    """Its words are not counted."""
+    """Its words are those of the operations that it dispatches."""
     optimizer = AutogradMADA(workload.parameters_for_one(), LR, WEIGHT_DECAY)
-    return Contender("autograd's MADA", optimizer.step, optimizer, None, None)
+    traffic = autograd_traffic()
+    return Contender("autograd's MADA", optimizer.step, optimizer, traffic.reads, traffic.writes)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the words of an element that operations read and write: of each tensor of ``numel`` elements once an operation."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.reads, self.writes, self.operations = numel, 0, 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        aliases = [x.alias_info for x in function._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in aliases):  # a view moves nothing
+            read, written = (
+                sum(isinstance(x, Tensor) and x.numel() == self.numel for x in pytree.tree_leaves(xs))
+                for xs in ((args, kwargs), results)
+            )
+            self.reads, self.writes, self.operations = (
+                self.reads + read,
+                self.writes + written,
+                self.operations + bool(read + written),
+            )
+        return results
+
+
+def autograd_traffic() -> Traffic:
+    """Of a step of ``AutogradMADA`` that learns."""
+    p = torch.nn.Parameter(torch.randn(1_000))
+    optimizer = AutogradMADA([p], LR, WEIGHT_DECAY)
+    for _ in range(3):
+        p.grad = torch.randn(1_000)
+        with Traffic(p.numel()) as traffic:
+            optimizer.step()
+    return traffic
 
 
 SIDES: list[Callable[[Workload], Contender]] = [torch_fused, mada, mada_lagged, mada_frozen, avgrad]
@@ -182,6 +219,10 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
     check_agreement()
+    traffic = autograd_traffic()
+    print(
+        f"autograd's MADA reads {traffic.reads} words of an element and writes {traffic.writes}, in {traffic.operations} operations"
+    )
     memory = timing.Memory()
     tables = []
     for model in options.models:
