@@ -33,7 +33,7 @@ from bench.step import WORD, measure, show
 ALL_FROZEN = {"hyper_lr": 0.0}
 # Words of an element, read and written, of a step: docs/mada.md section 9.
 WORDS = {"exact": (16, 7), "lagged": (9, 7), "frozen": (4, 3), "AVGrad": (5, 4)}
-AUTOGRAD_WORDS = 22 + 8  # held by it between two steps, and by the workload, torch fused and what is under way
+AUTOGRAD_WORDS = 22 + 8  # held: see autograd_traffic; by the workload, by torch fused, and for what is under way
 
 
 class AutogradMADA(torch.optim.Optimizer):
@@ -136,12 +136,12 @@ def avgrad(workload: Workload) -> Contender:
 def mada_autograd(workload: Workload) -> Contender:
     """Its words are those of the operations that it dispatches."""
     optimizer = AutogradMADA(workload.parameters_for_one(), LR, WEIGHT_DECAY)
-    traffic = autograd_traffic()
+    traffic, _ = autograd_traffic()
     return Contender("autograd's MADA", optimizer.step, optimizer, traffic.reads, traffic.writes)
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the words of an element that operations read and write: of each tensor of ``numel`` elements once an operation."""
+    """Counts what operations do with tensors of ``numel`` elements: the words of an element that they read and write."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()
@@ -151,27 +151,28 @@ class Traffic(TorchDispatchMode):
         results = function(*args, **(kwargs or {}))
         aliases = [x.alias_info for x in function._schema.returns]
         if not any(alias is not None and not alias.is_write for alias in aliases):  # a view moves nothing
-            read, written = (
-                sum(isinstance(x, Tensor) and x.numel() == self.numel for x in pytree.tree_leaves(xs))
-                for xs in ((args, kwargs), results)
-            )
-            self.reads, self.writes, self.operations = (
-                self.reads + read,
-                self.writes + written,
-                self.operations + bool(read + written),
-            )
+            read, written = self._count((args, kwargs)), self._count(results)
+            self.reads += read
+            self.writes += written
+            self.operations += read + written > 0
         return results
 
+    def _count(self, xs: Any) -> int:
+        return sum(isinstance(x, Tensor) and x.numel() == self.numel for x in pytree.tree_leaves(xs))
 
-def autograd_traffic() -> Traffic:
-    """Of a step of ``AutogradMADA`` that learns."""
-    p = torch.nn.Parameter(torch.randn(1_000))
-    optimizer = AutogradMADA([p], LR, WEIGHT_DECAY)
+
+def autograd_traffic() -> tuple[Traffic, int]:
+    """Of a step of ``AutogradMADA`` that learns; and the words of an element that are held until the next one, parameter included."""
+    numel = 1_000
+    p = torch.nn.Parameter(torch.randn(numel))
+    optimizer, saved = AutogradMADA([p], LR, WEIGHT_DECAY), []
     for _ in range(3):
-        p.grad = torch.randn(1_000)
-        with Traffic(p.numel()) as traffic:
+        p.grad = torch.randn(numel)
+        saved.clear()
+        with Traffic(numel) as traffic, torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
             optimizer.step()
-    return traffic
+    held = {x.untyped_storage().data_ptr() for x in (p, *optimizer.state[p].values(), *saved) if x.numel() == numel}
+    return traffic, len(held)
 
 
 SIDES: list[Callable[[Workload], Contender]] = [torch_fused, mada, mada_lagged, mada_frozen, avgrad]
@@ -219,9 +220,10 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
     check_agreement()
-    traffic = autograd_traffic()
+    traffic, held = autograd_traffic()
     print(
-        f"autograd's MADA reads {traffic.reads} words of an element and writes {traffic.writes}, in {traffic.operations} operations"
+        f"autograd's MADA reads {traffic.reads} words of an element and writes {traffic.writes}, in {traffic.operations} operations; "
+        f"between two steps it holds {held}"
     )
     memory = timing.Memory()
     tables = []
