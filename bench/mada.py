@@ -162,7 +162,7 @@ class Traffic(TorchDispatchMode):
 
 
 def autograd_traffic() -> tuple[Traffic, int]:
-    """Of a step of ``AutogradMADA`` that learns; and the words of an element that are held until the next one, parameter included."""
+    """Of a step of ``AutogradMADA`` that learns; and the words of an element held until the next one, parameter included."""
     numel = 1_000
     p = torch.nn.Parameter(torch.randn(numel))
     optimizer, saved = AutogradMADA([p], LR, WEIGHT_DECAY), []
@@ -222,7 +222,7 @@ def main() -> None:
     check_agreement()
     traffic, held = autograd_traffic()
     print(
-        f"autograd's MADA reads {traffic.reads} words of an element and writes {traffic.writes}, in {traffic.operations} operations; "
+        f"autograd's MADA reads {traffic.reads} words of an element and writes {traffic.writes} in {traffic.operations} operations; "
         f"between two steps it holds {held}"
     )
     memory = timing.Memory()
