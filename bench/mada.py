@@ -222,7 +222,7 @@ def main() -> None:
     check_agreement()
     traffic, held = autograd_traffic()
     print(
-        f"autograd's MADA reads {traffic.reads} words of an element and writes {traffic.writes} in {traffic.operations} operations; "
+        f"autograd's MADA reads {traffic.reads} words an element and writes {traffic.writes} in {traffic.operations} operations; "
         f"between two steps it holds {held}"
     )
     memory = timing.Memory()
