@@ -1,14 +1,14 @@
 """MADA and AVGrad against torch.optim.AdamW(fused=True), and against MADA whose coefficients autograd differentiates.
 
-    python -m bench.mada [--models minigpt-1.7m gpt2-124m] [--threads N] [--json FILE] [--png FILE]
+    python -m bench.mada [--models minigpt-1.7m gpt2-124m] [--threads N] [--json FILE]
 
 Tables as bench/step.py has them: interleaved medians, bytes counted, and the ratio that the words alone predict at the measured
 price of a word read and of a word written. What the words are is in docs/mada.md section 9. Gradients are random and change in
 every round, so that no difference of gradients, and hence no state, is 0. Learning begins with the first update.
 
-The autograd side has a table of its own, because it holds about 28 words an element: beside all others a large model would not fit.
-It is left out where the memory does not suffice, which is said. Before anything is timed both take some steps on a small model and
-must agree.
+Autograd has a table of its own, because it holds so many words an element that beside all others a large model would not fit; it is
+left out where the memory does not suffice, which is said. Its words are those of the operations that it dispatches. Before anything
+is timed both take some steps on a small model and must agree.
 
 `python -m bench.gpu_step --optimizer mada` times the same sides on a GPU.
 """
@@ -22,16 +22,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import timing
 from bench.optimizers import LR, WEIGHT_DECAY, Contender, Workload, torch_fused
 from bench.shapes import MODELS, named_shapes, numel
-from bench.step import WORD, draw, measure, show
+from bench.step import WORD, measure, show
 
 ALL_FROZEN = {"hyper_lr": 0.0}
 # Words of an element, read and written, of a step: docs/mada.md section 9.
 WORDS = {"exact": (16, 7), "lagged": (9, 7), "frozen": (4, 3), "AVGrad": (5, 4)}
-AUTOGRAD_WORDS = 28 + 8  # held at the peak: its own, and the workload's with those of torch fused
+AUTOGRAD_WORDS = 22 + 8  # held: see autograd_traffic; by the workload, by torch fused, and for what is under way
 
 
 class AutogradMADA(torch.optim.Optimizer):
@@ -132,9 +134,45 @@ def avgrad(workload: Workload) -> Contender:
 
 
 def mada_autograd(workload: Workload) -> Contender:
-    """Its words are not counted."""
+    """Its words are those of the operations that it dispatches."""
     optimizer = AutogradMADA(workload.parameters_for_one(), LR, WEIGHT_DECAY)
-    return Contender("autograd's MADA", optimizer.step, optimizer, None, None)
+    traffic, _ = autograd_traffic()
+    return Contender("autograd's MADA", optimizer.step, optimizer, traffic.reads, traffic.writes)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what operations do with tensors of ``numel`` elements: the words of an element that they read and write."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.reads, self.writes, self.operations = numel, 0, 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        aliases = [x.alias_info for x in function._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in aliases):  # a view moves nothing
+            read, written = self._count((args, kwargs)), self._count(results)
+            self.reads += read
+            self.writes += written
+            self.operations += read + written > 0
+        return results
+
+    def _count(self, xs: Any) -> int:
+        return sum(isinstance(x, Tensor) and x.numel() == self.numel for x in pytree.tree_leaves(xs))
+
+
+def autograd_traffic() -> tuple[Traffic, int]:
+    """Of a step of ``AutogradMADA`` that learns; and the words of an element held until the next one, parameter included."""
+    numel = 1_000
+    p = torch.nn.Parameter(torch.randn(numel))
+    optimizer, saved = AutogradMADA([p], LR, WEIGHT_DECAY), []
+    for _ in range(3):
+        p.grad = torch.randn(numel)
+        saved.clear()
+        with Traffic(numel) as traffic, torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            optimizer.step()
+    held = {x.untyped_storage().data_ptr() for x in (p, *optimizer.state[p].values(), *saved) if x.numel() == numel}
+    return traffic, len(held)
 
 
 SIDES: list[Callable[[Workload], Contender]] = [torch_fused, mada, mada_lagged, mada_frozen, avgrad]
@@ -177,12 +215,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=25.0, help="of interleaved timing per table")
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    parser.add_argument("--png", metavar="FILE", help="draw the ratios there (needs matplotlib)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
     check_agreement()
+    traffic, held = autograd_traffic()
+    print(
+        f"autograd's MADA reads {traffic.reads} words an element and writes {traffic.writes} in {traffic.operations} operations; "
+        f"between two steps it holds {held}"
+    )
     memory = timing.Memory()
     tables = []
     for model in options.models:
@@ -198,8 +240,6 @@ def main() -> None:
         run = {"machine": timing.machine(), "tables": tables}
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(run, file, indent=1)
-    if options.png:
-        draw(tables, options.png)
 
 
 if __name__ == "__main__":

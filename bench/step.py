@@ -128,7 +128,7 @@ def draw(tables: list[dict[str, Any]], file: str) -> None:
         ratios = [row["ratio"] for row in rows]
         medians = [ratio["median"] for ratio in ratios]
         whiskers = [[r["median"] - r["q1"] for r in ratios], [r["q3"] - r["median"] for r in ratios]]
-        ours = [row["optimizer"].startswith(("MetaAdamW", "MADA", "AVGrad")) for row in rows]
+        ours = ["MetaAdamW" in row["optimizer"] for row in rows]
         bars = panel.barh(
             [row["optimizer"] for row in rows], medians, xerr=whiskers, color=["tab:blue" if x else "0.7" for x in ours]
         )

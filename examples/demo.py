@@ -108,10 +108,11 @@ def print_setting(task: Task, names: list[str]) -> None:
     parts = " / ".join(f"{len(part[0]):,}" for part in (task.train, task.meta_validation, task.reported))
     schedule = "cosine schedule to 0" if task.cosine else "constant"
     steps = task.epochs * task.steps_per_epoch
+    reads = "MetaAdamW's meta-updates also read the second" if "MetaAdamW" in names else "nothing reads the second"
     lines = [
         f"Task: {task.title}",
         f"Data: {parts} examples = train / meta-validation / reported. All optimizers train on the",
-        "      first part; MetaAdamW's meta-updates also read the second; every figure is of the third.",
+        f"      first part; {reads}; every figure is of the third.",
         f"All:  lr {task.optimizer['lr']:g} ({schedule}), weight decay {task.optimizer['weight_decay']:g}, "
         f"{task.epochs} epoch(s) = {steps} steps of {task.batch_size} examples, {task.seeds} seed(s)",
     ]
