@@ -88,6 +88,7 @@ class LookAhead:
     def group_sums(self, xs: Sequence[Tensor | None], ys: Sequence[Tensor | None]) -> Tensor:
         """Σx², Σx·y and Σy² over the tensors of each group, [G, 3] in the dtype of the scales; a missing one counts as zeros."""
         sums = self.lr.new_zeros(len(xs), 3)
+        xs, ys = ([None if z is None else as_real_gradient(z) for z in zs] for zs in (xs, ys))
         pairs = {t: (x, y) for t, (x, y) in enumerate(zip(xs, ys, strict=True)) if x is not None and y is not None}
         if pairs:
             both = zip(*pairs.values(), strict=True)
