@@ -81,6 +81,9 @@ class MADA(FusedOptimizer):
             skip_nonfinite, backend, allocate: as of :class:`~metaadamw_fast.MetaAdamW`. The mean is kept in float32 or wider,
             gradients in the parameter's dtype.
 
+    ``state[p]["last_grad"]`` and ``["previous_grad"]`` change places with every update. Where only the device knows whether there
+    was one (GradScaler on a GPU, a replayed CUDA graph), ``state_dict`` is the first to bring them right.
+
     A step that GradScaler or ``skip_nonfinite`` leaves out moves nothing, coefficients included. ``load_state_dict`` also takes
     checkpoints of torch's Adam and AdamW: the mean is then v, and nothing is learned of updates before.
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metaadamw_fast.core import devices
 
 from .cases import same_bits
-from .optimizers import AVGRAD, META, every, spec_of
+from .optimizers import AVGRAD, MADA_, META, every, spec_of
 
 aten = torch.ops.aten
 ALLOCATES = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty}
@@ -83,6 +83,11 @@ OPTIONS = {
     "AVGrad": {"spec": AVGRAD},
     "AVGrad, clipped": {"spec": AVGRAD, "max_grad_norm": 0.5, "maximize": True},
     "AVGrad, skipping": {"spec": AVGRAD, "skip_nonfinite": True},
+    "MADA": {"spec": MADA_},
+    "MADA, clipped": {"spec": MADA_, "max_grad_norm": 0.5, "maximize": True},
+    "MADA, lagged": {"spec": MADA_, "statistics": "lagged"},
+    "MADA, lagged, skipping": {"spec": MADA_, "statistics": "lagged", "skip_nonfinite": True},
+    "MADA, released": {"spec": MADA_, "variant": "released", "scope": "per_group"},
 }
 
 
@@ -108,6 +113,7 @@ def put_gradients(model, step):
 
 def state_of(model, opt):
     """All numbers of a model and its optimizer, copied."""
+    opt.state_dict()  # which names those states that change their roles: a replay does not
     states = [copy.deepcopy(dict(opt.state[p])) for p in model.parameters()]
     shown = (*spec_of(opt).shown, "steps_done")
     return [p.detach().clone() for p in model.parameters()], states, {name: copy.deepcopy(getattr(opt, name)) for name in shown}
@@ -190,6 +196,32 @@ def test_numbers_that_change_before_the_capture_are_captured_as_they_are_then(as
                 continue
             recording.replay()
         assert_equal(state_of(*recorded[:2]), state_of(*eager[:2]), f"step {step}")
+
+
+def test_gradients_that_change_roles_do_so_at_every_replay(as_on_a_gpu):
+    """Of each tensor by its own count: one is left out of steps between the seven replays."""
+    eager, recorded = (build(spec=MADA_) for _ in range(2))
+    recording = None
+    for step in range(13):
+        for model, opt, *_ in (eager, recorded):
+            allow(opt)
+            put_gradients(model, step)
+            kept = model[2].weight.grad
+            if step in (3, 6, 7, 10):
+                model[2].weight.grad = None
+            if opt is eager[1] or step in (0, 1, 3, 6, 7, 10):
+                opt.step()
+                model[2].weight.grad = kept
+                continue
+            if recording is None:
+                as_on_a_gpu.append(True)
+                with Recording([*model.parameters(), *(x for p in model.parameters() for x in opt.state[p].values())]) as recording:
+                    opt.step()
+                as_on_a_gpu.clear()
+            recording.replay()
+        if step % 2:
+            assert_equal(state_of(*recorded[:2]), state_of(*eager[:2]), f"step {step}")
+    assert_equal(state_of(*recorded[:2]), state_of(*eager[:2]))
 
 
 # ------------------------------------------------------------------------------------------------------------------ refusals
