@@ -8,14 +8,19 @@ namespace metaadamw {
 
 template <typename V>
 METAADAMW_INLINE V magnitude(V x) {
-  return x < V{} ? -x : x;
+  return by_lane([](auto y) { return y < 0 ? -y : y; }, x);
 }
 
-// -1, 0 or 1; of NaN 0.
+// The sign of a - b, -1, 0 or 1; of NaN 0.
 template <typename V>
-METAADAMW_INLINE V sign_of(V x) {
-  const V zero = V{}, one = zero + 1;
-  return x > zero ? one : x < zero ? -one : zero;
+METAADAMW_INLINE V sign_of_difference(V a, V b) {
+  return by_lane([](auto x, auto y) { return static_cast<decltype(x)>(x > y ? 1 : x < y ? -1 : 0); }, a, b);
+}
+
+// x, with the other sign where `sign` is negative.
+template <typename V>
+METAADAMW_INLINE V negated_where_negative(V sign, V x) {
+  return by_lane([](auto y, auto z) { return y < 0 ? -z : z; }, sign, x);
 }
 
 struct Mada {
@@ -158,13 +163,12 @@ struct Mada {
     const V mixed = s.rho_complement == T(0) ? v : s.rho * v + s.rho_complement * average;
     const V root = square_root(mixed) * s.inverse_sqrt_correction2;
     const V adaptive = (x[kMomentum] * s.inverse_correction1 + s.beta3 * x[kDifference]) / (root + s.eps);
-    const V direction = (s.gamma == T(0) ? zero : s.gamma * adaptive) + s.gamma_complement * sign_of(u);
+    const V direction = (s.gamma == T(0) ? zero : s.gamma * adaptive) + s.gamma_complement * sign_of_difference(u, zero);
     x[kParam] = s.decay_factor * x[kParam] - s.step_size * direction;
 
     const bool bit_in_v = s.has(kSignInSecondMoment);
-    const V v_with_bit = sigma < zero ? -v : v, average_with_bit = sigma < zero ? -average : average;
-    x[kSecondMoment] = bit_in_v ? v_with_bit : v;
-    x[kAverage] = bit_in_v ? average : average_with_bit;
+    x[kSecondMoment] = bit_in_v ? negated_where_negative(sigma, v) : v;
+    x[kAverage] = bit_in_v ? average : negated_where_negative(sigma, average);
     x[kOther] = x[kGrad];
   }
 
@@ -246,7 +250,7 @@ struct Mada {
     const V d = !s.has(kKeeps) ? g : s.has(kFirst) || !two ? zero : g - x[kOther] * s.last_scale;
     const V m = x[kMomentum], n = x[kDifference];
     const V v = magnitude(x[kSecondMoment]), average = magnitude(x[kAverage]);
-    const V sigma = (s.has(kSignInSecondMoment) ? x[kSecondMoment] : x[kAverage]) < zero ? -one : one;
+    const V sigma = negated_where_negative(s.has(kSignInSecondMoment) ? x[kSecondMoment] : x[kAverage], one);
     const V ahead = g + s.beta3 * d;
     const V ahead_squared = ahead * ahead;
     const V kappa = s.c + s.c_complement * sigma;
@@ -257,7 +261,8 @@ struct Mada {
     const V denominator = root + s.eps;
     const V adaptive = (m * s.inverse_correction1 + s.beta3 * n) / denominator;
     const V p = s.gamma / denominator;
-    const V q = root > zero ? -(p * adaptive) / (2 * root) : zero;  // this order neither over- nor underflows
+    // This order neither over- nor underflows.
+    const V q = by_lane([](auto y, auto z) { return y > 0 ? z : static_cast<decltype(z)>(0); }, root, -(p * adaptive) / (2 * root));
     const V along_v = q * s.rho_b_k2;
 
     const V lion = s.has(kLooksBack) ? (x[kLion] - s.lion2_complement * g) * s.inverse_lion2 : x[kLion];
@@ -270,14 +275,7 @@ struct Mada {
     sums[kBeta3Slope] += grad * (p * (2 * n - d) + (along_v * kappa) * (2 * ahead * d));
     sums[kRhoSlope] += grad * ((q * (v - average)) * s.inverse_correction2);
     sums[kCSlope] += grad * (along_v * (ahead_squared * (one - sigma) - v_before));
-    sums[kGammaSlope] += grad * (adaptive - sign_of(u));
-  }
-
- private:
-  template <typename V>
-  static METAADAMW_INLINE V sign_of_difference(V a, V b) {
-    const V zero = V{}, one = zero + 1;
-    return a > b ? one : a < b ? -one : zero;
+    sums[kGammaSlope] += grad * (adaptive - sign_of_difference(u, zero));
   }
 };
 
