@@ -24,8 +24,8 @@ struct Mada {
   // autograd left them. With both of the last two, kLast is the last gradient and kOther the one before it, in whose place the
   // update puts its own; with kOther alone that is the last one.
   enum Operand { kMomentum = kGrad + 1, kParam, kSecondMoment, kAverage, kDifference, kLion, kLast, kOther, kOperands };
-  static constexpr const char* kLists[] = {"grads",         "exp_avgs",      "params",     "exp_avg_sqs", "average_sqs",
-                                           "exp_avg_diffs", "lion_exp_avgs", "last_grads", "other_grads"};
+  static constexpr const char* kLists[] = {"grads",         "exp_avgs",      "params",     "exp_avg_sqs",   "average_sqs",
+                                           "exp_avg_diffs", "lion_exp_avgs", "last_grads", "previous_grads"};
   static constexpr bool kLastIsOptional = false;
   static constexpr int kOptionalLists = 1 << kAverage | 1 << kDifference | 1 << kLion | 1 << kLast | 1 << kOther;
   static constexpr int kWritten = ((1 << kOperands) - 1) & ~(1 << kGrad | 1 << kLast);

@@ -193,7 +193,7 @@ std::optional<Layout<kOperandsOf<R>>> make_row(const Lists<R>& lists, size_t t, 
                         (a->scalar_type() == b->scalar_type() &&
                          std::equal(a->strides().begin(), a->strides().end(), b->strides().begin(), b->strides().end())),
                     lists.name(R::kExchanged[0]), "[", t, "] and ", lists.name(R::kExchanged[1]), "[", t,
-                    "] change roles, so they must have the same dtype and strides");
+                    "] differ in dtype or strides: they take turns");
   }
   if (row.lacks_gradient()) {  // one that comes later will most likely be as autograd makes it
     row.type[kGrad] = row.type[lists.leader()];
@@ -228,8 +228,7 @@ std::vector<int64_t> make_table(const Lists<R>& lists, int64_t chunk_size) {
                   "low_precision_params need params, which are their masters");
   if constexpr (kExchanges<R>) {
     constexpr int a = R::kExchanged[0], b = R::kExchanged[1];
-    METAADAMW_CHECK(!lists.tensors[a] || lists.tensors[b], lists.name(a), " need ", lists.name(b),
-                    ", with which they change roles");
+    METAADAMW_CHECK(!lists.tensors[a] || lists.tensors[b], lists.name(a), " need ", lists.name(b), ", with which they take turns");
   }
   Header header{};
   header.rule = rule_number<R>;

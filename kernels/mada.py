@@ -236,7 +236,7 @@ MADA = Rule(
         "exp_avg_diffs",
         "lion_exp_avgs",
         "last_grads",
-        "other_grads",
+        "previous_grads",
     ),
     written=(EXP_AVG, PARAM.value, EXP_AVG_SQ, AVERAGE_SQ, EXP_AVG_DIFF, LION_EXP_AVG, OTHER_GRAD),
     rounded=(EXP_AVG, PARAM.value, EXP_AVG_SQ, EXP_AVG_DIFF, LION_EXP_AVG),

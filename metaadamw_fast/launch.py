@@ -55,7 +55,7 @@ _MOMENTS = ("exp_avgs", "params", "exp_avg_sqs")
 RULES = {  # in the order of csrc/rules.h
     "adamw": RuleLists((*_MOMENTS, "max_exp_avg_sqs"), in_some_rows=frozenset({"max_exp_avg_sqs"})),
     "avgrad": RuleLists((*_MOMENTS, "average_sqs"), required=frozenset({*_MOMENTS, "average_sqs"})),
-    "mada": RuleLists((*_MOMENTS, "average_sqs", "exp_avg_diffs", "lion_exp_avgs", "last_grads", "other_grads")),
+    "mada": RuleLists((*_MOMENTS, "average_sqs", "exp_avg_diffs", "lion_exp_avgs", "last_grads", "previous_grads")),
 }
 _LOW_PRECISION = "low_precision_params"
 _PARAMS = 1
@@ -112,7 +112,7 @@ def check_operands(operands: Operands, grads: Sequence[Tensor], rule: str, *, wr
     if rule == "mada" and operands[6] is not None and operands[7] is not None:
         for t, (x, y) in enumerate(zip(operands[6], operands[7], strict=True)):
             if (x.dtype, x.stride()) != (y.dtype, y.stride()):
-                raise RuntimeError(f"last_grads[{t}] and other_grads[{t}] differ in dtype or strides: they take turns")
+                raise RuntimeError(f"last_grads[{t}] and previous_grads[{t}] differ in dtype or strides: they take turns")
 
 
 def resolved(grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor]]:
@@ -297,9 +297,7 @@ class CppLaunch:
         ``vectors`` [H, T] of the update before. ``carried``, float64 [T, C], are the columns of what an update left, of a call that
         asks for none of them.
         """
-        sums: Tensor = self.namespace.launch_measure.default(
-            self._table, self._copy(), columns, dtype, carried, *([] if vectors is None else [vectors])
-        )
+        sums: Tensor = self.namespace.launch_measure.default(self._table, self._copy(), columns, dtype, carried, vectors)
         return sums
 
     def update_(

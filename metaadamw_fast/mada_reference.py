@@ -94,7 +94,7 @@ class Lists(NamedTuple):
     exp_avg_diffs: Sequence[Tensor] | None = None  # n
     lion_exp_avgs: Sequence[Tensor] | None = None  # l
     last_grads: Sequence[Tensor] | None = None
-    other_grads: Sequence[Tensor] | None = None
+    previous_grads: Sequence[Tensor] | None = None
     low_precision_params: Sequence[Tensor] | None = None
 
 
@@ -117,7 +117,7 @@ class _Row:
             self._read(xs)
             for xs in (lists.exp_avgs, lists.exp_avg_sqs, lists.average_sqs, lists.exp_avg_diffs, lists.lion_exp_avgs)
         )
-        self.last, self.before = self._read(lists.other_grads), torch.zeros_like(self.leader, dtype=self.arithmetic)
+        self.last, self.before = self._read(lists.previous_grads), torch.zeros_like(self.leader, dtype=self.arithmetic)
         if exchanged is not None and lists.last_grads is not None:
             first, second = self._read(lists.last_grads), self.last
             self.last, self.before = torch.where(exchanged, second, first), torch.where(exchanged, first, second)
@@ -210,7 +210,7 @@ def mada_update_(
 
 def _keep_gradient(lists: Lists, t: int, grad: Tensor, exchanged: Tensor, skip: Tensor) -> None:
     """The raw gradient over the one of the update before the last; over the last one where a single buffer is kept."""
-    other, last = _entry(lists.other_grads, t), _entry(lists.last_grads, t)
+    other, last = _entry(lists.previous_grads, t), _entry(lists.last_grads, t)
     if other is not None:
         _write(other, grad, skip if last is None else skip | exchanged)
     if last is not None:
