@@ -17,8 +17,10 @@
 namespace metaadamw {
 namespace {
 
-// A rule of many operands: 64 KiB are under way with two blocks, so that there is no third to save registers for, and one kernel
-// serves every update, with masters or without, whatever it rounds by. More of them would take nvcc a minute each.
+// A rule of many operands. 64 KiB of them are under way with two blocks, so there is no third block to save registers for: one
+// kernel serves every update, with masters or without, whatever it rounds by, which saves nvcc a minute. Groups of 8 would need
+// registers for the bits of all operands while four elements of each are worked on: rows of 16 bits go in groups of 4, in accesses
+// of 8 bytes.
 template <class R>
 constexpr bool kHasMany = R::kOperands > 5;
 
@@ -220,9 +222,9 @@ __global__ void __launch_bounds__(kThreads, !extra        ? kMeasureBlocks
     // 0 times a derivative might be NaN.
   } else if (row.is_double) {
     measure_chunk<R, 1, extra, double>(table, work, operands, last.in_float64, totals);
-  } else if (row.vector == 4) {
+  } else if (kHasMany<R> || row.vector == 4) {
     measure_chunk<R, 4, extra, float>(table, work, operands, last.in_float32, totals);
-  } else {
+  } else if constexpr (!kHasMany<R>) {
     measure_chunk<R, 8, extra, float>(table, work, operands, last.in_float32, totals);
   }
   tensor_sums<R>(table, work.chunk, totals, [&](int sum, double value) { output.put(work.chunk.tensor, sum, value); });
@@ -234,6 +236,10 @@ template <class R, bool found>
 constexpr int kNewSums = found ? R::kFoundSums : kCarriedSums<R>;
 template <class R, bool found>
 using Totals = double[kNewSums<R, found> > 0 ? kNewSums<R, found> : 1];
+
+// Numbers for all elements of a part, in registers if there are few.
+template <class R, typename S>
+using InLoop = std::conditional_t<kHasMany<R>, const S&, const S>;
 
 // What the update does with a row's operands; bit i: operand i. Only of those in kUncertain it must be asked: of the others each is
 // there, read, and written if the rule writes it.
@@ -389,7 +395,7 @@ __device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N
         }
       },
       [&](int begin, int end) {
-        const auto s = scalars;
+        const InLoop<R, typename R::template Scalars<T>> s = scalars;
         T of_part[R::kSums] = {};
 #pragma unroll 1
         for (int index = begin; index < end; ++index) {
@@ -502,10 +508,10 @@ __device__ __forceinline__ void update_chunk_of_block(const Table<kOperandsOf<R>
   } else if (work.row.is_double) {
     update_chunk<R, 1, found, stochastic, masters, double>(table, work, numbers.in_float64, last.in_float64, moves, rounds,
                                                            numbers.keys, totals);
-  } else if ((masters && !kHasMany<R>) || work.row.vector == 4) {
+  } else if (masters || work.row.vector == 4) {
     update_chunk<R, 4, found, stochastic, masters, float>(table, work, numbers.in_float32, last.in_float32, moves, rounds,
                                                           numbers.keys, totals);
-  } else if constexpr (!masters || kHasMany<R>) {
+  } else if constexpr (!masters) {
     update_chunk<R, 8, found, stochastic, false, float>(table, work, numbers.in_float32, last.in_float32, moves, rounds,
                                                         numbers.keys, totals);
   }
