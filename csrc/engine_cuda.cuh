@@ -287,7 +287,7 @@ __device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N
     return kWritten >> operand_of(i) & 1 && (!(found || kAsk >> operand_of(i) & 1) || moves.stores >> operand_of(i) & 1);
   };
   T sums[R::kSums] = {};
-  for_each_group<V, found && kLoadsAhead && !kHasMany<R>>(
+  for_each_group<V, found && (kLoadsAhead || kHasMany<R>)>(
       threadIdx.x, work.chunk.count, has_whole_groups(row, ((1 << kUsed) - 1 | master << kLowPrecision) & (moves.there | ~kAsk)),
       [&](int first) {
         forget_registers();
@@ -521,14 +521,16 @@ __device__ __forceinline__ void update_chunk_of_block(const Table<kOperandsOf<R>
   }
 }
 
-// Five operands that are always there are 40 KiB under way with two blocks, and the dice take the registers of a third.
-template <class R, bool stochastic>
-constexpr int kBlocks = kHasMany<R>                                           ? kBlocksOfMany
+// Five operands that are always there are 40 KiB under way with two blocks, and the dice take the registers of a third. With nine
+// and seven sums of them a thread takes more registers than two blocks have, so there is one, with 36 KiB under way all the time.
+template <class R, bool found, bool stochastic>
+constexpr int kBlocks = found                                                 ? (kHasMany<R> ? 1 : kUpdateBlocksWithFoundSums)
+                        : kHasMany<R>                                         ? kBlocksOfMany
                         : stochastic && R::kOperands - R::kLastIsOptional > 4 ? 2
                                                                               : kUpdateBlocks;
 
 template <class R, bool found, bool stochastic>
-__global__ void __launch_bounds__(kThreads, found ? kUpdateBlocksWithFoundSums : kBlocks<R, stochastic>)
+__global__ void __launch_bounds__(kThreads, kBlocks<R, found, stochastic>)
     update_kernel(const Table<kOperandsOf<R>> table, const Update update, const NewSums<R> new_sums) {
   update_chunk_of_block<R, found, stochastic, kHasMany<R>>(table, update, new_sums);
 }

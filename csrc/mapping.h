@@ -18,7 +18,7 @@ namespace metaadamw {
 //   update   3 blocks, 80 registers: four operands, 48 KiB. One kernel for all dtypes needs most of these registers
 //   masters  2 blocks, 128 registers: with the low-precision parameters five operands or six, 36 KiB
 //   lagged   2 blocks, 128 registers: 32 KiB, but all the time, since the next group is loaded before this one is worked on
-//   MADA     2 blocks, 128 registers: up to nine operands, 64 KiB
+//   MADA     2 blocks, 128 registers: up to nine operands, 64 KiB; lagged one block of up to 255
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kMeasureBlocks = 4;
