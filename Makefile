@@ -1,5 +1,5 @@
 # Every target first sets up what it needs in .venv; that is skipped while nothing it depends on has changed.
-#   make demo    train a small vision transformer with AdamW and with MetaAdamW (ARGS="--task etth1 --data DIR")
+#   make demo    train a small vision transformer with AdamW and with MetaAdamW (ARGS="--task etth1 --data DIR", ARGS="--optimizer mada")
 #   make test    all tests, a file at a time on each of two processes (ARGS="tests/test_ops.py -k bf16", JOBS=8)
 #   make bench   the measured tables (RESULTS=bench/results/MACHINE: where they go)
 #   make cuda-on-cpu   the CUDA kernels on the CPU: sanitizers, broken kernels, lines that no test reaches (ARGS="--cases 5000")
@@ -27,6 +27,7 @@ test: $(VENV)/.ready
 bench: $(VENV)/.ready
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m bench.step --json $(RESULTS)/step.json --png $(RESULTS)/step.png $(ARGS)
+	$(BIN)/python -m bench.mada --json $(RESULTS)/mada.json
 	$(BIN)/python -m bench.encoder --json $(RESULTS)/encoder.json
 	$(BIN)/python -m bench.sharded_step --json $(RESULTS)/sharded_step.json
 	$(BIN)/python -m bench.meta_update --json $(RESULTS)/meta_update.json

@@ -1,6 +1,7 @@
 """The whole step on a GPU against torch.optim.AdamW: device time, host time, bytes, launches.
 
     python -m bench.gpu_step --model gpt2-124m [--dtype bfloat16] [--backends cpp triton] [--seconds S] [--profile] [--json FILE]
+    python -m bench.gpu_step --optimizer mada ...
 
 Device times are between CUDA events around one step, behind a kernel that keeps the GPU busy until the host has launched
 all of it: what the GPU takes, without waiting for Python. Host times are what the call itself takes. A round runs every side once
@@ -9,6 +10,9 @@ Bytes are counted: 36 per float32 element for MetaAdamW against 28 for AdamW, an
 With bfloat16, MetaAdamW keeps float32 states and torch's fused AdamW bfloat16 ones: it takes no others. Where bench/results has
 predictions for the GPU they stand beside the device times, and those that are off by more than 15 % are marked. With --profile the
 profiles of whole steps follow (bench/gpu_profile.py).
+
+With --optimizer mada the sides are those of bench/mada.py in float32: MADA, AVGrad, and MADA differentiated by autograd. Their
+gradients change from call to call, so that no difference of gradients is 0; that the parameters get them is in the host times.
 
 Longer than 300 lines: the sides, their bytes and the table are one experiment.
 
@@ -19,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import random
 import time
@@ -30,6 +35,7 @@ import torch
 from torch import Tensor
 
 from bench import gpu_profile
+from bench.mada import ALL_FROZEN, WORDS, AutogradMADA
 from bench.predictions import predicted
 from bench.shapes import MODELS, named_shapes
 from bench.timing import Spread
@@ -130,7 +136,7 @@ class Workload:
         return named
 
 
-def sides_of(workload: Workload, backends: list[str]) -> tuple[list[Side], dict[str, MetaAdamW]]:
+def sides_of(workload: Workload, backends: list[str]) -> tuple[list[Side], dict[str, torch.optim.Optimizer]]:
     """Everything that is timed; the first side is what the others are divided by."""
     from metaadamw_fast import MetaAdamW  # here, so that gpu_check can import this file before the extension is built
 
@@ -145,7 +151,7 @@ def sides_of(workload: Workload, backends: list[str]) -> tuple[list[Side], dict[
         plain.step()
 
     sides = [Side("torch fused", plain.step, 7 * word), Side("clip_grad_norm_ + fused", clip_and_step, 10 * word)]
-    optimizers = {}
+    optimizers: dict[str, torch.optim.Optimizer] = {}
     everything = word * workload.numel < CAN_BE_HELD
     for backend in backends:
 
@@ -161,6 +167,34 @@ def sides_of(workload: Workload, backends: list[str]) -> tuple[list[Side], dict[
             sides.append(Side(f"MetaAdamW {backend}, {name}", make(**options).step, moved))
         exact.step()  # so that the states are not zero
         sides += parts_of(exact, backend, update, statistics)
+    return sides, optimizers
+
+
+def mada_sides_of(workload: Workload, backends: list[str]) -> tuple[list[Side], dict[str, torch.optim.Optimizer]]:
+    """What is timed of MADA and AVGrad; bytes are those of docs/mada.md section 9."""
+    from metaadamw_fast import MADA, AVGrad
+
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    generator = torch.Generator(workload.device).manual_seed(2)
+    gradients = workload.gradients, [workload._random(shape, 1e-3, generator) for _, shape in workload.shapes]
+
+    def side(name: str, make: Callable[..., torch.optim.Optimizer], words: tuple[int, int] | None, **options: Any) -> Side:
+        opt = optimizers[name] = make([p for _, p in workload.parameters()], lr=LR, weight_decay=WEIGHT_DECAY, **options)
+        params, turns = opt.param_groups[0]["params"], itertools.cycle(gradients)
+
+        def call() -> None:
+            for p, g in zip(params, next(turns), strict=True):
+                p.grad = g
+            opt.step()
+
+        return Side(name, call, None if words is None else 4 * sum(words))
+
+    sides = [side("torch fused", torch.optim.AdamW, (4, 3), fused=True), side("autograd's MADA", AutogradMADA, None)]
+    kinds = {"exact": {}, "lagged": {"statistics": "lagged"}, "frozen": ALL_FROZEN}
+    for backend in backends:
+        for kind, options in kinds.items():
+            sides.append(side(f"MADA {backend}, {kind}", MADA, WORDS[kind], backend=backend, freeze_steps=0, **options))
+        sides.append(side(f"AVGrad {backend}", AVGrad, WORDS["AVGrad"], backend=backend))
     return sides, optimizers
 
 
@@ -208,13 +242,19 @@ def copy_bandwidth(clock: Clock, device: torch.device) -> Spread:
 
 
 def measure(
-    model: str, dtype: torch.dtype, device: torch.device, backends: list[str], seconds: float, profiled: bool = False
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    backends: list[str],
+    seconds: float,
+    profiled: bool = False,
+    optimizer: str = "metaadamw",
 ) -> dict[str, Any]:
-    """Times all sides on one model; also takes profiles of the whole steps if ``profiled``."""
+    """Times all sides of an optimizer on one model; also takes profiles of MetaAdamW's whole steps if ``profiled``."""
     clock = Clock(device)
     workload = Workload(model, dtype, device)
     bandwidth = copy_bandwidth(clock, device)
-    sides, optimizers = sides_of(workload, backends)
+    sides, optimizers = (mada_sides_of if optimizer == "mada" else sides_of)(workload, backends)
     for side in sides:
         for _ in range(3):
             side.call()
@@ -256,6 +296,7 @@ def measure(
             raise RuntimeError(f"{name}: the steps left parameters that are not finite")
     return {
         "model": model,
+        "optimizer": optimizer,
         "dtype": str(dtype).removeprefix("torch."),
         "tensors": len(workload.shapes),
         "parameters": workload.numel,
@@ -267,8 +308,9 @@ def measure(
 
 def markdown(table: dict[str, Any]) -> str:
     """One model's table."""
+    title = table["dtype"] + (", MADA" if table.get("optimizer") == "mada" else "")
     lines = [
-        f"### {table['model']}, {table['dtype']}: {table['tensors']} tensors, {table['parameters']:,} parameters",
+        f"### {table['model']}, {title}: {table['tensors']} tensors, {table['parameters']:,} parameters",
         "",
         f"{table['rounds']} rounds; a copy moves {table['copy_bytes_per_second']['median'] / 1e9:.0f} GB/s.",
         "",
@@ -307,14 +349,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="One optimizer step on a GPU, against torch.optim.AdamW(fused=True).")
     parser.add_argument("--model", default="gpt2-124m", choices=list(MODELS))
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--optimizer", default="metaadamw", choices=["metaadamw", "mada"])
     parser.add_argument("--backends", nargs="+", default=["cpp", "triton"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timing")
     parser.add_argument("--profile", action="store_true", help="profiles of whole steps, too")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
+    if options.optimizer == "mada" and options.dtype != "float32":
+        parser.error("--optimizer mada: float32 only")
     dtype, device = getattr(torch, options.dtype), torch.device(options.device)
-    table = measure(options.model, dtype, device, options.backends, options.seconds, options.profile)
+    table = measure(options.model, dtype, device, options.backends, options.seconds, options.profile, options.optimizer)
     print(markdown(table))
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -4,7 +4,8 @@
 
 Ratios are medians of the ratios within a round, with their quartiles and the 95 % interval of the median; see
 bench/timing.py. Bytes per element are counted, not measured: words read + written times 4. `of copy` and `of in place`
-are the bandwidth from these bytes as a share of measured ones (timing.Memory). A model whose four words per
+are the bandwidth from these bytes as a share of measured ones (timing.Memory). `predicted` is the ratio that the words
+alone would give, at the measured price of a word read and of a word written. A model whose four words per
 parameter fit the last-level cache is marked: its bandwidth is not the memory's. With --evict every step starts with
 cold caches, as after a large forward and backward pass. What does more than a plain step is compared with what does the
 same in torch, too.
@@ -13,25 +14,28 @@ same in torch, too.
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from bench import timing
-from bench.optimizers import CONTENDERS, Contender, Workload
+from bench.optimizers import CONTENDERS, Contender, Workload, ours_reference
 from bench.shapes import MODELS
 
 WORD = 4  # bytes: everything here is float32
 REFERENCE_LIMIT = 2**24  # parameters; above, the reference backend would take most of the run and tell nothing
 
 
-def measure(model: str, sides: list[str], seconds: float, memory: timing.Memory, evict: bool) -> dict[str, Any]:
-    """Times all sides on one model; returns what the table prints."""
+def measure(
+    model: str, sides: list[Callable[[Workload], Contender]], seconds: float, memory: timing.Memory, evict: bool
+) -> dict[str, Any]:
+    """Times all sides on one model, against the first; returns what the table prints."""
     workload = Workload(model)
     if workload.numel > REFERENCE_LIMIT:
-        sides = [side for side in sides if side != "reference"]
-    contenders: list[Contender] = [CONTENDERS[side](workload) for side in sides]
+        sides = [side for side in sides if side is not ours_reference]
+    contenders = [side(workload) for side in sides]
     for contender in contenders:
         contender.warm_up(workload)
     before = memory.bandwidths()
@@ -43,7 +47,7 @@ def measure(model: str, sides: list[str], seconds: float, memory: timing.Memory,
     )
     after = memory.bandwidths()  # again: neighbours come and go
     bandwidth = {name: before[name] + after[name] for name in before}
-    base = contenders[0].name
+    base, seconds_of_base = contenders[0].name, predicted_seconds(contenders[0], bandwidth)
     rows = []
     for contender in contenders:
         spread = times.spread(contender.name)
@@ -59,6 +63,7 @@ def measure(model: str, sides: list[str], seconds: float, memory: timing.Memory,
             row["bytes_per_element"] = contender.words * WORD
             row["bytes_per_second"] = rate
             row["share"] = {name: rate / statistics.median(bandwidth[name]) for name in ("copy", "in place")}
+            row["predicted_ratio"] = predicted_seconds(contender, bandwidth) / seconds_of_base
         rows.append(row)
     return {
         "model": model,
@@ -69,6 +74,12 @@ def measure(model: str, sides: list[str], seconds: float, memory: timing.Memory,
         "bandwidth": {name: asdict(timing.Spread.of(rates)) for name, rates in bandwidth.items()},
         "rows": rows,
     }
+
+
+def predicted_seconds(contender: Contender, bandwidth: dict[str, list[float]]) -> float:
+    """Of an element, from its words: `read` tells what a word read takes, `in place` what a word read and one written do."""
+    read, both = (words * WORD / statistics.median(bandwidth[name]) for words, name in ((1, "read"), (2, "in place")))
+    return contender.reads * read + contender.writes * max(both - read, 0.0)
 
 
 def caches(workload: Workload, evict: bool) -> str:
@@ -87,13 +98,13 @@ def show(table: dict[str, Any]) -> None:
     for name, rate in table["bandwidth"].items():
         print(f"{name}: {rate['median'] / 1e9:.1f} GB/s [{rate['q1'] / 1e9:.1f}, {rate['q3'] / 1e9:.1f}]")
     heads = (f"{'optimizer':<26}{'ms':>9}{'ratio':>7}", f"{'quartiles':<14}", f"{'95 % of median':<14}")
-    print(*heads, f"{'B/elem':>7}{'GB/s':>7}{'of copy':>9}{'of in place':>12}", sep="  ")
+    print(*heads, f"{'B/elem':>7}{'predicted':>11}{'GB/s':>7}{'of copy':>9}{'of in place':>12}", sep="  ")
     for row in table["rows"]:
         ratio = row["ratio"]
-        counted = f"{'-':>7}{'-':>7}{'-':>9}{'-':>12}"
+        counted = f"{'-':>7}{'-':>11}{'-':>7}{'-':>9}{'-':>12}"
         if "share" in row:
             share = row["share"]
-            counted = f"{row['bytes_per_element']:>7}{row['bytes_per_second'] / 1e9:>7.1f}"
+            counted = f"{row['bytes_per_element']:>7}{row['predicted_ratio']:>11.2f}{row['bytes_per_second'] / 1e9:>7.1f}"
             counted += f"{share['copy']:>9.0%}{share['in place']:>12.0%}"
         cells = [f"{row['optimizer']:<26}{row['seconds']['median'] * 1e3:>9.3f}{ratio['median']:>7.2f}"]
         cells += [f"{f'[{ratio[a]:.2f}, {ratio[b]:.2f}]':<14}" for a, b in (("q1", "q3"), ("low95", "high95"))]
@@ -148,7 +159,7 @@ def main() -> None:
     memory = timing.Memory()
     tables = []
     for model in options.models:
-        tables.append(measure(model, sides, options.seconds, memory, options.evict))
+        tables.append(measure(model, [CONTENDERS[side] for side in sides], options.seconds, memory, options.evict))
         show(tables[-1])
     if options.json:
         run = {"machine": timing.machine(), "tables": tables}

@@ -1,4 +1,4 @@
-"""A small GPT trained with FSDP2, MetaAdamW and meta-updates; killed at any moment, it goes on from its last checkpoint.
+"""A small GPT trained with FSDP2 and MetaAdamW or MADA; killed at any moment, it goes on from its last checkpoint.
 
     torchrun --standalone --nproc-per-node 2 examples/fsdp_train.py --checkpoints DIR      gloo on CPUs, NCCL on GPUs
     python examples/fsdp_train.py --checkpoints DIR                                        one process, nothing sharded
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F  # noqa: N812
+from torch.optim import Optimizer
 
-from metaadamw_fast import MetaAdamW, MetaLearner
+from metaadamw_fast import MADA, MetaAdamW, MetaLearner
 
 CONTEXT, WIDTH, HEADS, BATCH = 64, 64, 4, 16  # BATCH: sequences of all processes together
 
@@ -87,13 +88,13 @@ class Checkpoints:
     A checkpoint is written aside, under a name that nobody reads, forced to the disk, and renamed; then the one before is removed.
     """
 
-    def __init__(self, directory: Path, model: nn.Module, opt: MetaAdamW, meta: MetaLearner) -> None:
+    def __init__(self, directory: Path, model: nn.Module, opt: Optimizer, meta: MetaLearner | None) -> None:
         self._directory, self._model, self._opt, self._meta = directory, model, opt, meta
         self._first = not dist.is_initialized() or dist.get_rank() == 0
 
     def _state(self) -> dict[str, object]:
         model, optimizer = get_state_dict(self._model, self._opt)
-        return {"model": model, "optimizer": optimizer, "meta": self._meta}
+        return {"model": model, "optimizer": optimizer} | ({} if self._meta is None else {"meta": self._meta})
 
     def _whole(self) -> list[Path]:
         return sorted(self._directory.glob("step-" + "[0-9]" * 8))
@@ -139,7 +140,7 @@ def _force_to_disk(directory: Path) -> None:
         os.close(handle)
 
 
-def train(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, MetaAdamW, MetaLearner]:
+def train(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Optimizer, MetaLearner | None]:
     """Train to ``options.steps``, from the last checkpoint on."""
     torch.manual_seed(0)  # all processes begin with the same model
     model = GPT(options.layers).to(device)
@@ -147,26 +148,36 @@ def train(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module,
         for layer in model.layers:
             fully_shard(layer)
         fully_shard(model)
-    opt = MetaAdamW(model.named_parameters(), lr=1e-3, model=model, total_steps=options.steps, max_grad_norm=1.0)
-    meta = MetaLearner(opt, model, loss_fn, hvp="finite_difference")
+    if options.optimizer == "mada":  # its coefficients learn in every step
+        opt, meta = MADA(model.named_parameters(), lr=1e-3, max_grad_norm=1.0, freeze_steps=5), None
+    else:
+        opt = MetaAdamW(model.named_parameters(), lr=1e-3, model=model, total_steps=options.steps, max_grad_norm=1.0)
+        meta = MetaLearner(opt, model, loss_fn, hvp="finite_difference")
     text = Text(device)
     checkpoints = Checkpoints(options.checkpoints, model, opt, meta)
     done = checkpoints.load()
-    say(f"{len(opt.groups)} groups, {sum(p.numel() for p in model.parameters()):,} parameters, {done} steps done")
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {done} steps done")
     for step in range(done + 1, options.steps + 1):
         opt.zero_grad()
         loss = loss_fn(model, text.batch("train", step))
         loss.backward()
         opt.step()
-        if step % options.meta_every == 0:
+        if meta is not None and step % options.meta_every == 0:
             first = 10**6 + 3 * step  # batches that no training step reads
             meta.update(text.batch("train", first), text.batch("train", first + 1), text.batch("val", first + 2))
         if step % options.checkpoint_every == 0 or step == options.steps:
             checkpoints.save(step)
         if step % options.report_every == 0:
-            low, high = opt.lr_scale.aminmax()
-            say(f"step {step}: loss {loss.item():.4f} (this process), lr_scale {low.item():.3f} to {high.item():.3f}")
+            say(f"step {step}: loss {loss.item():.4f} (this process), {shown(opt)}")
     return model, opt, meta
+
+
+def shown(opt: Optimizer) -> str:
+    """What an optimizer has made of itself."""
+    if isinstance(opt, MADA):
+        return "coefficients " + " ".join(f"{x:.3f}" for x in opt.coefficients[0].tolist())
+    low, high = opt.lr_scale.aminmax()
+    return f"lr_scale {low.item():.3f} to {high.item():.3f}"
 
 
 def say(line: str) -> None:
@@ -179,6 +190,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoints", type=Path, required=True, metavar="DIR", help="where checkpoints are, and go on being")
+    parser.add_argument("--optimizer", choices=("metaadamw", "mada"), default="metaadamw")
     parser.add_argument("--steps", type=int, default=300, metavar="N")
     parser.add_argument("--layers", type=int, default=2, metavar="N")
     parser.add_argument("--checkpoint-every", type=int, default=25, metavar="N")

@@ -1,4 +1,4 @@
-"""The picture of the demo: validation curves, and the scales of every group over training."""
+"""The picture of the demo: validation curves, and over training MetaAdamW's scales of every group and MADA's coefficients."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,8 @@ from training import Run, ScaleHistory
 
 from metaadamw_fast.grouping import Group
 
-OPTIMIZER_COLOURS = {"AdamW": "#4b5563", "MetaAdamW": "#d1495b"}
+OPTIMIZER_COLOURS = {"AdamW": "#4b5563", "MetaAdamW": "#d1495b", "MADA": "#1f5fbf"}
+COEFFICIENT_COLOURS = {"β1": "#1f5fbf", "β2": "#0f7b4f", "β3": "#c2410c", "ρ": "#7c3aab", "c": "#8a6d00", "γ": "#374151"}
 TYPE_COLOURS = {
     "attention": "#1f5fbf",
     "embedding": "#0f7b4f",
@@ -31,16 +32,23 @@ POINTS_PER_LINE = 60
 
 
 def draw(task: Task, runs: dict[str, list[Run]], output: Path) -> None:
-    """Write the picture of all runs to `output`; the scales are those of the first seed."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5.4), layout="constrained", width_ratios=(1.15, 1, 1))
+    """Write the picture of all runs to `output`; scales and coefficients are those of the first seed."""
+    scales = runs["MetaAdamW"][0].scales if "MetaAdamW" in runs else None
+    coefficients = runs["MADA"][0].coefficients if "MADA" in runs else None
+    panels = 1 + 2 * (scales is not None) + (coefficients is not None)
+    figure, (first, *others) = plt.subplots(
+        1, panels, figsize=(1 + 5 * panels, 5.4), layout="constrained", width_ratios=(1.15, *[1] * (panels - 1))
+    )
     figure.get_layout_engine().set(w_pad=0.12)
-    _draw_losses(left, task, runs)
-    scales = runs["MetaAdamW"][0].scales
-    assert scales is not None
-    _draw_scales(middle, scales, scales.lr, "lr_scale")
-    _draw_scales(right, scales, scales.wd, "wd_scale")
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    _draw_losses(first, task, runs)
+    if coefficients is not None:
+        _draw_coefficients(others.pop(0), coefficients)
+    if scales is not None:
+        left, right = others
+        _draw_scales(left, scales, scales.lr, "lr_scale")
+        _draw_scales(right, scales, scales.wd, "wd_scale")
+        handles, labels = right.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle(task.title, fontsize=13)
     figure.savefig(output, dpi=130)
     plt.close(figure)
@@ -63,6 +71,16 @@ def _draw_losses(axes: Axes, task: Task, runs: dict[str, list[Run]]) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False)
+
+
+def _draw_coefficients(axes: Axes, coefficients: Sequence[Sequence[float]]) -> None:
+    """One line per coefficient; many lie at 0 or 1 at the start, where MADA is AdamW."""
+    values = np.array(coefficients)  # [steps, 6]
+    for column, (name, colour) in enumerate(COEFFICIENT_COLOURS.items()):
+        axes.plot(np.arange(1, len(values) + 1), values[:, column], label=name, color=colour, linewidth=1.5)
+    _label(axes, "MADA's coefficients (first seed)", "coefficient")
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(frameon=False, ncols=2)
 
 
 def _draw_scales(axes: Axes, history: ScaleHistory, scales: Sequence[Sequence[float]], name: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from etth1_data import load_oil_temperature
+from data import load_oil_temperature
 from torch import Tensor, nn
 from torch.nn import functional
 

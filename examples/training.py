@@ -1,4 +1,4 @@
-"""One training run with AdamW or MetaAdamW, and what it measured."""
+"""One training run with AdamW, MetaAdamW or MADA, and what it measured."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,10 +9,9 @@ import torch
 from tasks import Task, batches
 from torch import nn
 
-from metaadamw_fast import MetaAdamW, MetaLearner
+from metaadamw_fast import MADA, MetaAdamW, MetaLearner
 from metaadamw_fast.grouping import Group
 
-OPTIMIZERS = ("AdamW", "MetaAdamW")
 ADAMW_ARGUMENTS = ("lr", "betas", "eps", "weight_decay", "amsgrad")
 
 
@@ -35,7 +34,8 @@ class Run:
     step_times: list[float] = field(default_factory=list)
     optimizer_times: list[float] = field(default_factory=list)
     meta_times: list[float] = field(default_factory=list)
-    scales: ScaleHistory | None = None
+    scales: ScaleHistory | None = None  # of MetaAdamW
+    coefficients: list[list[float]] | None = None  # of MADA, [6] after each step
 
     @property
     def step_time(self) -> float:
@@ -100,6 +100,10 @@ def train(task: Task, name: str, seed: int, on_step: Callable[[], object]) -> Ru
     else:
         shared = {key: task.optimizer[key] for key in ADAMW_ARGUMENTS if key in task.optimizer}
         optimizer = torch.optim.AdamW(model.parameters(), fused=True, **shared)
+        if name == "MADA":
+            # It starts as this AdamW; torch's default for beta2, .999, is above MADA's default bound.
+            start = {key: optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            optimizer = MADA(model.parameters(), bounds={"beta2": (0.501, 0.9999)}, **start)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
 
     training_batches = batches(task.train, task.batch_size, seed)
@@ -110,6 +114,8 @@ def train(task: Task, name: str, seed: int, on_step: Callable[[], object]) -> Ru
     if meta:
         run.scales = ScaleHistory(optimizer.groups)
         after_step = meta.every(task.meta_every, meta_batches, validation_batches)
+    if name == "MADA":
+        run.coefficients = []
     evaluation_interval = max(1, task.steps_per_epoch // task.evaluations_per_epoch)
     for step in range(1, total_steps + 1):
         batch = next(training_batches)
@@ -124,6 +130,8 @@ def train(task: Task, name: str, seed: int, on_step: Callable[[], object]) -> Ru
         if task.cosine:
             schedule.step()
 
+        if run.coefficients is not None:
+            run.coefficients.append(optimizer.coefficients[0].tolist())
         if meta:
             run.scales.lr.append(optimizer.lr_scale.tolist())
             run.scales.wd.append(optimizer.wd_scale.tolist())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metaadamw_fast.launch import statistics_columns
 
-from . import policy
+from . import mada_policy, policy
 from .elements import INTERPRETED, WARPS
 from .engine import measure_constants, measure_kernel, register_limit, update_constants, update_kernel
 from .table import LaunchTable, MaybeTensors
@@ -116,6 +116,7 @@ class TritonBackend:
     scaled_gradients = staticmethod(policy.scaled_gradients)
     modulation = staticmethod(policy.modulation)
     update_vectors = staticmethod(policy.update_vectors)
+    mada_policy_ = staticmethod(mada_policy.mada_policy_)
 
     @staticmethod
     def tensor_stats(

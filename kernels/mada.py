@@ -32,6 +32,7 @@ MAXIMUM = tl.constexpr(8)  # A is the maximum
 SIGN_IN_V = tl.constexpr(16)  # which stores the bit of section 4, else A
 V_STARTS, N_STARTS = tl.constexpr(32), tl.constexpr(64)  # V before the update counts as 1e-15, n as g²
 TWO = tl.constexpr(128)  # gradient buffers
+STARTS_AT_REST = tl.constexpr(256)  # of the policy alone: FIRST is to be set where a tensor has no last update
 
 
 @triton.jit

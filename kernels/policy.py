@@ -153,10 +153,10 @@ def group_features(statistics: Tensor, table: FeatureTable, done: Tensor, ahead:
     """
     config = table.config
     groups, dim = table.template.shape
-    _check("statistics", statistics, table.template.dtype, (len(table.order), 7 if config.enhanced else 5), at_least=True)
-    _check_counts("done", done, ())
+    check("statistics", statistics, table.template.dtype, (len(table.order), 7 if config.enhanced else 5), at_least=True)
+    check_counts("done", done, ())
     features = torch.empty_like(table.template)
-    with _device_guard(statistics):
+    with device_guard(statistics):
         group_features_kernel[(groups,)](
             statistics, statistics.shape[1], table.order, table.begin, table.numel, done, ahead, total_steps or 0, table.template,
             features, dim, config.enhanced, config.v_norm and not config.enhanced, config.deviations,
@@ -219,12 +219,12 @@ def scaled_gradients(
     """
     tensors, width = statistics.shape
     dtype = statistics.dtype if statistics.dtype == torch.float64 else torch.float32
-    _check("statistics", statistics, dtype, (tensors, 1), at_least=True)
-    _check("sign", sign, torch.float64, (tensors,))
+    check("statistics", statistics, dtype, (tensors, 1), at_least=True)
+    check("sign", sign, torch.float64, (tensors,))
     factors = torch.empty(tensors, dtype=torch.float64, device=statistics.device)
     norm, scaled = statistics.new_empty(()), torch.empty_like(statistics)
     (bits,) = struct.unpack("<q", struct.pack("<d", max_norm))
-    with _device_guard(statistics):
+    with device_guard(statistics):
         scaled_gradients_kernel[(1,)](
             statistics, tensors, width, sign, loss_scale, bits, factors, norm, scaled, max_norm > 0.0, num_warps=WARPS,
             enable_fp_fusion=False,
@@ -236,7 +236,7 @@ def scaled_gradients(
 
 
 @triton.jit
-def _integer_power(base, exponent):
+def integer_power(base, exponent):
     """base^exponent by repeated squaring in float64: the same bits as on every other machine, which no library's pow promises.
 
     Of numbers, or of lanes: then until the largest exponent is done.
@@ -268,12 +268,12 @@ def _store_vectors(vectors, tensors, tensor, mask, step_size, decay_factor, step
     scale = tl.full([ROWS], 1.0, tl.float64)
     if grad_scale is not None:
         scale = tl.load(grad_scale + tensor, mask=mask, other=1.0)
-    tl.store(column, step_size / (1.0 - _integer_power(beta1, step)), mask=mask)
+    tl.store(column, step_size / (1.0 - integer_power(beta1, step)), mask=mask)
     tl.store(column + rows, decay_factor, mask=mask)
     tl.store(column + 2 * rows, step, mask=mask)
     tl.store(column + 3 * rows, beta1, mask=mask)
     tl.store(column + 4 * rows, beta2, mask=mask)
-    tl.store(column + 5 * rows, 1.0 / tl.sqrt(1.0 - _integer_power(beta2, step)), mask=mask)
+    tl.store(column + 5 * rows, 1.0 / tl.sqrt(1.0 - integer_power(beta2, step)), mask=mask)
     tl.store(column + 6 * rows, tl.load(eps + tensor, mask=mask, other=0.0), mask=mask)
     tl.store(column + 7 * rows, scale, mask=mask)
 
@@ -306,7 +306,7 @@ def modulation_kernel(
     step_size = tl.load(lr + tensor, mask=mask, other=0.0) * lr_scale
     decay = step_size * wd_scale * tl.load(weight_decay + tensor, mask=mask, other=0.0)
     if released:
-        decay = decay / (1.0 - _integer_power(tl.load(beta1 + tensor, mask=mask, other=0.0), step))
+        decay = decay / (1.0 - integer_power(tl.load(beta1 + tensor, mask=mask, other=0.0), step))
     _store_vectors(vectors, tensors, tensor, mask, step_size, 1.0 - decay, step, beta1, beta2, eps, grad_scale)
 
 
@@ -324,10 +324,10 @@ def update_vectors(
         "grad_scale": grad_scale,
     }  # fmt: skip
     for name, x in hyper.items():
-        _check(name, x, torch.float64, (tensors,))
+        check(name, x, torch.float64, (tensors,))
     vectors = torch.empty(8, tensors, dtype=torch.float64, device=step_size.device)
     if tensors:
-        with _device_guard(vectors):
+        with device_guard(vectors):
             update_vectors_kernel[(triton.cdiv(tensors, ROWS.value),)](
                 vectors, tensors, *hyper.values(), num_warps=WARPS, enable_fp_fusion=False
             )
@@ -355,14 +355,14 @@ def modulation(
     tensors = len(group_of)
     if scales.dtype not in (torch.float32, torch.float64) or scales.dim() != 2 or scales.shape[0] != 4:
         raise RuntimeError("scales must be [4, G], float32 or float64")
-    _check("group_of", group_of, torch.int64, (tensors,))
+    check("group_of", group_of, torch.int64, (tensors,))
     numbers = {"lr": lr, "weight_decay": weight_decay, "beta1": beta1, "beta2": beta2, "eps": eps, "grad_scale": grad_scale}
     for name, x in numbers.items():
-        _check(name, x, torch.float64, (tensors,))
-    _check_counts("steps", steps, (tensors,))
+        check(name, x, torch.float64, (tensors,))
+    check_counts("steps", steps, (tensors,))
     vectors = torch.empty(8, tensors, dtype=torch.float64, device=scales.device)
     if tensors:
-        with _device_guard(scales):
+        with device_guard(scales):
             modulation_kernel[(triton.cdiv(tensors, ROWS.value),)](
                 vectors, tensors, scales, *scales.stride(), group_of, *numbers.values(), steps, go, released, num_warps=WARPS,
                 enable_fp_fusion=False,
@@ -370,7 +370,7 @@ def modulation(
     return vectors
 
 
-def _check(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], *, at_least: bool = False) -> None:
+def check(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], *, at_least: bool = False) -> None:
     """Contiguous, of this dtype and shape; ``at_least``: the last size may be larger."""
     if x is None:
         return
@@ -380,11 +380,11 @@ def _check(name: str, x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ..
         raise RuntimeError(f"{name} must be a contiguous {kind} tensor of shape {list(shape)}, not {x.dtype} {list(x.shape)}")
 
 
-def _check_counts(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+def check_counts(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     """Counts of steps: float64, or float32 as torch's optimizers keep them."""
-    _check(name, x, torch.float64 if x.dtype == torch.float64 else torch.float32, shape)
+    check(name, x, torch.float64 if x.dtype == torch.float64 else torch.float32, shape)
 
 
-def _device_guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
+def device_guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

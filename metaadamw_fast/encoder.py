@@ -1,4 +1,8 @@
-"""The policy: features of groups [G, D] to their scales. MetaAdamW section 3.3, in plain eager PyTorch."""
+"""The policy: features of groups [G, D] to their scales. MetaAdamW section 3.3, in plain eager PyTorch.
+
+Longer than 300 lines: the layer, the encoder of such layers and what an optimizer takes for one are read together; a quarter is
+documentation.
+"""
 
 from __future__ import annotations
 
@@ -119,14 +123,6 @@ class EncoderLayer(nn.Module):
         return x + linear(y, weight2, bias2)
 
 
-class EncoderStack(nn.Module):
-    """Layers one after the other, under the names of ``torch.nn.TransformerEncoder``; :class:`GroupEncoder` runs them."""
-
-    def __init__(self, layers: list[EncoderLayer]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-
 def threads_for(groups: int, device: torch.device) -> AbstractContextManager[None]:
     """Where an encoder's forward or backward pass over so many groups runs: few are encoded in the calling thread alone."""
     return one_thread() if groups <= _FEW_GROUPS and device.type == "cpu" else nullcontext()
@@ -177,7 +173,8 @@ class GroupEncoder(nn.Module):
         self.features = features
         self.head_init = head_init
         self.generator = torch.Generator("cpu").manual_seed(seed)
-        self.encoder = EncoderStack([EncoderLayer(dim, config.heads, config.hidden) for _ in range(config.layers)])
+        self.encoder = nn.Module()  # for the state-dict names
+        self.encoder.layers = nn.ModuleList([EncoderLayer(dim, config.heads, config.hidden) for _ in range(config.layers)])
         self.head = _Affine(4, dim)
         for name, param in self.named_parameters():
             if param.dim() == 2 and (head_init == "xavier" or not name.startswith("head.")):
@@ -265,21 +262,18 @@ class GroupEncoder(nn.Module):
             elsewhere masked, since the number of rows cannot depend on what only the device knows.
         """
         with threads_for(len(features), features.device):
-            return self._scales(features)
-
-    def _scales(self, features: Tensor) -> Tensor:
-        x, weights = features.double(), self._weights_in_float64()
-        valid = self._valid(features)
-        if valid is None:
-            scales = self._scales_of(x, None, weights)
-        elif devices.readable(valid) and valid.any():
-            rows = valid.nonzero()[:, 0]
-            scales = self._scales_of(x.index_select(0, rows), None, weights)
-            scales = self._masked.repeat(1, len(valid)).index_copy(1, rows, scales)
-        else:
-            x = torch.where(valid[:, None], x, self._seen)
-            scales = torch.where(valid, self._scales_of(x, valid, weights), self._masked)
-        return scales.to(features.dtype)
+            x, weights = features.double(), self._weights_in_float64()
+            valid = self._valid(features)
+            if valid is None:
+                scales = self._scales_of(x, None, weights)
+            elif devices.readable(valid) and valid.any():
+                rows = valid.nonzero()[:, 0]
+                scales = self._scales_of(x.index_select(0, rows), None, weights)
+                scales = self._masked.repeat(1, len(valid)).index_copy(1, rows, scales)
+            else:
+                x = torch.where(valid[:, None], x, self._seen)
+                scales = torch.where(valid, self._scales_of(x, valid, weights), self._masked)
+            return scales.to(features.dtype)
 
     def weights(self) -> list[Tensor]:
         """All parameters but the group embeddings: the gates if there are any, twelve of each layer, two of the head."""

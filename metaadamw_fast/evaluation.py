@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from .core.sharding import RankSums, is_sharded, local, local_gradient
+from .core.watch import as_real
 from .model_state import ModelState, TwiceDifferentiable
 from .parallel import replicas, reshard
 
@@ -194,7 +195,7 @@ class Evaluation:
         memory is free while the second gradient is made.
         """
         moved = [(p, x) for p, x in zip(self._shards, w, strict=True) if x is not None]
-        epsilon = 1e-5 if all(p.dtype == torch.float64 for p, _ in moved) else 1e-3
+        epsilon = 1e-5 if all(as_real(p).dtype == torch.float64 for p, _ in moved) else 1e-3
         length = self._norm(w)
         at = self._norm([None if x is None else p for p, x in zip(self._shards, w, strict=True)])
         h = torch.where(length > 0, epsilon * at / length, 0.0)
@@ -211,7 +212,7 @@ class Evaluation:
     def _norm(self, tensors: Gradients) -> Tensor:
         """The 2-norm of all tensors together; of shards, that of the whole tensors."""
         zero = torch.zeros((), dtype=torch.float64, device=self._shards[0].device)
-        squares = [zero if x is None else x.detach().double().square().sum() for x in tensors]
+        squares = [zero if x is None else as_real(x.detach()).double().square().sum() for x in tensors]
         return self._rank_sums(torch.stack(squares)[:, None]).sum().sqrt()
 
 

@@ -336,7 +336,7 @@ class MADA(FusedOptimizer):
                 self._policy(self._statistics, step, advance=False)
             self._pending, self._learned = False, False
             states.set_gradients(states.gradients())
-            self._policy(self._measure(states)[1], step, advance=False, lagged=False)
+            self._policy(self._measure(states, needed=True)[1], step, advance=False, lagged=False)
             self._learned = True
         finally:
             states.let_go()
@@ -382,8 +382,9 @@ class MADA(FusedOptimizer):
         """Coefficients, and what the next step learns from."""
         copies = {name: getattr(self, f"_{name}").clone() for name in _LEARNED}
         copies["last"][:, _TURN] = -1.0  # who loads lists the states anew
-        pending = self._statistics.clone() if self._pending else None
-        return {**copies, "pending": pending, "learned": self._learned}
+        # Always of one size: torch.distributed.checkpoint loads only into what looks as it did when it was saved.
+        sums = torch.nn.functional.pad(self._statistics, (0, len(_SUMS) - self._statistics.shape[1]))
+        return {**copies, "sums": sums.clone(), "pending": self._pending, "learned": self._learned}
 
     def saved_in_group(self, index: int) -> dict[str, Any]:
         """The betas that were learned, for other optimizers."""
@@ -391,13 +392,13 @@ class MADA(FusedOptimizer):
 
     def check_saved(self, extra: dict[str, Any], state_dict: dict[str, Any]) -> None:
         """Raises ValueError on other sets of coefficients or other tensors."""
-        check_keys(extra, (*_LEARNED, "pending", "learned"), self.checkpoint_key)
-        for name in _LEARNED:
-            check_tensor(extra[name], getattr(self, f"_{name}"), name)
-        if extra["pending"] is not None and self.statistics_mode == "lagged" and self._learns:
-            check_tensor(extra["pending"], self._statistics, "pending")
-        if type(extra["learned"]) is not bool:
-            raise ValueError(f"learned in the loaded state dict is {extra['learned']!r}, not True or False")
+        own = self.saved()
+        check_keys(extra, own, self.checkpoint_key)
+        for name, x in own.items():
+            if isinstance(x, Tensor):
+                check_tensor(extra[name], x, name)
+            elif type(extra[name]) is not bool:
+                raise ValueError(f"{name} in the loaded state dict is {extra[name]!r}, not True or False")
 
     def restore(self, extra: dict[str, Any] | None, state_dict: dict[str, Any]) -> None:
         """Takes over what was learned; a checkpoint of Adam leaves the coefficients as they are and says so."""
@@ -411,8 +412,8 @@ class MADA(FusedOptimizer):
         for name in _LEARNED:
             getattr(self, f"_{name}").copy_(extra[name])
         self._learned = extra["learned"] and self._learns
-        if extra["pending"] is not None and self.statistics_mode == "lagged" and self._learns:
-            self._statistics.copy_(extra["pending"])
+        if extra["pending"] and self.statistics_mode == "lagged" and self._learns:
+            self._statistics.copy_(extra["sums"])
             self._pending = True
 
     def converted(self, state_dict: dict[str, Any]) -> dict[str, Any]:

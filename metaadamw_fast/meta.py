@@ -2,6 +2,7 @@
 
 One class in one file, read top to bottom as the algorithm is: what is asked for, the update, its objective, the meta-optimizer.
 Losses and gradients are in evaluation.py, the hypothetical step in lookahead.py, how the model stays as it was in model_state.py.
+Longer than 300 lines: two fifths of it document and check what is asked for.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
 from .core import devices
-from .core.sharding import check_supported, is_sharded, local
+from .core.sharding import check_supported, is_sharded, local, local_gradient
 from .encoder import threads_for
 from .evaluation import Evaluation, Gradients, LossFn, MicroBatches, no_second_derivative, warn_of_differences, write
 from .features import NORM_FLOOR
-from .lookahead import look_ahead
+from .lookahead import LookAhead
 from .meta_checkpoint import check_learner, with_adam_states
 from .model_state import ModelState
 from .optimizer import MetaAdamW
@@ -123,12 +123,8 @@ class MetaLearner:
                 raise ValueError(f"{name} needs one entry per term ({', '.join(TERMS)}), got {len(values)}")
         if any(kind not in TERM_KINDS for kind in term_kinds):
             raise ValueError(f"Invalid term_kinds: {tuple(term_kinds)} (each one of {', '.join(TERM_KINDS)})")
-        for name, numbers in (
-            ("priorities", priorities),
-            ("fixed_weights", fixed_weights),
-            ("encoder_decay", [encoder_decay]),
-            ("gate_l1", [gate_l1]),
-        ):
+        factors = {"priorities": priorities, "fixed_weights": fixed_weights, "encoder_decay": [encoder_decay], "gate_l1": [gate_l1]}
+        for name, numbers in factors.items():
             if not all(math.isfinite(x) for x in numbers):
                 raise ValueError(f"Invalid {name}: {numbers} (must be finite)")
         if scaler is not None and not hasattr(scaler, "get_scale"):
@@ -161,7 +157,7 @@ class MetaLearner:
         self._exact_works = False  # known from the first update on
         self.scaler = scaler
         self.updates = 0
-        self._idle_since = optimizer._step_calls if has_static_graph(model) else None
+        self._idle_since = optimizer.step_calls if has_static_graph(model) else None
         device = optimizer.encoder.head.weight.device
         self.log_vars = nn.Parameter(torch.zeros(len(TERMS), dtype=optimizer.encoder.head.weight.dtype, device=device))
         self.meta_optimizer = make_optimizer(self._trained(), lr=lr)
@@ -198,7 +194,7 @@ class MetaLearner:
         if val_batch is None and self.terms != ("gradient",):
             raise ValueError("this objective needs val_batch")
         if self._idle_since is not None:
-            if self.optimizer._step_calls == self._idle_since:
+            if self.optimizer.step_calls == self._idle_since:
                 raise RuntimeError(
                     "DistributedDataParallel(static_graph=True) takes the first backward pass for the model of all others: take a"
                     " training step before the first meta-update"
@@ -207,20 +203,19 @@ class MetaLearner:
         gap_batch = val_batch if gap_batch is None else gap_batch
         reshard(self.model)  # a forward pass without a backward may have left an FSDP2 module gathered
         released = self.optimizer.variant == "released"
-        states = self.optimizer._current_states()
-        leaves = list(states.held.leaves)
-        last_grads = states.gradients() if released else []
-        states.let_go()
+        rank_sums = self.optimizer.rank_sums
+        leaves = [p for group in self.optimizer.param_groups for p in group["params"]]
+        last_grads = [local_gradient(p) for p in leaves] if released else []
         self._check_dtypes(leaves)
         # The released code's θ′ is made from stored moments, so that parameters which have been frozen since move, too.
         state = ModelState(self.model, leaves, frozen=released)
         with state, state, torch.enable_grad():
             state.set_aside()
-            params, rank_sums = [local(p) for p in leaves], self.optimizer._rank_sums
+            params = [local(p) for p in leaves]
             theta = [state.values.get(p, shard) for p, shard in zip(leaves, params, strict=True)]
             evaluation = Evaluation(self.loss_fn, self.model, leaves, self._sign(), state, rank_sums, self.scaler)
             loss_a, g1 = evaluation.gradient(batch_a)
-            ahead = look_ahead(self.optimizer, g1, last_grads)
+            ahead = self.optimizer.look_ahead(g1, last_grads)
             g1 = [None if g is None else g * ahead.clip for g in g1]
             before = evaluation.loss(val_batch) if "loss_decrease" in self.terms else None
             terms = {}
@@ -247,7 +242,7 @@ class MetaLearner:
             if before is not None:
                 terms["loss_decrease"] = values["val"][0] - before
             if "gradient" in self.terms:  # last: a central difference leaves the parameters at θ′ - h·w
-                terms["gradient"], gradient = self._alignment(evaluation, batch_b, ahead.scales, g1)
+                terms["gradient"], gradient = self._alignment(evaluation, batch_b, ahead, g1)
                 values["gradient"] = terms["gradient"], ahead.gradient_of_scales(theta, gradient)
             total = self._total(terms)
             of_scales = torch.zeros_like(ahead.scales)
@@ -316,7 +311,7 @@ class MetaLearner:
 
     # -------------------------------------------------------------------------------------------------------- the objective
 
-    def _alignment(self, evaluation: Evaluation, batch: Any, scales: Tensor, g1: Gradients) -> tuple[Tensor, Gradients]:
+    def _alignment(self, evaluation: Evaluation, batch: Any, ahead: LookAhead, g1: Gradients) -> tuple[Tensor, Gradients]:
         """(1/G) Σ_g flatness_weight·‖g2‖² - alignment_weight·cos(g1, g2), over each group's concatenated tensors; g2 = ∇L(θ′).
 
         ``g1`` may be empty afterwards, and the parameters moved.
@@ -325,19 +320,19 @@ class MetaLearner:
             The term, with the graph of the two weights, and its gradient with respect to θ′: H·w for w = ∂term/∂g2, which is a
             linear combination of g1 and g2 within each group.
         """
+        scales = ahead.scales
         term = scales.new_zeros(())
 
         def weights(g2: Gradients) -> Gradients:
             nonlocal term
-            squared1, dot, squared2 = self._group_sums(g1, g2, scales)
+            squared1, dot, squared2 = (x.clone() for x in ahead.group_sums(g1, g2).unbind(1))
             dot.requires_grad_()
             squared2.requires_grad_()
             floor = NORM_FLOOR**2  # under the root: the gradient of a root at 0 is infinite
             norms = squared1.clamp(min=floor).sqrt() * squared2.clamp(min=floor).sqrt()
             term = (scales[2] * squared2 - scales[3] * dot / norms).mean()
             of_dot, of_squared = torch.autograd.grad(term, (dot, squared2), retain_graph=True)
-            group_of = self.optimizer._group_of
-            factors = torch.stack([of_dot, 2 * of_squared]).index_select(1, group_of).unbind(1)
+            factors = torch.stack([of_dot, 2 * of_squared]).index_select(1, ahead.group_of).unbind(1)
             return [
                 None if y is None else f[1] * y if x is None else f[0] * x + f[1] * y
                 for x, y, f in zip(g1, g2, factors, strict=True)
@@ -356,22 +351,6 @@ class MetaLearner:
         w = weights(evaluation.gradient(batch)[1])
         g1.clear()  # memory: two more gradients follow
         return term, evaluation.difference_product(batch, w)
-
-    def _group_sums(self, xs: Gradients, ys: Gradients, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Σx², Σx·y and Σy² over the tensors of each group, [G] each; a missing gradient counts as zeros."""
-        sums = torch.zeros(len(xs), 3, dtype=torch.float64, device=like.device)
-        backend = self.optimizer._backend.name
-        pairs = {t: (x, y) for t, (x, y) in enumerate(zip(xs, ys, strict=True)) if x is not None and y is not None}
-        if pairs:
-            both = zip(*pairs.values(), strict=True)
-            sums[list(pairs)] = ops.tensor_stats(*map(list, both), dtype=torch.float64, backend=backend)
-        for t, (x, y) in enumerate(zip(xs, ys, strict=True)):
-            if (x is None) != (y is None):
-                sums[t, 0 if y is None else 2] = torch.stack([z.double().square().sum() for z in (x, y) if z is not None]).sum()
-        groups = torch.zeros(like.shape[1], 3, dtype=torch.float64, device=like.device)
-        groups.index_add_(0, self.optimizer._group_of, self.optimizer._rank_sums(sums))
-        squared1, dot, squared2 = groups.to(like.dtype).unbind(1)
-        return squared1, dot.clone(), squared2.clone()
 
     def _total(self, terms: dict[str, Tensor]) -> Tensor:
         values = [terms[name].to(self.log_vars.dtype) for name in self.terms]

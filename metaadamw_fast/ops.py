@@ -2,8 +2,10 @@
 
 Each op takes lists over T tensors and is one call (one parallel region, one launch) whatever T is. The tensors of one position
 must have the same shape; strides, dtypes (float32, float64, bfloat16, float16) and sizes may differ from tensor to tensor and from
-list to list. float64 tensors are computed in float64, all others in float32. What runs an op stands beside the ops, so that a
-backend is added in one place.
+list to list. float64 tensors are computed in float64, all others in float32.
+
+Longer than 300 lines: a quarter is documentation, and what runs an op stands beside the ops, so that a backend is added in one
+place.
 """
 
 from __future__ import annotations
@@ -108,11 +110,7 @@ class CppBackend:
         scaled_gradients = staticmethod(torch.ops.metaadamw_fast.scaled_gradients.default)
         modulation = staticmethod(torch.ops.metaadamw_fast.modulation.default)
         update_vectors = staticmethod(torch.ops.metaadamw_fast.update_vectors.default)
-        mada_policy_ = (
-            staticmethod(getattr(torch.ops.metaadamw_fast, "mada_policy_", mada_reference).default)
-            if hasattr(torch.ops.metaadamw_fast, "mada_policy_")
-            else staticmethod(mada_reference.mada_policy_)
-        )
+        mada_policy_ = staticmethod(torch.ops.metaadamw_fast.mada_policy_.default)
         launch = CppLaunch
 
     @classmethod
@@ -379,9 +377,6 @@ if _NO_EXTENSION is None:
 
     @torch.library.register_fake("metaadamw_fast::adamw_update_")
     def _(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *others):  # type: ignore[no-untyped-def]
-        hyperparameters, (_new_sums, _seed, low) = (
-            others[: len(HYPERPARAMETERS)],
-            [*others[len(HYPERPARAMETERS) :], *[None] * 3][:3],
-        )
-        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-        check_update(*lists, *hyperparameters, low_precision_params=low)
+        numbers, rest = others[: len(HYPERPARAMETERS)], others[len(HYPERPARAMETERS) :]  # new_sums, seed, low_precision_params
+        low = rest[2] if len(rest) > 2 else None
+        check_update(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, *numbers, low_precision_params=low)

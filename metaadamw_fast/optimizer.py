@@ -1,6 +1,6 @@
 """MetaAdamW: what is its own of the step, on the optimizer of core/. No arithmetic on elements happens here; see ops.py.
 
-Longer than 300 lines: half of it is the constructor with its documentation.
+Longer than 300 lines: a third of it is the constructor with its documentation.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from . import checkpoint, rounding
 from . import grouping as grouping_
 from .core import devices
 from .core.checkpoint import check_keys
+from .core.gradients import Scaled, scale
 from .core.hyperparameters import Hyperparameters
 from .core.members import listed
 from .core.optimizer import FusedOptimizer
 from .core.rule import PARAM, Decision, Rule, State, Step
-from .core.sharding import check_supported
+from .core.sharding import RankSums, check_supported
+from .core.states import States
 from .core.tracking import Moved
 from .encoder import EncoderConfig, GroupEncoder, check_encoder
 from .encoder_graph import EncoderGraph, Encoding, Sources
 from .features import FeatureConfig, FeatureTable, feature_table, training_progress
+from .lookahead import LookAhead, gradients_of_rows, next_directions, released_decay, stored_directions, sums_beside
 
 # csrc/table.h and features.py have the same operands and columns.
 ADAMW = Rule(
@@ -261,11 +264,7 @@ class MetaAdamW(FusedOptimizer):
         self._table = None
 
     def release(self) -> None:
-        """Lets go of all memory that the next step can make anew: tables, caches, a captured encoder graph.
-
-        States stay, but for those of parameters that are no longer in ``param_groups``. Nothing that is left refers to the memory
-        of a parameter, a gradient or a state, whether or not this is called: that is free as soon as it is replaced.
-        """
+        """As :meth:`~metaadamw_fast.core.tracking.TrackingOptimizer.release`; also of a captured encoder graph."""
         super().release()
         self.encoder.float64_copies = []
         if self._encoder_graph is not None:
@@ -340,6 +339,87 @@ class MetaAdamW(FusedOptimizer):
             self._lagged = self.lagged_statistics()
             tensors["_lagged"] = tensors["_statistics"]
         super()._publish(should_step, **tensors)
+
+    # ---------------------------------------------------------------------------------------------- the step that is not taken
+
+    @property
+    def rank_sums(self) -> RankSums:
+        """Makes sums over this rank's shards of the parameters those of whole tensors, [T, S] to [T, S].
+
+        Raises:
+            RuntimeError, ValueError: the parameters are none that a step could update; see :meth:`step`.
+        """
+        self._current_states().let_go()
+        return self._rank_sums
+
+    @devices.outside_inference_mode
+    def look_ahead(self, g1: Sequence[Tensor | None], last_grads: Sequence[Tensor | None] = ()) -> LookAhead:
+        """What :meth:`step` would do with the gradients ``g1``, as a function of the scales, without doing it.
+
+        MetaAdamW algorithm 2; docs/algorithm.md, section 6. u is m̂′/(√v̂′ + ε) for the moments that the step would leave. The
+        released code takes the features from the ``.grad`` of the last training step, and the moments as that step left them.
+        Parameters, states, ``.grad`` and the launch table of the steps stay as they are; states that are missing are made.
+
+        Args:
+            g1: of what is minimized, for each of the T parameters in the order of ``param_groups``: a tensor of its shape (of a
+                DTensor, of this rank's shard), or None where there is none.
+            last_grads: likewise the ``.grad`` of the last training step, for ``variant="released"`` only.
+
+        Raises:
+            ValueError: fewer or more than T gradients; see also :meth:`step`.
+            RuntimeError: a gradient that is sparse, or of another shape or device; see also :meth:`step`.
+        """
+        total = sum(len(group["params"]) for group in self.param_groups)
+        for name, grads in (("g1", g1), *([("last_grads", last_grads)] if self.variant == "released" else [])):
+            if len(grads) != total:
+                raise ValueError(f"look_ahead needs an entry of {name} for each of the {total} parameters, got {len(grads)}")
+        states = self._current_states(g1)
+        try:
+            return self._look_ahead(states, g1, last_grads)
+        finally:
+            states.let_go()
+
+    def _look_ahead(self, states: States, g1: Sequence[Tensor | None], last_grads: Sequence[Tensor | None]) -> LookAhead:
+        released, backend = self.variant == "released", self._backend
+        ahead = 0 if released else 1
+        self._record_stream()
+
+        def scaled(grads: list[Tensor | None], sign: Tensor | None) -> Scaled:
+            wanted = self.sums_dtype()
+            sums = sums_beside(states, backend.launch, self.rule, grads, torch.float64 if self._rank_sums.active else wanted)
+            return scale(backend, self._rank_sums(states.whole(sums)).to(wanted), sign, None, self.max_grad_norm)
+
+        with torch.no_grad():
+            states.counts.take_writes()
+            hyper = self._hyperparameters.update(self.param_groups)
+            step = self._counts[:-1] + ahead
+            ours = gradients_of_rows(states, g1)
+            if released:
+                # A .grad is the gradient of loss_fn, which an optimizer with maximize=True negates. g1 has been negated already.
+                _, _, sums = scaled(gradients_of_rows(states, last_grads), hyper.sign)
+                factor = None if self.max_grad_norm is None else scaled(ours, None).factor
+                directions = stored_directions(states, step, hyper)
+            else:
+                factor, _, sums = scaled(ours, None)
+                ones = torch.ones_like(step)
+                vectors = backend.update_vectors(-ones, ones, step, hyper.beta1, hyper.beta2, hyper.eps, factor)
+                directions = next_directions(states, backend.launch, ours, vectors)
+        with torch.enable_grad():
+            _, scales = self._encode(sums, ahead)
+        return LookAhead(
+            scales=scales,
+            clip=1.0 if factor is None else factor[0].to(scales.dtype),
+            lr=hyper.lr,
+            weight_decay=released_decay(hyper, step) if released else hyper.weight_decay,
+            directions=[
+                torch.view_as_complex(u) if u is not None and p.is_complex() else u
+                for p, u in zip(states.held.leaves, states.spread(directions), strict=True)
+            ],
+            group_of=self._group_of,
+            moves_wd_scale=not released,
+            backend=backend.name,
+            rank_sums=self._rank_sums,
+        )
 
     # ------------------------------------------------------------------------------------------------------- what can be read
 

@@ -22,24 +22,24 @@ class Schedule:
 
     def __init__(self, optimizer: MetaAdamW, steps: int, warm_up: int) -> None:
         self._optimizer, self._steps, self._warm_up = optimizer, steps, warm_up
-        self._times_set = optimizer._set_steps[0]
+        self._times_set = optimizer.count_set[0]
         self._read()
 
     def _read(self) -> None:
         self._count = self._optimizer.steps_done
-        self._calls, self._step_calls = 0, self._optimizer._step_calls
+        self._calls, self._step_calls = 0, self._optimizer.step_calls
 
     def due(self) -> bool:
         """Whether the count has passed a multiple since the last call. To be called after every step.
 
         A replay of a captured step calls no ``step``. So each call of this method stands for at least one.
         """
-        times_set, value = self._optimizer._set_steps
+        times_set, value = self._optimizer.count_set
         if times_set != self._times_set:
             self._times_set, self._count = times_set, value
         self._calls += 1
         next_due = (max(self._count, self._warm_up) // self._steps + 1) * self._steps
-        if self._count + max(self._calls, self._optimizer._step_calls - self._step_calls) < next_due:
+        if self._count + max(self._calls, self._optimizer.step_calls - self._step_calls) < next_due:
             return False
         self._read()
         return self._count >= next_due

@@ -26,8 +26,15 @@ def test_tables_and_the_sanitizer_script_run_through(tmp_path):
     arguments = ["--device", "cpu", "--parts", "table", "memcheck", "--models", "148-tiny", "--seconds", "0.2"]
     run, report, results = check(tmp_path, *arguments)
     assert run.returncode == 0, run.stdout + run.stderr + (results / "report.md").read_text()
-    assert [part["name"] for part in report["parts"]] == ["table 148-tiny float32", "table 148-tiny bfloat16", "memcheck"]
-    for table, update in zip(report["tables"], (28, 22), strict=True):
+    names = ["table 148-tiny float32", "table 148-tiny bfloat16", "table 148-tiny MADA", "memcheck"]
+    assert [part["name"] for part in report["parts"]] == names
+    rows = {row["side"]: row for row in report["tables"][2]["rows"]}
+    bytes_of = {"exact": 92, "lagged": 64, "frozen": 28}
+    for backend in ("cpp", "reference"):
+        assert {kind: rows[f"MADA {backend}, {kind}"]["bytes_per_element"] for kind in bytes_of} == bytes_of
+        assert rows[f"AVGrad {backend}"]["bytes_per_element"] == 36
+    assert rows["autograd's MADA"]["device_seconds"]["median"] > 0
+    for table, update in zip(report["tables"][:2], (28, 22), strict=True):
         rows = {row["side"]: row for row in table["rows"]}
         assert rows["torch fused"]["ratio"]["median"] == 1
         assert rows["cpp: update alone"]["bytes_per_element"] == update
@@ -35,6 +42,7 @@ def test_tables_and_the_sanitizer_script_run_through(tmp_path):
         assert rows["MetaAdamW reference"]["device_seconds"]["median"] > 0
     text = (results / "report.md").read_text()
     assert "### 148-tiny, bfloat16: 148 tensors, 10,608 parameters" in text
+    assert "### 148-tiny, float32, MADA: 148 tensors, 10,608 parameters" in text
     assert "Nothing was predicted for this GPU" in text
     assert text.count("#### Profile of MetaAdamW cpp\n") == 1  # of float32
     profile = next(row["profile"] for row in report["tables"][0]["rows"] if row["side"] == "MetaAdamW cpp")

@@ -188,13 +188,17 @@ def test_bias_corrections(step, beta1, beta2):
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_the_update_also_sums_what_it_finds(dtypes):
-    """With the bits of a pass before it."""
-    lists = random_lists([(3,), (CHUNK + 5,), (0,), (2, BLOCK)], dtypes)
+    """With the bits of a pass before it; of every row, also where it has no gradient or its step is 0."""
+    lists = random_lists([(3,), (CHUNK + 5,), (0,), (2, BLOCK), (BLOCK + 2,), (5,)], dtypes)
+    lists = lists._replace(grads=[*lists.grads[:4], torch.empty(0, dtype=lists.grads[4].dtype), lists.grads[5]])
+    h = Hyper(step=torch.tensor([3.0, 3, 3, 3, 3, 0], dtype=F64))
     launch, there = launched(lists)
     before = sums_of(launch)
-    new_sums = torch.full((4, 5), -1.0, dtype=F64, device=DEVICE)
-    launch.update_(hyper_vectors(Hyper(), 4), new_sums)
-    assert back(there).same_bits(lists.map(clone).update(Hyper(), "cpp"))
+    new_sums = torch.full((6, 5), -1.0, dtype=F64, device=DEVICE)
+    launch.update_(hyper_vectors(h, 6), new_sums)
+    expected = lists.map(clone)
+    expected.launch("cpp").update_(h.vectors(6))
+    assert back(there).same_bits(expected)
     assert same_bits(new_sums.cpu(), before[:, :5])
 
 

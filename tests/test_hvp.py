@@ -453,7 +453,7 @@ def test_every_waits_for_the_device_only_where_an_update_may_be_due(monkeypatch,
     monkeypatch.setattr(MetaAdamW, "steps_done", property(lambda opt: waits.append(0) or read(opt)))
     for step in range(1, 13):
         train(model, opt, 1, step)
-        opt._step_calls -= not called
+        opt.step_calls -= not called
         updates = after_step() is not None
         assert updates == (step % 4 == 0)
         assert len(waits) == step // 4

@@ -19,7 +19,6 @@ from .models import same
 
 pytestmark = ranks.needs_gloo
 EXAMPLE = Path(__file__).parent.parent / "examples" / "fsdp_train.py"
-KILLS = 20
 
 
 def example():
@@ -29,7 +28,7 @@ def example():
     return module
 
 
-def train(rank, size, directory, attempt):
+def train(rank, size, directory, attempt, optimizer):
     """One attempt; writes what the training ends with, and where it began."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -51,13 +50,15 @@ def train(rank, size, directory, attempt):
         "3",
         "--meta-every",
         "5",
+        "--optimizer",
+        optimizer,
     ]
     model, opt, meta = module.train(module.parse_arguments(arguments), torch.device("cpu"))
     local = [p.detach() for p in model.parameters()] if size == 1 else [p._local_tensor.detach() for p in model.parameters()]
     states = [
         {n: x._local_tensor if hasattr(x, "_local_tensor") else x for n, x in opt.state[p].items()} for p in model.parameters()
     ]
-    end = {"params": local, "states": states, "extra": opt.state_dict()["metaadamw"], "meta": meta.state_dict()}
+    end = {"params": local, "states": states, "extra": opt.state_dict()[optimizer], "meta": meta and meta.state_dict()}
     torch.save(end, directory / f"unfinished {rank}.pt")
     os.rename(directory / f"unfinished {rank}.pt", directory / f"end {rank}.pt")
 
@@ -65,11 +66,11 @@ def train(rank, size, directory, attempt):
 class Attempt:
     """A training on ``size`` processes, in the background."""
 
-    def __init__(self, size, directory, number=0):
+    def __init__(self, size, directory, number=0, optimizer="metaadamw"):
         directory.mkdir(exist_ok=True)
         self._size, self._directory, self._number = size, directory, number
         context = multiprocessing.get_context("forkserver")
-        self.processes = [context.Process(target=train, args=(rank, size, directory, number)) for rank in range(size)]
+        self.processes = [context.Process(target=train, args=(rank, size, directory, number, optimizer)) for rank in range(size)]
         for process in self.processes:
             process.start()
 
@@ -100,22 +101,22 @@ class Attempt:
         return [torch.load(self._directory / f"end {rank}.pt", weights_only=True) for rank in range(self._size)]
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_killed_trainings_end_as_the_uninterrupted_one(size, tmp_path):
-    whole = Attempt(size, tmp_path / "whole")
+@pytest.mark.parametrize(("size", "optimizer", "killed"), [(1, "metaadamw", 20), (2, "metaadamw", 20), (2, "mada", 12)])
+def test_killed_trainings_end_as_the_uninterrupted_one(size, optimizer, killed, tmp_path):
+    whole = Attempt(size, tmp_path / "whole", optimizer=optimizer)
     began = whole.begin()
     assert whole.wait()
     seconds = time.monotonic() - began  # on this machine, as busy as it is
     expected = whole.end()
     moments = random.Random(size)
     kills = attempts = rounds = 0
-    while kills < KILLS:
+    while kills < killed:
         rounds += 1
         directory, finished = tmp_path / f"round {rounds}", False
         while not finished:
             attempts += 1
-            attempt = Attempt(size, directory, attempts)
-            if kills == KILLS:
+            attempt = Attempt(size, directory, attempts, optimizer)
+            if kills == killed:
                 assert attempt.wait()
                 finished = True
                 continue
@@ -126,7 +127,7 @@ def test_killed_trainings_end_as_the_uninterrupted_one(size, tmp_path):
                 kills += attempt.kill(moments.randrange(size))
         assert same(attempt.end(), expected)
     began = [int(path.read_text()) for path in tmp_path.glob("round */began * 0")]
-    assert sum(step > 0 for step in began) >= KILLS // 4, "too few continued from a checkpoint for this to show anything"
+    assert sum(step > 0 for step in began) >= killed // 4, "too few continued from a checkpoint for this to show anything"
 
 
 def test_torchrun_trains_and_goes_on_with_fewer_processes(tmp_path):

@@ -15,6 +15,7 @@ from .mada_oracle import COEFFICIENTS, RATES, Oracle, updated
 F64 = torch.float64
 SHAPES = [(7,), (33, 5), (2, 3, 4), (), (0, 3), (1100,)]
 BACKENDS = ["cpp", "reference"]
+SLOW = {name: rate / 100 for name, rate in RATES.items()}  # with which coefficients stay inside for a while
 INTERIOR = {"beta1": 0.85, "beta2": 0.9, "beta3": 0.4, "rho": 0.5, "c": 0.6, "gamma": 0.7}
 backends = pytest.mark.parametrize("backend", BACKENDS)
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -147,13 +148,18 @@ def held(coefficients, names):
     return {"hyper_lr": rates, "bounds": {name: (coefficients[name],) * 2 for name in names}, "freeze_steps": 0}
 
 
-@backends
-@pytest.mark.parametrize("live", [(), COEFFICIENTS, *((name,) for name in COEFFICIENTS)], ids=lambda x: "+".join(x) or "fixed")
+LIVE = [(), COEFFICIENTS, *((name,) for name in COEFFICIENTS)]
+
+
+@pytest.mark.parametrize(
+    ("live", "backend"),
+    # The plain formulas do not depend on which of the coefficients are live; in C++ it says which loops run.
+    [(live, backend) for backend in BACKENDS for live in (LIVE if backend == "cpp" else LIVE[:2])],
+    ids=lambda x: x if isinstance(x, str) else "+".join(x) or "fixed",
+)
 @pytest.mark.parametrize("case", CASES)
 def test_120_steps_are_those_of_the_optimizer_that_it_contains(case, live, backend):
     """Also where coefficients are live: the learning runs, the states that a fixed one saves are kept, and all must be the same."""
-    if backend == "reference" and len(live) == 1:
-        pytest.skip("the plain formulas do not depend on what is live")
     optimizer, coefficients, options, weight_decay = CASES[case]
     params = parameters()
     batches = gradients(120, missing={(step, 1) for step in range(0, 120, 7)} | {(9, 3), (50, 0)})
@@ -180,7 +186,7 @@ def test_hyperadam_learns_two_betas_of_adam(backend):
 
 # --------------------------------------------------------------------------------------------------------------- against autograd
 #
-# Both get the same gradients. hyper_sums and hyper_gradient are compared in every step, relative to the largest of their column.
+# Both get the same gradients. hyper_sums and hyper_gradient of every step are compared, relative to the largest of their column.
 
 
 def pair(coefficients, semantics, options, of_oracle, shapes=SHAPES, groups=None, weight_decay=0.1):
@@ -217,8 +223,9 @@ def follow(params, oracle, opt, batches, each=None):
                 if state and name in opt.state[p]:
                     got = opt.state[p][name].abs() if letter in "AV" else opt.state[p][name]
                     torch.testing.assert_close(got, state[letter], rtol=1e-10, atol=1e-11)
-    got, want, of_tensors, expected = (torch.stack(x) for x in zip(*differences, strict=True))
-    assert want[1:].any()
+    learned = [i for i, rate in enumerate(oracle.rates) if rate]  # the states of others may be missing
+    got, want, of_tensors, expected = (torch.stack(x)[..., learned] for x in zip(*differences, strict=True))
+    assert want.any((0, 1)).all()
     for x, y in ((got, want), (of_tensors, expected)):
         assert ((x - y).abs() <= 1e-10 * y.abs().amax((0, 1))).all()
 
@@ -229,8 +236,8 @@ EVERY_SEMANTICS = [Semantics(*x) for x in itertools.product((True, False), (True
 @backends
 @pytest.mark.parametrize("semantics", EVERY_SEMANTICS, ids=lambda x: "".join(str(int(bool(switch))) for switch in x))
 def test_interior_coefficients_of_every_semantics(semantics, backend):
-    options = {"freeze_steps": 0, "backend": backend}
-    params, oracle, opt = pair(INTERIOR, semantics, options, {})
+    options = {"hyper_lr": SLOW, "freeze_steps": 0, "backend": backend}
+    params, oracle, opt = pair(INTERIOR, semantics, options, {"rates": SLOW})
     follow(params, oracle, opt, gradients(50))
     low, high = torch.tensor(oracle.bounds, dtype=F64).t()
     moved = (opt.coefficients - torch.tensor([[INTERIOR[name] for name in COEFFICIENTS]], dtype=F64)).abs()
@@ -242,16 +249,17 @@ MOMENTA = {"beta1": 0.5, "beta3": 0.9, "rho": 0.8, "gamma": 0.7}
 OPTIONS = {  # of MADA, of the oracle
     "default start": ({}, {}),
     "frozen": ({"freeze_steps": 20}, {"freeze_steps": 20}),
-    "momentum": ({"hyper_momentum": MOMENTA}, {"momenta": MOMENTA}),
+    "slow": ({"hyper_lr": SLOW}, {"rates": SLOW}),
+    "momentum": ({"hyper_lr": SLOW, "hyper_momentum": MOMENTA}, {"rates": SLOW, "momenta": MOMENTA}),
     "tight clip": ({"hyper_clip": 1e-2}, {"clip": 1e-2}),
-    "no clip": ({"hyper_clip": 0.0}, {"clip": 0.0}),
+    "no clip": ({"hyper_lr": SLOW, "hyper_clip": 0.0}, {"rates": SLOW, "clip": 0.0}),
     "bounds": (
         {"bounds": {"rho": (0.49, 0.505), "gamma": (0.69, 0.701)}},
         {"bounds": {"rho": (0.49, 0.505), "gamma": (0.69, 0.701)}},
     ),
-    "clipped gradients": ({"max_grad_norm": 1.0}, {"max_grad_norm": 1.0}),
-    "maximum": ({"second_moment": "maximum"}, {"maximum": True}),
-    "maximize": ({"maximize": True}, {"sign": -1.0}),
+    "clipped gradients": ({"hyper_lr": SLOW, "max_grad_norm": 1.0}, {"rates": SLOW, "max_grad_norm": 1.0}),
+    "maximum": ({"hyper_lr": SLOW, "second_moment": "maximum"}, {"rates": SLOW, "maximum": True}),
+    "maximize": ({"hyper_lr": SLOW, "maximize": True}, {"rates": SLOW, "sign": -1.0}),
     "maximize and clip": ({"maximize": True, "max_grad_norm": 1.0}, {"sign": -1.0, "max_grad_norm": 1.0}),
     "lion betas": ({"lion_betas": (0.8, 0.7)}, {"lions": (0.8, 0.7)}),
 }

@@ -16,7 +16,7 @@ from metaadamw_fast import MetaLearner
 
 from . import ranks
 from .models import same
-from .optimizers import AVGRAD, META, every
+from .optimizers import AVGRAD, LEARNED, MADA_, META, every
 from .test_sharding import BATCH, joint, loss_fn, seeded_net, shard, whole
 
 pytestmark = [ranks.needs_gloo, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
@@ -57,7 +57,7 @@ class Training:
             "steps": (self.opt.steps_done, self.opt.skipped_steps),
         }
         if self.meta is None:
-            return found
+            return found | {name: getattr(self.opt, name) for name in LEARNED if hasattr(self.opt, name)}
         names = {p: name for name, p in self.opt.encoder.named_parameters()} | {self.meta.log_vars: "log_vars"}
         return found | {
             "encoder": {name: whole(p) for p, name in names.items()},
@@ -141,6 +141,21 @@ def test_avgrad_goes_on_with_another_number_of_ranks(before, after, tmp_path):
     for ((at, end),) in ranks.run(loaded, after, tmp_path / "run", [tmp_path / "checkpoint"], options, AVGRAD):
         assert same(at, expected_at)
         assert (same if before == after else close)(end, expected_end)
+
+
+MADA_OPTIONS = ({"max_grad_norm": 1.0}, {"statistics": "lagged", "scope": "per_group"})
+
+
+def test_mada_goes_on_with_another_number_of_ranks(tmp_path):
+    for options in MADA_OPTIONS:
+        directories = [tmp_path / f"{size} {options}" for size in SIZES]
+        saves = [ranks.run(saved, n, tmp_path / "run", d, options, MADA_) for n, d in zip(SIZES, directories, strict=True)]
+        for size in SIZES:
+            for found in ranks.run(loaded, size, tmp_path / "run", directories, options, MADA_):
+                for (at, end), saved_by, results in zip(found, SIZES, saves, strict=True):
+                    expected_at, expected_end = results[0]
+                    assert same(at, expected_at), (size, saved_by)
+                    assert (same if size == saved_by else close)(end, expected_end), (size, saved_by)
 
 
 def flattened(_, directory):

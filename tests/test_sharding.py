@@ -13,12 +13,12 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaadamw_fast import MetaAdamW, MetaLearner
+from metaadamw_fast import MADA, MetaAdamW, MetaLearner
 from metaadamw_fast.parallel import reshard
 
 from . import ranks
 from .models import noise, said, same
-from .optimizers import AVGRAD, META
+from .optimizers import AVGRAD, LEARNED, MADA_, META
 
 pytestmark = ranks.needs_gloo
 BATCH, STEPS = 8, 50
@@ -102,6 +102,9 @@ def train(model, options, rank=0, parts=1, steps=STEPS, average=()):
         "statistics": opt.statistics.clone(),
         "grad_norm": opt.grad_norm.clone(),
     }
+    if spec.kind is MADA:
+        found |= {name: getattr(opt, name) for name in LEARNED}
+        assert not torch.equal(opt.coefficients, spec.kind([nn.Parameter(torch.ones(1))], **spec.tuned).coefficients)
     if spec.encodes:
         found["scales"] = torch.stack(scales)
         found["encoder"] = [p.detach().clone() for p in opt.encoder.parameters()]
@@ -168,6 +171,9 @@ CASES = [
     ("fsdp and tensor parallel", 4, {"max_grad_norm": 1.0}),
     ("fsdp", 2, {"spec": AVGRAD, "max_grad_norm": 1.0}),
     ("mixed", 2, {"spec": AVGRAD}),
+    ("fsdp", 2, {"spec": MADA_, "max_grad_norm": 1.0}),
+    ("fsdp", 4, {"spec": MADA_}),
+    ("tensor parallel", 2, {"spec": MADA_, "statistics": "lagged"}),
 ]
 
 
@@ -238,6 +244,16 @@ def test_avgrad_communicates_what_clipping_needs(tmp_path):
     for plain, clipped in ranks.run(collectives_of_avgrad, 2, tmp_path):
         assert plain[0] == [([], 0)] * 3
         assert clipped[0] == [([8 * clipped[1]], 0)] * 3
+
+
+def collectives_of_mada(rank):
+    return [collectives_of_a_step(rank, "fsdp", options, MADA_) for options in ({"max_grad_norm": 1.0}, {"statistics": "lagged"})]
+
+
+def test_mada_makes_one_all_reduce(tmp_path):
+    for modes in ranks.run(collectives_of_mada, 2, tmp_path):
+        for found, tensors, _ in modes:
+            assert found == [([8 * 7 * tensors], 0)] * 3
 
 
 def test_nothing_is_communicated_where_nothing_is_split(tmp_path):

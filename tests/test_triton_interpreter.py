@@ -16,6 +16,7 @@ PARTS = {
     "everything else": (["test_gpu_ops.py", "-k", "not every_dtype"], 30),
     "around the encoder": (["test_policy.py"], 100),
     "AVGrad": (["test_avgrad_ops.py", "-k", "triton"], 40),
+    "MADA": (["test_mada_triton.py"], 65),
     "step counts": (["test_step_counts.py"], 18),
     "masters": (["test_masters.py"], 60),
     "the optimizer": (["test_gpu_optimizer.py", "-k", "float32 and (clipping or lagged or enhanced)"], 3),

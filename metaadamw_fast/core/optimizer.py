@@ -61,7 +61,7 @@ class FusedOptimizer(TrackingOptimizer):
         self._statistics: Tensor
         self._grad_norm: Tensor | None = None
         # How often `step` was called, and how often the count of steps was set, and to what: known without a wait for the device.
-        self._step_calls, self._set_steps = 0, (0, 0)
+        self.step_calls, self.count_set = 0, (0, 0)
         self._stream: torch.Stream | None = None  # of the last step
         super().__init__(
             params,
@@ -140,7 +140,7 @@ class FusedOptimizer(TrackingOptimizer):
     @devices.outside_inference_mode
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        self._step_calls += 1
+        self.step_calls += 1
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -188,7 +188,7 @@ class FusedOptimizer(TrackingOptimizer):
         counted = should_step if isinstance(should_step, Tensor) else None
         turns = None if states.turns is None else states.turns[:-1]
         decision = self.decide(sums, Step(hyper, factor, self._counts, counted, scaler_scale, states.present, turns))
-        if sums is None and self.wants_sums():
+        if self.wants_sums() and not self.needs_sums():  # beside Σg², which clipping and skipping may have needed before
             sums = states.update_and_measure(decision.vectors, should_step, self._rounding_seed)
             sums = self._rank_sums(states.whole(sums)).to(self._statistics.dtype)
             sums = of_multiplied_gradient(sums, factor, degrees)
@@ -206,15 +206,17 @@ class FusedOptimizer(TrackingOptimizer):
         """Whether a step needs the sums before its update."""
         return self.needs_sums() or self.max_grad_norm is not None or self._skipped is not None
 
-    def _measure(self, states: States) -> tuple[Tensor, Tensor]:
+    def _measure(self, states: States, needed: bool | None = None) -> tuple[Tensor, Tensor]:
         """Sums [T, S] of the gradients that ``states`` has and of the states, a missing gradient counting as zeros.
+
+        Only Σg² is made, and the others are 0, unless all are ``needed``: by default if :meth:`decide` needs them.
 
         Returns:
             Those of this rank's shards, of the R parameters that have a state, and those of all T whole tensors, in
             :meth:`sums_dtype`. One and the same where nothing is sharded or frozen.
         """
         wanted, every = self.sums_dtype(), len(self.rule.sums)
-        needed = self.needs_sums()
+        needed = self.needs_sums() if needed is None else needed
         sums = states.measure(
             torch.float64 if self._rank_sums.active else wanted,
             columns=every if needed else 1,  # Σg², to clip and to skip by
@@ -309,7 +311,7 @@ class FusedOptimizer(TrackingOptimizer):
     @steps_done.setter
     def steps_done(self, value: int) -> None:
         self._counts[-1] = value
-        self._set_steps = (self._set_steps[0] + 1, int(value))
+        self.count_set = (self.count_set[0] + 1, int(value))
 
     @property
     def skipped_steps(self) -> int:
