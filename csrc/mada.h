@@ -100,6 +100,13 @@ struct Mada {
     METAADAMW_INLINE bool has(Flag flag) const { return flags & flag; }
   };
 
+  // The operands (bit i: operand i) that an update itself does not read, beside those that it only writes; its found sums may.
+  template <typename T>
+  static METAADAMW_INLINE int unread(const Scalars<T>& s) {
+    const int last = s.has(kTwo) ? kLast : kOther;
+    return (s.has(kTwo) ? 1 << kOther : 0) | (s.has(kKeeps) && !s.has(kFirst) ? 0 : 1 << last);
+  }
+
   template <typename T>
   static METAADAMW_INLINE Scalars<T> scalars(const Update& update, int64_t t) {
     const auto at = [&](int vector) { return update.at(vector, t); };
