@@ -87,9 +87,7 @@ def lists_of(shapes, dtypes="fp32", case="paper", seed=0):
     dtype_of = {"grads": grad, "params": param, "last_grads": grad, "previous_grads": grad}
     dtype_of["average_sqs"] = F64 if state is F64 else F32
     unsigned = {"average_sqs"} if in_v else {"exp_avg_sqs"}
-    made = {
-        name: [draw(shape, dtype_of.get(name, state), name not in unsigned) for shape in shapes] for name in Lists._fields[:9]
-    }
+    made = {name: [draw(shape, dtype_of.get(name, state), name not in unsigned) for shape in shapes] for name in Lists._fields[:9]}
     always = ("grads", "exp_avgs", "params", "exp_avg_sqs")
     return Lists(**{name: made[name] if name in (*always, *there_are) else None for name in Lists._fields[:9]})
 
@@ -485,7 +483,9 @@ def test_clipping_reads_nothing_but_the_gradient(there):
         assert ((sums[:, 0] - exact).abs() <= 1e-6 * exact).all()
 
 
-@pytest.mark.parametrize("case", ["paper", "paper, at the start", "paper, maximum", "released", "no average", "no lion", "hyperadam"])
+@pytest.mark.parametrize(
+    "case", ["paper", "paper, at the start", "paper, maximum", "released", "no average", "no lion", "hyperadam"]
+)
 def test_the_sums_are_derivatives(case, there):
     """Of the direction that an update by the library takes, in float64, by its six coefficients: against autograd."""
     shapes = [(CHUNK + 3,), (3, 50), (7,), (4, BLOCK)]
@@ -703,7 +703,9 @@ def test_a_step_that_does_not_count_changes_nothing(go, there):
     assert changed == ({"coefficients", "momentum", "hyper_gradient", "hyper_sums", "last"} if go else set())
 
 
-@pytest.mark.parametrize(("steps", "lagged", "learns"), [(50, False, False), (51, False, True), (51, True, False), (52, True, True)])
+@pytest.mark.parametrize(
+    ("steps", "lagged", "learns"), [(50, False, False), (51, False, True), (51, True, False), (52, True, True)]
+)
 def test_the_first_steps_are_frozen(steps, lagged, learns, there):
     arguments = policy_arguments(1, lagged=lagged)
     arguments["counts"][-1] = steps
@@ -786,4 +788,6 @@ def test_vectors_that_do_not_fit(there):
         launch.update_(half)
     with pytest.raises(RuntimeError, match=r"new_sums must be a contiguous float64 tensor of shape \[2, 0\] or \[2, 7\]"):
         launch.update_(torch.cat([half, half]), torch.zeros(2, 5, dtype=F64, device=there[1]))
-    assert all(same_bits(memory_of(x), memory_of(y)) for xs, ys in zip(moved, before, strict=True) for x, y in zip(xs or (), ys or ()))
+    assert all(
+        same_bits(memory_of(x), memory_of(y)) for xs, ys in zip(moved, before, strict=True) for x, y in zip(xs or (), ys or ())
+    )
