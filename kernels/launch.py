@@ -60,7 +60,7 @@ class TritonLaunch(LaunchTable):
         if not rule.measured or wanted == (0,):
             vectors = None
         elif vectors is None:
-            raise RuntimeError("these columns need the vectors of the update before")
+            raise RuntimeError("these columns need the vectors of the last update")
         self.check_vector("vectors", vectors, (rule.measured, self.tensors))
         out = torch.empty(self.tensors, len(wanted), dtype=dtype, device=self.device)
         if self.tensors:

@@ -127,7 +127,7 @@ def _advance(
         for begin in tl.static_range(0, HALF, TOGETHER):
             old = ()
             place = at
-            for row in tl.static_range(begin, begin + TOGETHER):
+            for _ in tl.static_range(TOGETHER):
                 old += (tl.load(last + place, mask=mine, other=0.0),)
                 place += rows
             tl.debug_barrier()  # all threads have read these rows before one writes them
