@@ -70,25 +70,10 @@ struct Hyperparameters {
   double grad_scale;
 };
 
-// f(numbers) of numbers, or of the lanes of vectors on the CPU. GCC takes comparisons of whole vectors apart, number by number, in
-// loops with several instruction sets; of this loop it makes one instruction for each operation.
-template <typename F, typename V, typename... Vs>
-METAADAMW_INLINE V by_lane(const F& f, V x, Vs... more) {
-  if constexpr (std::is_floating_point_v<V>) {
-    return f(x, more...);
-  } else {
-    V result;
-    for (unsigned lane = 0; lane < sizeof(V) / sizeof(x[0]); ++lane) {
-      result[lane] = f(x[lane], more[lane]...);
-    }
-    return result;
-  }
-}
-
 // The larger of two, and NaN if either is, as torch.maximum.
 template <typename V>
 METAADAMW_INLINE V nan_maximum(V a, V b) {
-  return by_lane([](auto x, auto y) { return (x >= y) | (x != x) ? x : y; }, a, b);
+  return (a >= b) | (a != a) ? a : b;
 }
 
 // A parameter of bfloat16 or float16 that has a float32 master is the master's rounding to nearest, unless somebody wrote it since:
