@@ -6,27 +6,14 @@
 
 namespace metaadamw {
 
-// What follows is of numbers, or of vectors on the CPU. GCC takes comparisons of whole vectors apart, number by number, in loops
-// that it compiles for several instruction sets: then the update takes seventeen times as long. So vectors are told by their bits.
-template <typename V>
-struct Bits {
-  using Type = decltype(V{} < V{});
-  static constexpr int kWidth = 8 * sizeof(V{}[0]);
-  static METAADAMW_INLINE Type sign(Type x) { return x & (Type)(-V{}); }
-  static METAADAMW_INLINE Type of_magnitude(Type x) { return x & ~(Type)(-V{}); }
-  // All bits set where the number is neither 0 nor NaN.
-  static METAADAMW_INLINE Type is_signed(Type x) {
-    const Type size = of_magnitude(x), infinity = (Type)(V{} + __builtin_inf());
-    return (-size >> (kWidth - 1)) & ~((infinity - size) >> (kWidth - 1));
-  }
-};
+// These are of numbers, or of vectors on the CPU.
 
 template <typename V>
 METAADAMW_INLINE V magnitude(V x) {
   if constexpr (std::is_floating_point_v<V>) {
     return std::fabs(x);
   } else {
-    return (V)Bits<V>::of_magnitude((typename Bits<V>::Type)x);
+    return (V)VectorBits<V>::of_magnitude((typename VectorBits<V>::Type)x);
   }
 }
 
@@ -36,7 +23,7 @@ METAADAMW_INLINE V sign_of(V x) {
   if constexpr (std::is_floating_point_v<V>) {
     return static_cast<V>(x > 0 ? 1 : x < 0 ? -1 : 0);
   } else {
-    using B = Bits<V>;
+    using B = VectorBits<V>;
     const auto bits = (typename B::Type)x;
     return (V)(((typename B::Type)(V{} + 1) | B::sign(bits)) & B::is_signed(bits));
   }
@@ -58,8 +45,8 @@ METAADAMW_INLINE V negated_where_negative(V sign, V x) {
   if constexpr (std::is_floating_point_v<V>) {
     return sign < 0 ? -x : x;
   } else {
-    using Type = typename Bits<V>::Type;
-    return (V)((Type)x ^ Bits<V>::sign((Type)sign));
+    using Type = typename VectorBits<V>::Type;
+    return (V)((Type)x ^ VectorBits<V>::sign((Type)sign));
   }
 }
 
@@ -69,8 +56,8 @@ METAADAMW_INLINE V where_positive(V sign, V x) {
   if constexpr (std::is_floating_point_v<V>) {
     return sign > 0 ? x : V(0);
   } else {
-    using Type = typename Bits<V>::Type;
-    return (V)((Type)x & (-(Type)sign >> (Bits<V>::kWidth - 1)) & ~((Type)sign >> (Bits<V>::kWidth - 1)));
+    using Type = typename VectorBits<V>::Type;
+    return (V)((Type)x & (-(Type)sign >> (VectorBits<V>::kWidth - 1)) & ~((Type)sign >> (VectorBits<V>::kWidth - 1)));
   }
 }
 
