@@ -9,6 +9,20 @@
 namespace metaadamw {
 namespace {
 
+// The sums of N values over the block, into all of its threads.
+template <int N>
+__device__ __forceinline__ void put_block_sums(double (&x)[N]) {
+  __shared__ double totals[N];
+  const double mine = block_sums(x);
+  if (threadIdx.x < N) {
+    totals[threadIdx.x] = mine;
+  }
+  __syncthreads();
+  for (int i = 0; i < N; ++i) {
+    x[i] = totals[i];
+  }
+}
+
 // A block for each group: one warp would walk a group of 10,000 tensors in 300 rounds of loads that wait for one another. Groups
 // are few, so a block takes the registers that it wants; left to itself the compiler saves some and spills.
 template <typename T>
@@ -16,17 +30,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     group_features_kernel(const FeatureColumns columns, const T* statistics, const int64_t width, const GroupedTensors grouped,
                           const T* numel, const StepCounts done, const int64_t ahead, const double total_steps, const int64_t dim,
                           T* features) {
-  __shared__ double totals[kMaxValues];
-  const auto total = [&](double (&x)[kMaxValues]) {
-    const double mine = block_sums(x);
-    if (threadIdx.x < kMaxValues) {
-      totals[threadIdx.x] = mine;
-    }
-    __syncthreads();
-    for (int k = 0; k < kMaxValues; ++k) {
-      x[k] = totals[k];
-    }
-  };
+  const auto total = [](double (&x)[kMaxValues]) { put_block_sums(x); };
   const double progress = training_progress(done[0] + static_cast<double>(ahead), total_steps);
   feature_row(columns, statistics, width, grouped, numel, blockIdx.x, progress, threadIdx.x, kThreads, total,
               features + blockIdx.x * dim);
@@ -123,17 +127,7 @@ Tensor update_vectors(Tensor step_size, Tensor decay_factor, Tensor step, Tensor
 
 // A block for each set of coefficients.
 __global__ void __launch_bounds__(kThreads, 1) mada_policy_kernel(const MadaPolicy policy) {
-  __shared__ double totals[kCoefficients];
-  const auto total = [&](double (&x)[kCoefficients]) {
-    const double mine = block_sums(x);
-    if (threadIdx.x < kCoefficients) {
-      totals[threadIdx.x] = mine;
-    }
-    __syncthreads();
-    for (int i = 0; i < kCoefficients; ++i) {
-      x[i] = totals[i];
-    }
-  };
+  const auto total = [](double (&x)[kCoefficients]) { put_block_sums(x); };
   mada_policy_of_set(policy, blockIdx.x, threadIdx.x, kThreads, total);
 }
 

@@ -20,7 +20,10 @@ UPDATES = (loops.UPDATE, loops.STOCHASTIC, loops.FOUND, loops.BOTH)
 MASTERS = tuple(x.replace("update", "update_masters") for x in UPDATES)  # with low-precision parameters
 AVGRAD_STATS = "measure_kernel<metaadamw::AVGrad, false>"
 AVGRAD_UPDATES = tuple(x.replace("AdamW", "AVGrad") for x in (loops.UPDATE, loops.STOCHASTIC, *MASTERS[:2]))
-ALL_STATS, ALL_UPDATES = (*STATS, AVGRAD_STATS), (*UPDATES, *MASTERS, *AVGRAD_UPDATES)
+# MADA: clipping alone, then all sums; without and with found sums, each for all roundings and masters.
+MADA_STATS = tuple(f"measure_kernel<metaadamw::Mada, {extra}>" for extra in ("false", "true"))
+MADA_UPDATES = tuple(f"update_kernel<metaadamw::Mada, {found}, true>" for found in ("false", "true"))
+ALL_STATS, ALL_UPDATES = (*STATS, AVGRAD_STATS, *MADA_STATS), (*UPDATES, *MASTERS, *AVGRAD_UPDATES, *MADA_UPDATES)
 KERNELS = ALL_STATS + ALL_UPDATES
 POLICY = (
     "group_features_kernel<float>",
@@ -29,6 +32,7 @@ POLICY = (
     "scaled_gradients_kernel<double>",
     "vectors_kernel<metaadamw::ModulationInput>",
     "vectors_kernel<metaadamw::HyperparameterInput>",
+    "mada_policy_kernel",
 )  # a few numbers per tensor
 
 pytestmark = pytest.mark.skipif(not cuda_home(), reason="there is no nvcc")
@@ -64,8 +68,12 @@ def test_registers_and_no_spills(one):
         AVGRAD_STATS: budget("kMeasureBlocks"),
         AVGRAD_UPDATES[0]: budget("kUpdateBlocks"),
         **dict.fromkeys(AVGRAD_UPDATES[1:], budget("kUpdateBlocksWithMasters")),
+        MADA_STATS[0]: budget("kMeasureBlocks"),
+        MADA_STATS[1]: budget("kBlocksOfMany"),
+        MADA_UPDATES[0]: budget("kBlocksOfMany"),
+        MADA_UPDATES[1]: 255,  # one block of its own
     }
-    assert [*budgets.values()] == [64, 80, 80, 80, 128, 128, *[128] * 4, 64, 80, *[128] * 3]
+    assert [*budgets.values()] == [64, 80, 80, 80, 128, 128, *[128] * 4, 64, 80, *[128] * 3, 64, *[128] * 2, 255]
     for kernel in KERNELS:
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in one[kernel].report, kernel
         assert one[kernel].registers <= budgets[kernel], kernel
@@ -81,12 +89,17 @@ def test_accesses_of_16_bytes_to_global_memory(one):
     for kernel in KERNELS:
         sass = one[kernel].sass
         loads, stores = re.findall(r"\bLDG\.E[.\w]*", sass), re.findall(r"\bSTG\.E[.\w]*", sass)
-        # Four tensors are read whatever the dtypes are, one to clip AVGrad's gradients; the update writes three, with amsgrad four.
-        assert sum(".128" in x for x in loads) >= (1 if kernel == AVGRAD_STATS else 4), kernel
+        # Four tensors are read whatever the dtypes are, one to clip alone; the update writes three, with amsgrad four. MADA's sums
+        # read all but p, its updates more; these write six states and a gradient.
+        all_of_mada = kernel in (MADA_STATS[1], *MADA_UPDATES)
+        at_least = 1 if kernel in (AVGRAD_STATS, MADA_STATS[0]) else 8 if all_of_mada else 4
+        assert sum(".128" in x for x in loads) >= at_least, kernel
         if kernel in UPDATES + MASTERS:
             assert sum(".128" in x for x in stores) >= 3 + 4
         if kernel in AVGRAD_UPDATES:
             assert sum(".128" in x for x in stores) >= 4
+        if kernel in MADA_UPDATES:
+            assert sum(".128" in x for x in stores) >= 7
         assert not re.search(r"\b(LD|ST)\.E", sass), f"{kernel} does not know that an address is global"
 
 
@@ -100,7 +113,7 @@ def test_all_operands_are_under_way_together(one, case):
 def test_the_only_atomics_count_chunks(one):
     for kernel in KERNELS:
         atomics = re.findall(r"\b(?:ATOM|ATOMG|RED|REDG|ATOMS)\.[.\w]*", one[kernel].sass)
-        assert bool(atomics) == (kernel not in AVGRAD_UPDATES), kernel  # which make no sums
+        assert bool(atomics) == (kernel not in (*AVGRAD_UPDATES, MADA_UPDATES[0])), kernel  # which make no sums
         assert not [x for x in atomics if re.search(r"\.B?F\d\d", x)], "float atomics: sums would not be repeatable"
 
 

@@ -20,6 +20,8 @@ FILES = {
     "test_step_counts": 0,
     "test_masters": 0,
     "test_avgrad_ops": 0,
+    "test_mada_ops": 0,
+    "test_mada_random": 0,
 }
 
 pytestmark = pytest.mark.skipif(bool(cuda_on_cpu.unavailable()), reason=str(cuda_on_cpu.unavailable()))
