@@ -138,7 +138,9 @@ def _measure_chunk(
     """``number`` is that of the update to come, ``measured`` points to the vectors of the one before; None where none is needed."""
     begin, count, first_chunk, chunks_of_row = chunk_bounds(table, tensors, chunk, row, operands + 1)
     addresses = _addresses(table, tensors, row, operands, number, exchanged, kind)
-    scalars = () if measured is None else fold_measured(measured + row, tensors.to(tl.int64), arithmetic_type(kind))
+    rows = tensors.to(tl.int64)
+    needs_none: tl.constexpr = measured is None or fold_measured is None
+    scalars = () if needs_none else fold_measured(measured + row, rows, arithmetic_type(kind))
     lanes = _zeros(length(columns), arithmetic_type(kind))
     lane = tl.arange(0, BLOCK)
     grad = addresses[GRAD]
