@@ -161,6 +161,8 @@ TRITON_TYPES = dict.fromkeys(("table", "order", "begin", "group_of"), "*i64") | 
 TRITON_TYPES |= dict.fromkeys(("out", "statistics", "template", "features", "numel", "scales", "scaled", "norm"), "*fp32")
 TRITON_TYPES |= dict.fromkeys(("tensors", "chunks", "width", "dim", "ahead", "total_steps", "row_stride", "group_stride"), "i32")
 TRITON_TYPES |= {"rounding_seed": "i64", "max_norm_bits": "i64", "loss_scale": "*fp32"}
+TRITON_TYPES |= dict.fromkeys(("clip_bits", "lion1_bits", "lion2_bits"), "i64")
+TRITON_TYPES |= {"set_of": "*i64", "freeze_steps": "i32", "flags": "i32"}
 
 
 def triton_assembly(kernel: Any, constants: dict[str, Any], target: Any, **options: Any) -> Any:

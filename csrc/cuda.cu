@@ -8,9 +8,10 @@
 namespace metaadamw {
 namespace {
 
-Tensor launch_measure(Tensor table, std::optional<Tensor> copy, int64_t mask, ScalarType dtype, std::optional<Tensor> carried) {
+Tensor launch_measure(Tensor table, std::optional<Tensor> copy, int64_t mask, ScalarType dtype, std::optional<Tensor> carried,
+                      std::optional<Tensor> vectors) {
   const Header& header = *static_cast<Header*>(table.data_ptr());
-  return with_rule(header.rule, [&](auto rule) { return measure<decltype(rule)>(header, copy, mask, dtype, carried); });
+  return with_rule(header.rule, [&](auto rule) { return measure<decltype(rule)>(header, copy, mask, dtype, carried, vectors); });
 }
 
 void launch_update_(Tensor table, std::optional<Tensor> copy, Tensor vectors, std::optional<Tensor> new_sums,
@@ -68,7 +69,7 @@ Tensor tensor_stats(std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, Lis
   const int mask = statistics_mask(params.has_value(), exp_avg_sqs.has_value(), count_nonzero);
   const CopiedTable table(
       {{std::move(grads), std::move(exp_avgs), std::move(params), std::move(exp_avg_sqs), std::nullopt}, /*written=*/false});
-  return measure<AdamW>(table.header(), table.copy(), mask, dtype, std::nullopt);
+  return measure<AdamW>(table.header(), table.copy(), mask, dtype, std::nullopt, std::nullopt);
 }
 
 void adamw_update_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
@@ -97,5 +98,6 @@ STABLE_TORCH_LIBRARY_IMPL(metaadamw_fast, CUDA, m) {
   m.impl("scaled_gradients", TORCH_BOX(&metaadamw::scaled_gradients_on_cuda));
   m.impl("modulation", TORCH_BOX(&metaadamw::modulation));
   m.impl("update_vectors", TORCH_BOX(&metaadamw::update_vectors));
+  m.impl("mada_policy_", TORCH_BOX(&metaadamw::mada_policy_));
   m.impl("launch_capture", TORCH_BOX(&metaadamw::launch_capture));
 }

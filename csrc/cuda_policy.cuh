@@ -1,4 +1,5 @@
-// What stands on both sides of the encoder (policy.h), on a CUDA device: a few numbers per tensor and group, one small launch each.
+// What stands on both sides of the encoder (policy.h), and MADA's policy (mada_policy.h), on a CUDA device: a few numbers per
+// tensor and group, one small launch each.
 #pragma once
 
 #include "cuda_launch.cuh"
@@ -118,6 +119,39 @@ Tensor update_vectors(Tensor step_size, Tensor decay_factor, Tensor step, Tensor
   const int64_t device = device_of(step_size);
   return vectors_on_cuda(
       hyperparameter_input(step_size, decay_factor, step, beta1, beta2, eps, grad_scale, step_size.numel(), device), device);
+}
+
+// A block for each set of coefficients.
+__global__ void __launch_bounds__(kThreads, 1) mada_policy_kernel(const MadaPolicy policy) {
+  __shared__ double totals[kCoefficients];
+  const auto total = [&](double (&x)[kCoefficients]) {
+    const double mine = block_sums(x);
+    if (threadIdx.x < kCoefficients) {
+      totals[threadIdx.x] = mine;
+    }
+    __syncthreads();
+    for (int i = 0; i < kCoefficients; ++i) {
+      x[i] = totals[i];
+    }
+  };
+  mada_policy_of_set(policy, blockIdx.x, threadIdx.x, kThreads, total);
+}
+
+Tensor mada_policy_(std::optional<Tensor> sums, Tensor coefficients, Tensor momentum, Tensor hyper_gradient, Tensor hyper_sums,
+                    Tensor last, Tensor set_of, Tensor lr, Tensor weight_decay, Tensor eps, std::optional<Tensor> grad_scale,
+                    std::optional<Tensor> unclipped, Tensor counts, std::optional<Tensor> present, Tensor turns,
+                    std::optional<Tensor> go, Tensor constants, double hyper_clip, int64_t freeze_steps, double lion1, double lion2,
+                    int64_t flags, bool lagged, bool advance) {
+  const torch::stable::accelerator::DeviceGuard guard(device_of(coefficients));
+  const cudaStream_t stream = current_stream(device_of(coefficients));
+  return mada_policy(sums, coefficients, momentum, hyper_gradient, hyper_sums, last, set_of, lr, weight_decay, eps, grad_scale,
+                     unclipped, counts, present, turns, go, constants, hyper_clip, freeze_steps, lion1, lion2, flags, lagged,
+                     advance, [&](const MadaPolicy& policy, int64_t sets) {
+                       if (sets != 0) {
+                         mada_policy_kernel<<<sets, kThreads, 0, stream>>>(policy);
+                         check_cuda(cudaGetLastError(), "mada_policy_");
+                       }
+                     });
 }
 
 }  // namespace

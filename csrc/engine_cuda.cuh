@@ -17,6 +17,13 @@
 namespace metaadamw {
 namespace {
 
+// A rule of many operands. 64 KiB of them are under way with two blocks, so there is no third block to save registers for: one
+// kernel serves every update, with masters or without, whatever it rounds by, which saves nvcc a minute. Groups of 8 would need
+// registers for the bits of all operands while four elements of each are worked on: rows of 16 bits go in groups of 4, in accesses
+// of 8 bytes.
+template <class R>
+constexpr bool kHasMany = R::kOperands > 5;
+
 // What a block knows of its chunk, in shared memory.
 template <int N>
 struct Work {
@@ -26,11 +33,21 @@ struct Work {
   Layout<N> layout;  // of rows that have one, and the coordinates of the chunk's first element
   int64_t coordinates[kMaxDims];
 
-  // By all threads of the block; ends with a barrier.
-  __device__ void begin(const Table<N>& table, int64_t number) {
+  // By all threads of the block; ends with a barrier. `vectors` say whether operands have changed roles, of the update `ahead` of
+  // theirs; they may be null where only the gradient is read.
+  template <class R>
+  __device__ void begin(const Table<N>& table, int64_t number, const Update& vectors, int ahead) {
     if (threadIdx.x == 0) {
       chunk = chunk_of_block(table, number);
       row = table.rows[chunk.tensor];
+      if constexpr (kExchanges<R>) {
+        char *&a = row.data[R::kExchanged[0]], *&b = row.data[R::kExchanged[1]];  // of the same dtype and strides
+        if (a != nullptr && b != nullptr && vectors.vectors != nullptr && R::exchanged(vectors, chunk.tensor, ahead)) {
+          char* const first = a;
+          a = b;
+          b = first;
+        }
+      }
       for (int i = 0; i < N; ++i) {
         base[i] = row.data[i] + chunk.first * itemsize(row.type[i]);
       }
@@ -96,11 +113,31 @@ struct MeasureOutput {
   }
 };
 
+// What the sums must know of a tensor's last update, in shared memory, made by two threads. Only the row says which arithmetic it
+// takes, so there are both.
+template <class R>
+struct Last {
+  typename R::template Measured<float> in_float32;
+  typename R::template Measured<double> in_float64;
+
+  // By all threads of the block; a barrier must follow. Half `half` of the vectors is that of the last update.
+  template <int N>
+  __device__ void begin(const Table<N>& table, const Update& vectors, int half, int64_t number) {
+    if constexpr (R::kMeasureVectors > 0) {
+      if (threadIdx.x == 4 * kWarp) {
+        in_float32 = R::template measured<float>(vectors, half, table.tensor_of_chunk[number]);
+      } else if (threadIdx.x == 5 * kWarp) {
+        in_float64 = R::template measured<double>(vectors, half, table.tensor_of_chunk[number]);
+      }
+    }
+  }
+};
+
 // The sums of one thread over its elements, in the arithmetic type; `operands` has a bit for each operand that is there and wanted.
-template <class R, int V, bool counts, typename T, int N>
+template <class R, int V, bool extra, typename T, int N>
 __device__ __forceinline__ void measure_chunk(const Table<N>& table, const Work<N>& work, int operands,
-                                              double (&totals)[R::kSums]) {
-  constexpr int kOperands = R::kOperands;
+                                              const typename R::template Measured<T>& last, double (&totals)[R::kSums]) {
+  constexpr int kOperands = R::kOperands, kReadHere = kRead<R, extra>;
   const Row<N>& row = work.row;
   T sums[R::kSums] = {};
   for_each_group<V, false>(
@@ -111,7 +148,7 @@ __device__ __forceinline__ void measure_chunk(const Table<N>& table, const Work<
         if constexpr (V > 1) {
 #pragma unroll
           for (int i = 0; i < kOperands; ++i) {
-            if ((kRead<R> & operands) >> i & 1) {
+            if ((kReadHere & operands) >> i & 1) {
               const int size = itemsize(row.type[i]);
               groups.bits[i] = load_group<V>(work.base[i] + first * size, size);
             }
@@ -121,12 +158,13 @@ __device__ __forceinline__ void measure_chunk(const Table<N>& table, const Work<
       },
       [&](int, const Groups<kOperands>& groups) {
         if constexpr (V > 1) {
+          const auto s = last;
 #pragma unroll
           for (int part = 0; part < V; part += kPart) {
             float x[kOperands][kPart] = {};
 #pragma unroll
             for (int i = 0; i < kOperands; ++i) {
-              if (kRead<R> >> i & 1) unpack<V>(groups.bits[i], row.type[i], part, x[i]);
+              if (kReadHere >> i & 1) unpack<V>(groups.bits[i], row.type[i], part, x[i]);
             }
             T of_part[R::kSums] = {};
 #pragma unroll
@@ -136,7 +174,7 @@ __device__ __forceinline__ void measure_chunk(const Table<N>& table, const Work<
               for (int i = 0; i < kOperands; ++i) {
                 element[i] = x[i][k];
               }
-              accumulate<R, counts>(of_part, element);
+              accumulate<R, extra, T>(s, of_part, element);
             }
             add(sums, of_part);
           }
@@ -150,11 +188,11 @@ __device__ __forceinline__ void measure_chunk(const Table<N>& table, const Work<
           T element[R::kOperands] = {};
 #pragma unroll
           for (int i = 0; i < kOperands; ++i) {
-            if ((kRead<R> & operands) >> i & 1) {
+            if ((kReadHere & operands) >> i & 1) {
               element[i] = load_element<T>(work.address(table, i, index), row.type[i]);
             }
           }
-          accumulate<R, counts>(of_part, element);
+          accumulate<R, extra, T>(last, of_part, element);
         }
         add(sums, of_part);
       });
@@ -164,24 +202,30 @@ __device__ __forceinline__ void measure_chunk(const Table<N>& table, const Work<
   }
 }
 
-template <class R, bool counts>
-__global__ void __launch_bounds__(kThreads, counts ? kMeasureBlocksWithCounts : kMeasureBlocks)
-    measure_kernel(const Table<kOperandsOf<R>> table, const int wanted, const MeasureOutput<R> output) {
+template <class R, bool extra>
+__global__ void __launch_bounds__(kThreads, !extra        ? kMeasureBlocks
+                                            : kHasMany<R> ? kBlocksOfMany
+                                                          : kMeasureBlocksWithCounts)
+    measure_kernel(const Table<kOperandsOf<R>> table, const int wanted, const Update vectors, const MeasureOutput<R> output) {
   __shared__ Work<kOperandsOf<R>> work;
-  work.begin(table, blockIdx.x);
+  __shared__ Last<R> last;
+  if (extra) last.begin(table, vectors, 0, blockIdx.x);
+  work.template begin<R>(table, blockIdx.x, vectors, 1);
   const auto& row = work.row;
   int operands = wanted;
 #pragma unroll
   for (int i = 0; i < R::kOperands; ++i) {
     operands &= ~((row.data[i] == nullptr) << i);
   }
-  double totals[R::kSums];
-  if (row.is_double) {
-    measure_chunk<R, 1, counts, double>(table, work, operands, totals);
-  } else if (row.vector == 4) {
-    measure_chunk<R, 4, counts, float>(table, work, operands, totals);
-  } else {
-    measure_chunk<R, 8, counts, float>(table, work, operands, totals);
+  double totals[R::kSums] = {};
+  if (extra && R::kAllNeedGradient && row.lacks_gradient()) {
+    // 0 times a derivative might be NaN.
+  } else if (row.is_double) {
+    measure_chunk<R, 1, extra, double>(table, work, operands, last.in_float64, totals);
+  } else if (kHasMany<R> || row.vector == 4) {
+    measure_chunk<R, 4, extra, float>(table, work, operands, last.in_float32, totals);
+  } else if constexpr (!kHasMany<R>) {
+    measure_chunk<R, 8, extra, float>(table, work, operands, last.in_float32, totals);
   }
   tensor_sums<R>(table, work.chunk, totals, [&](int sum, double value) { output.put(work.chunk.tensor, sum, value); });
 }
@@ -189,33 +233,69 @@ __global__ void __launch_bounds__(kThreads, counts ? kMeasureBlocksWithCounts : 
 // ------------------------------------------------------------------------------------------------------------------- update
 
 template <class R, bool found>
-constexpr int kNewSums = found ? R::kUpdateSums : kCarriedSums<R>;
+constexpr int kNewSums = found ? R::kFoundSums : kCarriedSums<R>;
 template <class R, bool found>
 using Totals = double[kNewSums<R, found> > 0 ? kNewSums<R, found> : 1];
 
-// Also returns the thread's sums of what it leaves, as it was stored, and before them, if `found`, of what it found: all in the
-// order in which measure_chunk adds them up. With `optional` the row has its last operand, if the rule's is optional; with `master`
-// it may have a low-precision parameter.
+// Numbers for all elements of a part, in registers if there are few.
+template <class R, typename S>
+using InLoop = std::conditional_t<kHasMany<R>, const S&, const S>;
+
+// What the update does with a row's operands; bit i: operand i. Only of those in kUncertain it must be asked: of the others each is
+// there, read, and written if the rule writes it.
+struct Moves {
+  int there;
+  int loads;
+  int stores;
+};
+
+template <class R, bool found, bool master>
+constexpr int kUncertain = found << kGrad | (R::kLastIsOptional ? 0 : R::kOptionalLists) | master << R::kOperands;
+
+// With `found` a row may be one that the update leaves alone: its sums are made all the same, without a gradient if it has none.
+template <class R, bool found, bool master, typename S, int N>
+__device__ __forceinline__ Moves moves_of(const Row<N>& row, const S& scalars, bool moves) {
+  constexpr int kAll = (1 << N) - 1;
+  int there = kAll;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (kUncertain<R, found, master> >> i & 1) there &= ~((row.data[i] == nullptr) << i);
+  }
+  int loads = there;
+  if constexpr (kExchanges<R> && !found) loads &= ~R::unread(scalars);
+  return {there, loads, moves ? there : 0};
+}
+
+// Also returns the thread's sums of what it leaves, as it was stored, or, if `found`, of what it found: in the order in which
+// measure_chunk adds them up. With `optional` the row has its last operand, if the rule's is optional; with `master` it may have a
+// low-precision parameter. With `stochastic` it rounds by chance if `rounds` says so, too.
 template <class R, int V, bool found, bool stochastic, bool optional, bool master, typename T, int N>
-__device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N>& work,
-                                             const typename R::template Scalars<T>& scalars, const uint32_t (&keys)[R::kOperands],
-                                             Totals<R, found>& totals) {
+__device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N>& work, const Moves& moves,
+                                             const typename R::template Scalars<T>& scalars,
+                                             const typename R::template Measured<T>& last, bool rounds,
+                                             const uint32_t (&keys)[R::kOperands], Totals<R, found>& totals) {
   constexpr int kParam = R::kParam, kLowPrecision = R::kOperands;
   constexpr int kUsed = R::kOperands - (R::kLastIsOptional && !optional);
   constexpr int kMoved = kUsed + master;  // behind those that are used, the low-precision parameter
+  constexpr int kAsk = kUncertain<R, found, master>;
+  constexpr int kWritten = R::kWritten | 1 << kLowPrecision;
+  constexpr int kLeft = found ? 0 : reads_of<R>(R::kFirstLeft, R::kEndLeft);
   const auto operand_of = [](int i) constexpr { return i < kUsed ? i : kLowPrecision; };
   const Row<N>& row = work.row;
-  const auto has = [&](int i) { return i < kUsed || row.data[kLowPrecision] != nullptr; };
+  const auto loads = [&](int i) { return !(kAsk >> operand_of(i) & 1) || moves.loads >> operand_of(i) & 1; };
+  const auto stores = [&](int i) {
+    return kWritten >> operand_of(i) & 1 && (!(found || kAsk >> operand_of(i) & 1) || moves.stores >> operand_of(i) & 1);
+  };
   T sums[R::kSums] = {};
-  for_each_group<V, found && kLoadsAhead>(
-      threadIdx.x, work.chunk.count, has_whole_groups(row, (1 << kUsed) - 1 | (master && has(kUsed)) << kLowPrecision),
+  for_each_group<V, found && (kLoadsAhead || kHasMany<R>)>(
+      threadIdx.x, work.chunk.count, has_whole_groups(row, ((1 << kUsed) - 1 | master << kLowPrecision) & (moves.there | ~kAsk)),
       [&](int first) {
         forget_registers();
         Groups<kMoved> groups{};
         if constexpr (V > 1) {
 #pragma unroll
           for (int i = 0; i < kMoved; ++i) {
-            if (has(i)) {
+            if (loads(i)) {
               const int size = itemsize(row.type[operand_of(i)]);
               groups.bits[i] = load_group<V>(work.base[operand_of(i)] + first * size, size);
             }
@@ -235,6 +315,18 @@ __device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N
             for (int i = 0; i < kUsed; ++i) {
               unpack<V>(bits[i], row.type[i], part, x[i]);
             }
+            if constexpr (found) {
+              const auto of_last = last;
+#pragma unroll
+              for (int k = 0; k < kPart; ++k) {
+                float element[R::kOperands];
+#pragma unroll
+                for (int i = 0; i < R::kOperands; ++i) {
+                  element[i] = x[i][k];
+                }
+                accumulate_found<R, T>(of_last, of_part, element);
+              }
+            }
             if constexpr (master) {
               const ElementType type = row.type[kLowPrecision];
               float low[kPart];
@@ -242,7 +334,7 @@ __device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N
 #pragma unroll
               for (int k = 0; k < kPart; ++k) {
                 const float start = start_of_update(x[kParam][k], rounded_to_half(type, x[kParam][k]), low[k]);
-                x[kParam][k] = has(kUsed) ? start : x[kParam][k];
+                x[kParam][k] = loads(kUsed) ? start : x[kParam][k];
               }
             }
 #pragma unroll
@@ -252,16 +344,13 @@ __device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N
               for (int i = 0; i < R::kOperands; ++i) {
                 element[i] = x[i][k];
               }
-              if constexpr (found) {
-                R::accumulate_found(of_part, element);
-              }
               R::template update<optional>(s, element);
 #pragma unroll
               for (int i = kGrad + 1; i < kUsed; ++i) {
                 x[i][k] = element[i];
               }
             }
-            if constexpr (stochastic) {
+            if (stochastic && rounds) {
 #pragma unroll
               for (int i = kGrad + 1; i < kUsed; ++i) {
 #pragma unroll
@@ -273,28 +362,32 @@ __device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N
             }
 #pragma unroll
             for (int i = kGrad + 1; i < kUsed; ++i) {
-              pack<V>(bits[i], row.type[i], part, x[i]);
-              if (reads_of<R>(R::kFirstLeft, R::kUpdateSums) >> i & 1 || (master && i == kParam)) {
-                unpack<V>(bits[i], row.type[i], part, x[i]);
+              if (R::kWritten >> i & 1) {
+                pack<V>(bits[i], row.type[i], part, x[i]);
+                if (kLeft >> i & 1 || (master && i == kParam)) {
+                  unpack<V>(bits[i], row.type[i], part, x[i]);
+                }
               }
             }
             if constexpr (master) {
               pack<V>(bits[kUsed], row.type[kLowPrecision], part, x[kParam]);
             }
+            if constexpr (!found) {
 #pragma unroll
-            for (int k = 0; k < kPart; ++k) {
-              float stored[R::kOperands];
+              for (int k = 0; k < kPart; ++k) {
+                float stored[R::kOperands];
 #pragma unroll
-              for (int i = 0; i < R::kOperands; ++i) {
-                stored[i] = x[i][k];
+                for (int i = 0; i < R::kOperands; ++i) {
+                  stored[i] = x[i][k];
+                }
+                R::accumulate_left(of_part, stored);
               }
-              R::accumulate_left(of_part, stored);
             }
             add(sums, of_part);
           }
 #pragma unroll
           for (int i = kGrad + 1; i < kMoved; ++i) {
-            if (has(i)) {
+            if (stores(i)) {
               const int size = itemsize(row.type[operand_of(i)]);
               store_group<V>(work.base[operand_of(i)] + first * size, size, bits[i]);
             }
@@ -302,7 +395,7 @@ __device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N
         }
       },
       [&](int begin, int end) {
-        const auto s = scalars;
+        const InLoop<R, typename R::template Scalars<T>> s = scalars;
         T of_part[R::kSums] = {};
 #pragma unroll 1
         for (int index = begin; index < end; ++index) {
@@ -311,50 +404,58 @@ __device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N
           T x[R::kOperands] = {};
 #pragma unroll
           for (int i = 0; i < kUsed; ++i) {
-            address[i] = work.address(table, i, index);
-            x[i] = load_element<T>(address[i], row.type[i]);
+            if (loads(i) || stores(i)) {
+              address[i] = work.address(table, i, index);
+            }
+            if (loads(i)) {
+              x[i] = load_element<T>(address[i], row.type[i]);
+            }
           }
-          if (master && has(kUsed)) {
+          if constexpr (found) {
+            accumulate_found<R, T>(last, of_part, x);
+          }
+          if (master && loads(kUsed)) {
             const ElementType type = row.type[kLowPrecision];
             address[kMoved - 1] = work.address(table, kLowPrecision, index);
             const T rounded = rounded_to_half(type, static_cast<float>(x[kParam]));
             x[kParam] = start_of_update(x[kParam], rounded, load_element<T>(address[kMoved - 1], type));
           }
-          if constexpr (found) {
-            R::accumulate_found(of_part, x);
-          }
           R::template update<optional>(s, x);
 #pragma unroll
           for (int i = kGrad + 1; i < kUsed; ++i) {
-            if constexpr (stochastic) {
-              if (R::kRoundedStochastically >> i & 1) {
+            if (stores(i)) {
+              if (stochastic && rounds && R::kRoundedStochastically >> i & 1) {
                 const uint32_t element = static_cast<uint32_t>(work.chunk.first) + index;
                 x[i] = round_stochastically(x[i], row.type[i], random_bits(keys[i], element));
               }
+              x[i] = store_element<T>(address[i], row.type[i], x[i]);
             }
-            x[i] = store_element<T>(address[i], row.type[i], x[i]);
           }
-          if (master && has(kUsed)) {
+          if (master && stores(kUsed)) {
             store_element<T>(address[kMoved - 1], row.type[kLowPrecision], x[kParam]);
           }
-          R::accumulate_left(of_part, x);
+          if constexpr (!found) {
+            R::accumulate_left(of_part, x);
+          }
         }
         add(sums, of_part);
       });
 #pragma unroll
   for (int i = 0; i < kNewSums<R, found>; ++i) {
-    totals[i] = sums[R::kUpdateSums - kNewSums<R, found> + i];
+    totals[i] = sums[(found ? 0 : R::kFirstLeft) + i];
   }
 }
 
 template <class R, int V, bool found, bool stochastic, bool master, typename T, int N>
 __device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N>& work,
-                                             const typename R::template Scalars<T>& scalars, const uint32_t (&keys)[R::kOperands],
-                                             Totals<R, found>& totals) {
+                                             const typename R::template Scalars<T>& scalars,
+                                             const typename R::template Measured<T>& last, bool moves, bool rounds,
+                                             const uint32_t (&keys)[R::kOperands], Totals<R, found>& totals) {
+  const Moves of_row = moves_of<R, found, master>(work.row, scalars, moves);
   if (!R::kLastIsOptional || work.row.data[R::kOperands - 1] != nullptr) {
-    update_chunk<R, V, found, stochastic, true, master, T>(table, work, scalars, keys, totals);
+    update_chunk<R, V, found, stochastic, true, master, T>(table, work, of_row, scalars, last, rounds, keys, totals);
   } else if constexpr (R::kLastIsOptional) {
-    update_chunk<R, V, found, stochastic, false, master, T>(table, work, scalars, keys, totals);
+    update_chunk<R, V, found, stochastic, false, master, T>(table, work, of_row, scalars, last, rounds, keys, totals);
   }
 }
 
@@ -390,36 +491,48 @@ __device__ __forceinline__ void update_chunk_of_block(const Table<kOperandsOf<R>
                                                       const NewSums<R>& new_sums) {
   __shared__ Work<kOperandsOf<R>> work;
   __shared__ Numbers<R> numbers;
+  __shared__ Last<R> last;
   // Backward through what the statistics went through forward: the last chunks may still be in the second-level cache.
   const int64_t number = gridDim.x - 1 - blockIdx.x;
   numbers.template begin<stochastic>(table, update, number);
-  work.begin(table, number);
-  if (work.row.lacks_gradient() || numbers.skipped) {
+  if (found) last.begin(table, update, 1, number);
+  work.template begin<R>(table, number, update, 0);
+  const bool moves = !work.row.lacks_gradient() && !numbers.skipped;
+  if (!moves && !found) {
     return;
   }
-  Totals<R, found> totals;
-  if (work.row.is_double) {
-    update_chunk<R, 1, found, stochastic, masters>(table, work, numbers.in_float64, numbers.keys, totals);
+  const bool rounds = !kHasMany<R> || update.stochastic;  // else `stochastic` says so
+  Totals<R, found> totals = {};
+  if (found && R::kAllNeedGradient && work.row.lacks_gradient()) {
+    // 0 times a derivative might be NaN.
+  } else if (work.row.is_double) {
+    update_chunk<R, 1, found, stochastic, masters, double>(table, work, numbers.in_float64, last.in_float64, moves, rounds,
+                                                           numbers.keys, totals);
   } else if (masters || work.row.vector == 4) {
-    update_chunk<R, 4, found, stochastic, masters>(table, work, numbers.in_float32, numbers.keys, totals);
+    update_chunk<R, 4, found, stochastic, masters, float>(table, work, numbers.in_float32, last.in_float32, moves, rounds,
+                                                          numbers.keys, totals);
   } else if constexpr (!masters) {
-    update_chunk<R, 8, found, stochastic, false>(table, work, numbers.in_float32, numbers.keys, totals);
+    update_chunk<R, 8, found, stochastic, false, float>(table, work, numbers.in_float32, last.in_float32, moves, rounds,
+                                                        numbers.keys, totals);
   }
   if (kNewSums<R, found> > 0 && new_sums.data != nullptr) {
-    tensor_sums<R>(table, work.chunk, totals, [&](int sum, double value) {
-      new_sums.at(work.chunk.tensor, R::kUpdateSums - kNewSums<R, found> + sum) = value;
-    });
+    tensor_sums<R>(table, work.chunk, totals,
+                   [&](int sum, double value) { new_sums.at(work.chunk.tensor, (found ? 0 : R::kFirstLeft) + sum) = value; });
   }
 }
 
-// Five operands that are always there are 40 KiB under way with two blocks, and the dice take the registers of a third.
-template <class R, bool stochastic>
-constexpr int kBlocks = stochastic && R::kOperands - R::kLastIsOptional > 4 ? 2 : kUpdateBlocks;
+// Five operands that are always there are 40 KiB under way with two blocks, and the dice take the registers of a third. With nine
+// and seven sums of them a thread takes more registers than two blocks have, so there is one, with 36 KiB under way all the time.
+template <class R, bool found, bool stochastic>
+constexpr int kBlocks = found                                                 ? (kHasMany<R> ? 1 : kUpdateBlocksWithFoundSums)
+                        : kHasMany<R>                                         ? kBlocksOfMany
+                        : stochastic && R::kOperands - R::kLastIsOptional > 4 ? 2
+                                                                              : kUpdateBlocks;
 
 template <class R, bool found, bool stochastic>
-__global__ void __launch_bounds__(kThreads, found ? kUpdateBlocksWithFoundSums : kBlocks<R, stochastic>)
+__global__ void __launch_bounds__(kThreads, kBlocks<R, found, stochastic>)
     update_kernel(const Table<kOperandsOf<R>> table, const Update update, const NewSums<R> new_sums) {
-  update_chunk_of_block<R, found, stochastic, false>(table, update, new_sums);
+  update_chunk_of_block<R, found, stochastic, kHasMany<R>>(table, update, new_sums);
 }
 
 // Where some row has a low-precision parameter: then no row is taken in groups of 8, since a master is of float32. A kernel of its
@@ -443,25 +556,31 @@ Table<kOperandsOf<R>> table_on_device(const Header& header, const std::optional<
 
 template <class R>
 Tensor measure(const Header& header, const std::optional<Tensor>& copy, int mask, ScalarType dtype,
-               const std::optional<Tensor>& carried) {
+               const std::optional<Tensor>& carried, const std::optional<Tensor>& vectors) {
   const auto table = table_on_device<R>(header, copy);
   const double* carried_sums = check_measured<R>(header, mask, carried, dtype);
+  const Update last = measured_update<R>(vectors, mask, header);
   const torch::stable::accelerator::DeviceGuard guard(header.device);
   const Columns<R> columns(carried ? mask | kCarriedMask<R> : mask);
   Tensor result = torch::stable::empty({header.tensors, columns.count}, dtype, std::nullopt,
                                        torch::stable::Device(torch::headeronly::DeviceType::CUDA, header.device));
   if (header.chunks != 0) {
     const MeasureOutput<R> output{result.data_ptr(), dtype == ScalarType::Double, columns, carried_sums};
-    const auto kernel = mask >> R::kFirstCount ? measure_kernel<R, (R::kFirstCount < R::kSums)> : measure_kernel<R, false>;
-    kernel<<<header.chunks, kThreads, 0, current_stream(header.device)>>>(table, reads_of<R>(mask), output);
+    const auto kernel = mask >> R::kFirstExtra ? measure_kernel<R, (R::kFirstExtra < R::kSums)> : measure_kernel<R, false>;
+    kernel<<<header.chunks, kThreads, 0, current_stream(header.device)>>>(table, reads_of<R>(mask), last, output);
     check_cuda(cudaGetLastError(), "measure");
   }
   return result;
 }
 
-template <class R, bool found, bool stochastic>
-auto update_kernel_of(bool masters) {
-  return masters ? update_masters_kernel<R, found, stochastic> : update_kernel<R, found, stochastic>;
+template <class R, bool found>
+auto update_kernel_of(bool masters, bool stochastic) {
+  if constexpr (kHasMany<R>) {
+    return update_kernel<R, found, true>;
+  } else {
+    return masters ? (stochastic ? update_masters_kernel<R, found, true> : update_masters_kernel<R, found, false>)
+                   : (stochastic ? update_kernel<R, found, true> : update_kernel<R, found, false>);
+  }
 }
 
 template <class R>
@@ -469,11 +588,9 @@ void update(const Header& header, const std::optional<Tensor>& copy, const Updat
   const auto table = table_on_device<R>(header, copy);
   const torch::stable::accelerator::DeviceGuard guard(header.device);
   if (header.chunks != 0) {
-    constexpr bool finds = R::kFirstLeft > 0;
-    const bool found = finds && new_sums.found();
-    const auto kernel =
-        (vectors.stochastic ? (found ? update_kernel_of<R, finds, true> : update_kernel_of<R, false, true>)
-                            : (found ? update_kernel_of<R, finds, false> : update_kernel_of<R, false, false>))(header.masters);
+    constexpr bool finds = R::kFoundSums > 0;
+    const auto kernel = new_sums.found() ? update_kernel_of<R, finds>(header.masters, vectors.stochastic)
+                                         : update_kernel_of<R, false>(header.masters, vectors.stochastic);
     kernel<<<header.chunks, kThreads, 0, current_stream(header.device)>>>(table, vectors, new_sums);
     check_cuda(cudaGetLastError(), "update");
   }

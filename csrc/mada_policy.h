@@ -11,7 +11,8 @@ constexpr int kCoefficients = 6;  // beta1, beta2, beta3, rho, c, gamma; the sum
 // The arguments of mada_policy_ on the host or on a device; float64 if nothing else is said.
 struct MadaPolicy {
   int64_t tensors;
-  const double* sums;      // [T, Mada::kSums], null: nothing is learned
+  bool learns;             // there are sums. They have no address if there are no tensors
+  const double* sums;      // [T, Mada::kSums]
   double* coefficients;    // [K, 6]
   double* momentum;        // [K, 6]
   double* hyper_gradient;  // [K, 6]
@@ -55,7 +56,7 @@ struct MadaPolicy {
   }
 
   // One projected step of SGD on coefficient i. What is not finite teaches nothing.
-  METAADAMW_INLINE void learn(int i, double h, double& buffer, double& coefficient) const {
+  METAADAMW_INLINE void descend(int i, double h, double& buffer, double& coefficient) const {
     h = h - h == 0.0 ? h : 0.0;
     if (hyper_clip > 0.0) {
       const double clip = hyper_clip / (std::fabs(h) + 1e-6);
@@ -119,16 +120,16 @@ METAADAMW_INLINE void mada_policy_of_set(const MadaPolicy& p, int64_t k, int lan
     theta[i] = p.coefficients[k * kCoefficients + i];
     buffer[i] = p.momentum[k * kCoefficients + i];
   }
-  if (p.sums != nullptr && p.counted()) {
+  if (p.learns && p.counted()) {
     double h[kCoefficients] = {};
     for (int64_t t = lane; t < p.tensors; t += lanes) {
       if (p.set_of[t] == k) p.add_hyper_gradients(t, h);
     }
     total(h);  // behind its barrier every thread has read the coefficients
-    const bool learns = p.counts[p.tensors] - (p.lagged ? 1.0 : 0.0) > p.freeze_steps;
+    const bool thawed = p.counts[p.tensors] - (p.lagged ? 1.0 : 0.0) > p.freeze_steps;
     for (int i = 0; i < kCoefficients; ++i) {
       const int64_t at = k * kCoefficients + i;
-      if (learns) p.learn(i, h[i], buffer[i], theta[i]);
+      if (thawed) p.descend(i, h[i], buffer[i], theta[i]);
       if (lane == 0) {
         p.hyper_gradient[at] = h[i];
         p.momentum[at] = buffer[i];

@@ -18,6 +18,7 @@ namespace metaadamw {
 //   update   3 blocks, 80 registers: four operands, 48 KiB. One kernel for all dtypes needs most of these registers
 //   masters  2 blocks, 128 registers: with the low-precision parameters five operands or six, 36 KiB
 //   lagged   2 blocks, 128 registers: 32 KiB, but all the time, since the next group is loaded before this one is worked on
+//   MADA     2 blocks, 128 registers: up to nine operands, 64 KiB; lagged one block of up to 255
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kMeasureBlocks = 4;
@@ -25,6 +26,7 @@ constexpr int kMeasureBlocksWithCounts = 3;
 constexpr int kUpdateBlocks = 3;
 constexpr int kUpdateBlocksWithFoundSums = 2;
 constexpr int kUpdateBlocksWithMasters = 2;
+constexpr int kBlocksOfMany = 2;
 
 // Whether a lagged update loads the next group before it works on this one. On Blackwell it takes 80 registers without, so that
 // three blocks fit: 48 KiB under way all the time; with it two fit, and 32 KiB.

@@ -221,6 +221,7 @@ Tensor mada_policy(const std::optional<Tensor>& sums, Tensor& coefficients, Tens
   }
   Tensor vectors = torch::stable::new_empty(coefficients, {rows, advance ? tensors : 0});
   run(MadaPolicy{tensors,
+                 sums.has_value(),
                  optional(sums, "sums", tensors * Mada::kSums),
                  checked(coefficients, "coefficients", sets * kCoefficients),
                  checked(momentum, "momentum", sets * kCoefficients),

@@ -23,6 +23,7 @@ from .elements import (
     NUMEL,
     PARAM,
     STEP,
+    WARPS,
     addresses_of,
     any_contains,
     arithmetic_type,
@@ -391,3 +392,13 @@ def register_limit(kinds: tuple[int, ...], found: bool, stochastic: bool) -> dic
     if others or has_more or is_double or (found and stochastic) or torch.version.hip is not None:
         return {}
     return {"maxnreg": 128 if found or stochastic else 96}
+
+
+def update_options(rule: Rule, kinds: tuple[int, ...], found: bool, stochastic: bool) -> dict[str, int]:
+    """Triton's options for the update kernel.
+
+    Sums with scalars of their own, beside those of the formula, would spill with 8 elements a thread: so it has 4 of them.
+    """
+    if rule.measured:
+        return {"num_warps": 2 * WARPS if found else WARPS}
+    return {"num_warps": WARPS, **register_limit(kinds, found, stochastic)}

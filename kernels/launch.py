@@ -11,7 +11,7 @@ from metaadamw_fast.launch import statistics_columns
 
 from . import mada_policy, policy
 from .elements import INTERPRETED, WARPS
-from .engine import measure_constants, measure_kernel, register_limit, update_constants, update_kernel
+from .engine import measure_constants, measure_kernel, update_constants, update_kernel, update_options
 from .table import LaunchTable, MaybeTensors
 
 Tensors = Iterable[Tensor]
@@ -60,7 +60,7 @@ class TritonLaunch(LaunchTable):
         if not rule.measured or wanted == (0,):
             vectors = None
         elif vectors is None:
-            raise RuntimeError("these columns need the vectors of the update before")
+            raise RuntimeError("these columns need the vectors of the last update")
         self.check_vector("vectors", vectors, (rule.measured, self.tensors))
         out = torch.empty(self.tensors, len(wanted), dtype=dtype, device=self.device)
         if self.tensors:
@@ -99,8 +99,8 @@ class TritonLaunch(LaunchTable):
             with self.device_guard():
                 update_kernel[(self.chunks,)](
                     self.table, self.tensors, self.chunks, self.partials, self.tickets, new_sums, vectors, rounding_seed,
-                    **update_constants(rule, sums, self.kinds), num_warps=WARPS, enable_fp_fusion=False,
-                    **register_limit(self.kinds, found, rounding_seed is not None),
+                    **update_constants(rule, sums, self.kinds), enable_fp_fusion=False,
+                    **update_options(rule, self.kinds, found, rounding_seed is not None),
                 )  # fmt: skip
 
 

@@ -20,8 +20,10 @@ from .mada import (
     UNCLIPPED,
     V_STARTS,
 )
-from .policy import ROWS, WARPS, check, device_guard, integer_power
+from .policy import WARPS, check, device_guard, integer_power
 
+ROWS = tl.constexpr(128)  # tensors at a time: one for each thread, which holds half of its vectors
+TOGETHER = tl.constexpr(7)  # rows of the vectors; all 21 at once would spill
 COEFFICIENTS = tl.constexpr(6)
 HALF = tl.constexpr(ROWS_OF_HALF)
 AT_START = tl.constexpr(V_STARTS.value | N_STARTS.value)
@@ -120,21 +122,28 @@ def _advance(
             _own(turns, tensor, mine), own_flags.to(tl.float64), lion1, lion2,
         )  # fmt: skip
         here = _own(present, tensor, mine) != 0.0
-        old = ()
-        for row in tl.static_range(HALF):
-            old += (tl.load(last + row * rows + tensor, mask=mine, other=0.0),)
-        tl.debug_barrier()  # all threads have read the last half before one writes it
-        for row in tl.static_range(HALF):
-            taken = tl.where(goes, new[row], 0.0) if row == STEP else new[row]
-            tl.store(vectors + row * rows + tensor, taken, mask=mine)
-            tl.store(vectors + (HALF + row) * rows + tensor, old[row], mask=mine)
-            kept = new[row]  # of a tensor without a gradient the update before stays the last, with nothing more to teach
-            if row == STEP_SIZE:
-                kept = tl.where(here, kept, 0.0)
-            elif row != UNCLIPPED:
-                kept = tl.where(here, kept, old[row])
-            tl.store(last + row * rows + tensor, kept, mask=mine & goes)
-            tl.store(last + (HALF + row) * rows + tensor, old[row], mask=mine & goes)
+        # Row by row: products with the row's number would be taken out of the loop over tensors, and spilled.
+        at = tensor.to(tl.int64)
+        for begin in tl.static_range(0, HALF, TOGETHER):
+            old = ()
+            place = at
+            for _ in tl.static_range(TOGETHER):
+                old += (tl.load(last + place, mask=mine, other=0.0),)
+                place += rows
+            tl.debug_barrier()  # all threads have read these rows before one writes them
+            for row in tl.static_range(begin, begin + TOGETHER):
+                before = old[row - begin]
+                taken = tl.where(goes, new[row], 0.0) if row == STEP else new[row]
+                tl.store(vectors + at, taken, mask=mine)
+                tl.store(vectors + HALF * rows + at, before, mask=mine)
+                kept = new[row]  # of a tensor without a gradient the update before stays the last, with nothing more to teach
+                if row == STEP_SIZE:
+                    kept = tl.where(here, kept, 0.0)
+                elif row != UNCLIPPED:
+                    kept = tl.where(here, kept, before)
+                tl.store(last + at, kept, mask=mine & goes)
+                tl.store(last + HALF * rows + at, before, mask=mine & goes)
+                at += rows
 
 
 @triton.jit(do_not_specialize=["tensors", "clip_bits", "freeze_steps", "lion1_bits", "lion2_bits", "flags"])

@@ -121,10 +121,10 @@ def with_mean(state_dict: dict[str, Any], states: Sequence[str]) -> dict[str, An
         return state_dict  # refused later
     completed = {}
     for key, state in state_dict["state"].items():
-        if isinstance(state, Mapping) and isinstance(state.get("exp_avg_sq"), Tensor):
+        if isinstance(state, Mapping) and "exp_avg_sq" in state:
             v = state["exp_avg_sq"]
-            missing = {name: v if name == "average_sq" else torch.zeros_like(v) for name in states if name not in state}
-            state = {**state, **missing}
+            zeros = torch.zeros_like(v) if isinstance(v, Tensor) else v  # what is no tensor is refused later
+            state = {**{name: v if name == "average_sq" else zeros for name in states}, **state}
         completed[key] = state
     return {**state_dict, "state": completed}
 

@@ -353,12 +353,18 @@ class MADA(FusedOptimizer):
 
     @property
     def hyper_gradient(self) -> Tensor:
-        """[K, 6] float64, d loss / d coefficient through the last update, before clipping; 0 before there is one. A copy."""
+        """[K, 6] float64, d loss / d coefficient through the last update, before clipping; 0 before there is one. A copy.
+
+        Of a fixed coefficient whose states are not kept the number means nothing.
+        """
         return self._now()[1]
 
     @property
     def hyper_sums(self) -> Tensor:
-        """[T, 6] float64, the sums per tensor that :attr:`hyper_gradient` is made of: ⟨gradient, dU/d coefficient⟩. A copy."""
+        """[T, 6] float64, the sums per tensor that :attr:`hyper_gradient` is made of: ⟨gradient, dU/d coefficient⟩. A copy.
+
+        Of a fixed coefficient whose states are not kept the number means nothing.
+        """
         return self._now()[2]
 
     def _now(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -425,7 +425,7 @@ def test_no_lane_behind_the_end_counts():
 def test_errors():
     lists = lists_of([(4, 5)], FP32)
     launch, _ = launched(lists)
-    with pytest.raises(RuntimeError, match="need the vectors of the update before"):
+    with pytest.raises(RuntimeError, match="need the vectors of the last update"):
         launch.measure(0b10, F64)
     with pytest.raises(RuntimeError, match=rf"vectors must be .* of shape \[{H}, 1\]"):
         launch.measure(0b10, F64, None, half(2).to(DEVICE))

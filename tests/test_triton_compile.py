@@ -9,7 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is built for Linux only")
 
-from metaadamw_fast.kernels import policy  # noqa: E402
+from metaadamw_fast.kernels import mada_policy, policy  # noqa: E402
 from metaadamw_fast.kernels.adamw import ADAMW, AVGRAD  # noqa: E402
 from metaadamw_fast.kernels.elements import WARPS  # noqa: E402
 from metaadamw_fast.kernels.engine import (  # noqa: E402
@@ -18,7 +18,9 @@ from metaadamw_fast.kernels.engine import (  # noqa: E402
     register_limit,
     update_constants,
     update_kernel,
+    update_options,
 )
+from metaadamw_fast.kernels.mada import MADA  # noqa: E402
 from metaadamw_fast.kernels.table import LaunchTable  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
@@ -71,6 +73,14 @@ VARIANTS = {
     "update of AVGrad, all bf16, by chance, mean": update((kind(2, 2, 2, 2, 1),), stochastic=True, rule=AVGRAD),
     "update of AVGrad, masters of bf16, mean": update((kind(2, 1, 1, 1, 1, 2),), rule=AVGRAD),
 }
+NINE = (1,) * 9  # operands
+# With the most registers that they may take; for one target, since each takes seconds to compile.
+OF_MADA = {
+    "sums": ((measure_kernel, measure_constants(MADA, tuple(range(7)), (kind(*NINE),))), 255),
+    "update": (update((kind(*NINE),), NO_SUMS, rule=MADA), 168),
+    "update, masters of bf16, by chance": (update((kind(2, *NINE[1:7], 2, 2, 2),), NO_SUMS, True, MADA), 168),
+    "update, lagged": (update((kind(*NINE),), len(MADA.found), rule=MADA), 255),
+}
 PLAIN = {"enhanced": False, "v_norm": True, "deviations": True, "time": 10, "lanes": 16}
 ENHANCED = {"enhanced": True, "v_norm": False, "deviations": False, "time": 9, "lanes": 16}
 POLICY = {
@@ -81,6 +91,7 @@ POLICY = {
     "modulation": (policy.modulation_kernel, {"go": None, "released": False}),
     "modulation, released": (policy.modulation_kernel, {"released": True}),
     "vectors": (policy.update_vectors_kernel, {"grad_scale": None}),
+    "policy of MADA": (mada_policy.mada_policy_kernel, {"lagged": False, "advance": True}),
 }  # a few numbers per tensor
 EVERY = pytest.mark.parametrize("variant", VARIANTS)
 ON_CUDA = pytest.mark.parametrize("target", CUDA)
@@ -172,6 +183,26 @@ def test_cuda_resources(variant, target, tmp_path):
     assert registers <= limit, report
 
 
+@pytest.mark.parametrize(
+    ("variant", "loads", "stores"),
+    [("sums", 8, 0), ("update", 8, 7), ("update, masters of bf16, by chance", 6, 6), ("update, lagged", 9, 7)],
+)
+def test_mada(variant, loads, stores, tmp_path):
+    """Exact, without spills, 16 bytes at once; an update that only overwrites the other gradient does not read it."""
+    (kernel, constants), most = OF_MADA[variant]
+    options = {"num_warps": WARPS}
+    if kernel is update_kernel:
+        options = update_options(MADA, constants["kinds"], bool(constants["found"]), "rounding_seed" not in constants)
+    ptx = triton_assembly(kernel, constants, TARGETS["sm_90"], enable_fp_fusion=False, **options).asm["ptx"]
+    assert not inexact(ptx)
+    report, _ = ptxas_report(ptx, 90, tmp_path)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
+    assert int(re.search(r"Used (\d+) registers", report)[1]) <= most, report
+    each = 8 // options["num_warps"]  # accesses of 4 elements that a thread needs for its share of a block
+    assert len(re.findall(r"ld\.global(\.\w+)*\.v4\.b32", ptx)) == each * loads
+    assert len(re.findall(r"st\.global(\.\w+)*\.v4\.b32", ptx)) == each * stores
+
+
 @pytest.mark.parametrize("variant", POLICY)
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_around_the_encoder(variant, target, tmp_path):
@@ -181,7 +212,7 @@ def test_kernels_around_the_encoder(variant, target, tmp_path):
         return
     report, _ = ptxas_report(compiled(variant, target)["ptx"], CUDA[target], tmp_path)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, report
-    if "modulation" in variant:
+    if "modulation" in variant or "MADA" in variant:
         assert not inexact(compiled(variant, target)["ptx"])
 
 
