@@ -242,11 +242,11 @@ template <class R, typename S>
 using InLoop = std::conditional_t<kHasMany<R>, const S&, const S>;
 
 // What the update does with a row's operands; bit i: operand i. Only of those in kUncertain it must be asked: of the others each is
-// there, read, and written if the rule writes it.
+// there and read.
 struct Moves {
   int there;
   int loads;
-  int stores;
+  bool writes;  // only without found sums it does so in every row that it comes to
 };
 
 template <class R, bool found, bool master>
@@ -263,7 +263,7 @@ __device__ __forceinline__ Moves moves_of(const Row<N>& row, const S& scalars, b
   }
   int loads = there;
   if constexpr (kExchanges<R> && !found) loads &= ~R::unread(scalars);
-  return {there, loads, moves ? there : 0};
+  return {there, loads, moves};
 }
 
 // Also returns the thread's sums of what it leaves, as it was stored, or, if `found`, of what it found: in the order in which
@@ -284,7 +284,8 @@ __device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N
   const Row<N>& row = work.row;
   const auto loads = [&](int i) { return !(kAsk >> operand_of(i) & 1) || moves.loads >> operand_of(i) & 1; };
   const auto stores = [&](int i) {
-    return kWritten >> operand_of(i) & 1 && (!(found || kAsk >> operand_of(i) & 1) || moves.stores >> operand_of(i) & 1);
+    const bool is_there = !(kAsk >> operand_of(i) & 1) || moves.there >> operand_of(i) & 1;
+    return kWritten >> operand_of(i) & 1 && is_there && (!found || moves.writes);
   };
   T sums[R::kSums] = {};
   for_each_group<V, found && (kLoadsAhead || kHasMany<R>)>(

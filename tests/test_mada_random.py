@@ -73,7 +73,8 @@ def test_an_update_has_the_bits_of_the_cpu(backend, number):
     launch.update_(vectors.to(DEVICE), sums, seed)
     on_cpu.update_(vectors, None, seed)
     assert not found or same_but_nan(sums.cpu(), before.cpu()), "sums of what the update finds"
-    for name, got, want, was in (*zip(MadaLists._fields[:9], there, expected, lists), ("low", low_there, low_expected, low)):
+    of_rule = zip(MadaLists._fields[:9], there[:9], expected[:9], lists[:9], strict=True)
+    for name, got, want, was in (*of_rule, ("low", low_there, low_expected, low)):
         for t, (x, y, z) in enumerate(zip(got or [], want or [], was or [], strict=True)):
             if x is None:
                 continue
