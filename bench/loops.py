@@ -95,8 +95,9 @@ def _narrowest(block: Block) -> Cost:
 
 
 # How far g and p lead from the way of four float32 operands to that of four narrow ones. In an update g is converted once, m twice,
-# p and v three times (read, stored, summed as stored): 4 of 9. In the statistics each is converted once.
-MIXED_UPDATE, MIXED_STATISTICS = 4 / 9, 1 / 2
+# p and v three times (read, stored, summed as stored): 4 of 9; if it sums what it finds, p and v twice, too: 3 of 7. In the
+# statistics each is converted once.
+MIXED_UPDATE, MIXED_FOUND, MIXED_STATISTICS = 4 / 9, 3 / 7, 1 / 2
 
 
 def cuda_loop(kernel: Kernel, case: Case) -> Loop:
@@ -124,7 +125,8 @@ def cuda_loop(kernel: Kernel, case: Case) -> Loop:
         return _only(found, case)
 
     if case.types == "mixed":
-        part = MIXED_UPDATE if case.is_update else MIXED_STATISTICS
+        of_update = MIXED_FOUND if case.kernel in (FOUND, BOTH) else MIXED_UPDATE
+        part = of_update if case.is_update else MIXED_STATISTICS
         ways = ((1 - part, way(_float32)), (part, way(_narrowest)))
     else:
         ways = ((1.0, way(_float32 if case.types == "float32" else _bfloat16)),)
