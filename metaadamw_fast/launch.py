@@ -154,7 +154,7 @@ class DeviceCopy:
         return torch.empty_like(self._table, pin_memory=self._device.type == "cuda")
 
     def addresses_changed(self) -> None:
-        """Says that the gradients lie elsewhere: the rows, some 100 bytes a tensor, are copied again, the rest of the table is not."""
+        """Says that the gradients lie elsewhere: the rows, some 100 bytes each, are copied again, the rest of the table is not."""
         self._changed = max(self._changed, self._row_words)
 
     def current(self) -> Tensor:

@@ -3,7 +3,7 @@
 The formulas stand here once more, over numbers that carry a bound of their own rounding (:class:`Rounded`): what a backend computes
 in float32 or float64 must lie within it. That they are derivatives is checked against autograd.
 
-test_triton_interpreter.py and test_cuda_emulated.py run this with their kernels.
+tests/test_mada_triton.py and test_cuda_emulated.py do the same with their kernels.
 """
 
 import dataclasses
