@@ -282,10 +282,13 @@ __device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N
   constexpr int kLeft = found ? 0 : reads_of<R>(R::kFirstLeft, R::kEndLeft);
   const auto operand_of = [](int i) constexpr { return i < kUsed ? i : kLowPrecision; };
   const Row<N>& row = work.row;
-  const auto loads = [&](int i) { return !(kAsk >> operand_of(i) & 1) || moves.loads >> operand_of(i) & 1; };
+  // With few operands a look into shared memory costs less than a register all through the loop.
+  const auto is_in = [&](int mask, int operand) {
+    return !(kAsk >> operand & 1) || (kHasMany<R> ? (mask >> operand & 1) != 0 : row.data[operand] != nullptr);
+  };
+  const auto loads = [&](int i) { return is_in(moves.loads, operand_of(i)); };
   const auto stores = [&](int i) {
-    const bool is_there = !(kAsk >> operand_of(i) & 1) || moves.there >> operand_of(i) & 1;
-    return kWritten >> operand_of(i) & 1 && is_there && (!found || moves.writes);
+    return kWritten >> operand_of(i) & 1 && is_in(moves.there, operand_of(i)) && (!found || moves.writes);
   };
   T sums[R::kSums] = {};
   for_each_group<V, found && (kLoadsAhead || kHasMany<R>)>(
@@ -525,13 +528,14 @@ __device__ __forceinline__ void update_chunk_of_block(const Table<kOperandsOf<R>
 // Five operands that are always there are 40 KiB under way with two blocks, and the dice take the registers of a third. With nine
 // and seven sums of them a thread takes more registers than two blocks have, so there is one, with 36 KiB under way all the time.
 template <class R, bool found, bool stochastic>
-constexpr int kBlocks = found                                                 ? (kHasMany<R> ? 1 : kUpdateBlocksWithFoundSums)
-                        : kHasMany<R>                                         ? kBlocksOfMany
-                        : stochastic && R::kOperands - R::kLastIsOptional > 4 ? 2
-                                                                              : kUpdateBlocks;
+constexpr int kBlocksOf = found && kHasMany<R>                                  ? 1
+                          : found && (kLoadsAhead || stochastic)                ? kUpdateBlocksWithFoundSums
+                          : kHasMany<R>                                         ? kBlocksOfMany
+                          : stochastic && R::kOperands - R::kLastIsOptional > 4 ? 2
+                                                                                : kUpdateBlocks;
 
 template <class R, bool found, bool stochastic>
-__global__ void __launch_bounds__(kThreads, kBlocks<R, found, stochastic>)
+__global__ void __launch_bounds__(kThreads, kBlocksOf<R, found, stochastic>)
     update_kernel(const Table<kOperandsOf<R>> table, const Update update, const NewSums<R> new_sums) {
   update_chunk_of_block<R, found, stochastic, kHasMany<R>>(table, update, new_sums);
 }

@@ -103,7 +103,11 @@ def test_accesses_of_16_bytes_to_global_memory(one):
         assert not re.search(r"\b(LD|ST)\.E", sass), f"{kernel} does not know that an address is global"
 
 
-@pytest.mark.parametrize("case", [x for x in loops.cases() if x.whole], ids=lambda x: x.name)
+# Seven states and the gradient, of which it writes six and the gradient.
+OF_MADA = loops.Case("MADA; fp32", MADA_UPDATES[0], (4,) * 8, (4,) * 7, "float32")
+
+
+@pytest.mark.parametrize("case", [*(x for x in loops.cases() if x.whole), OF_MADA], ids=lambda x: x.name)
 def test_all_operands_are_under_way_together(one, case):
     """A thread waits for the loads of one group together, never for one after the other."""
     loop = loops.cuda_loop(one[case.kernel], case)

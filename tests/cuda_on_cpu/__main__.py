@@ -110,7 +110,7 @@ BROKEN = [
     ("no barrier before the sums over warps", TESTS, Edit(UTILS, "of_warp[i][", BARRIER)),
     ("no barrier in the policies", TESTS, Edit(POLICY, "totals[threadIdx.x] = mine", BARRIER)),
     ("roles of gradients that change too early", TESTS, Edit(KERNELS, "(kExchanges<R>) {", "R::exchanged(", "!R::exchanged(")),
-    ("a row that is left alone is written", TESTS, Edit(KERNELS, "const bool is_there =", "|| moves.writes", "|| true")),
+    ("a row that is left alone is written", TESTS, Edit(KERNELS, "const auto stores =", "|| moves.writes", "|| true")),
     ("no barrier in scaled_gradients", TESTS, Edit(POLICY, "total = of_block", BARRIER)),
     ("no barrier before the ticket", THREADS, Edit(UTILS, "// the partial sums before the ticket", BARRIER)),
     ("no barrier after the ticket", TESTS, Edit(UTILS, "last = atomicInc(", BARRIER)),
