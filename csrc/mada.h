@@ -192,7 +192,9 @@ struct Mada {
     const V v_before = s.has(kSecondMomentStarts) ? zero + static_cast<T>(1e-15) : magnitude(x[kSecondMoment]);
     const V sigma = sign_of_difference(ahead_squared, v_before);
     const V kappa = s.c + s.c_complement * sigma;
-    const V v = s.beta2 * v_before + s.beta2_complement * (kappa * ahead_squared + s.c_complement * v_before);
+    // 0 times an infinite second moment would be NaN, and with it the parameter.
+    const V kept = s.c_complement == T(0) ? zero : s.c_complement * v_before;
+    const V v = s.beta2 * v_before + s.beta2_complement * (kappa * ahead_squared + kept);
 
     x[kMomentum] = lerp_momentum(s.lerp_from_grad, s.momentum_weight, g, x[kMomentum]);
     const V n_before = s.has(kDifferenceStarts) ? g * g : x[kDifference];

@@ -119,7 +119,8 @@ def _mada(x, scalars, kind: tl.constexpr):
     sigma = (squared > v).to(g.dtype) - (squared < v).to(g.dtype)
     kappa = c + c_complement * sigma
 
-    v = beta2 * v + beta2_complement * (kappa * squared + c_complement * v)
+    kept = tl.where(c_complement == 0.0, 0.0, c_complement * v)  # 0 times an infinite v would be NaN, and with it the parameter
+    v = beta2 * v + beta2_complement * (kappa * squared + kept)
     start = tl.where(lerp_from_grad, g, m)
     end = tl.where(lerp_from_grad, m, g)
     m = start + momentum_weight * (end - start)

@@ -104,7 +104,7 @@ class AVGrad(FusedOptimizer):
 
     def converted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Adam's and AdamW's get A = v."""
-        return with_mean(state_dict, ("average_sq",))
+        return with_mean(state_dict, ("average_sq",), plain=True)
 
     def restore(self, extra: dict[str, Any] | None, state_dict: dict[str, Any]) -> None:
         """Also of a checkpoint by DCP, which leaves what Adam's lacks as it was here."""
@@ -112,10 +112,11 @@ class AVGrad(FusedOptimizer):
             mean_of_second_moment(self)
 
 
-def with_mean(state_dict: dict[str, Any], states: Sequence[str]) -> dict[str, Any]:
+def with_mean(state_dict: dict[str, Any], states: Sequence[str], *, plain: bool) -> dict[str, Any]:
     """A checkpoint of Adam with A = v, where ``states`` have an A, and zeros for the others that it lacks; a copy.
 
-    With A = 0 the next step would be about √t times too long.
+    With A = 0 the next step would be about √t times too long. MADA keeps a bit in the sign of A or of v; ``plain`` takes their
+    magnitudes.
     """
     if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("state"), Mapping):
         return state_dict  # refused later
@@ -125,6 +126,9 @@ def with_mean(state_dict: dict[str, Any], states: Sequence[str]) -> dict[str, An
             v = state["exp_avg_sq"]
             zeros = torch.zeros_like(v) if isinstance(v, Tensor) else v  # what is no tensor is refused later
             state = {**{name: v if name == "average_sq" else zeros for name in states}, **state}
+            if plain:
+                signed = ((name, state.get(name)) for name in ("exp_avg_sq", "average_sq"))
+                state |= {name: x.abs() for name, x in signed if isinstance(x, Tensor) and not x.is_complex()}
         completed[key] = state
     return {**state_dict, "state": completed}
 

@@ -5,6 +5,7 @@ Longer than 300 lines: half of it is the constructor with its documentation and 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from . import rounding
 from .avgrad import AVGRAD, mean_of_second_moment, with_mean
 from .core import devices
 from .core.checkpoint import check_keys, check_tensor
-from .core.hyperparameters import check_hyperparameters, pair_of
+from .core.hyperparameters import Hyperparameters, check_hyperparameters, pair_of
 from .core.optimizer import FusedOptimizer
 from .core.rule import PARAM, Decision, Rule, State, Step
 from .core.tracking import Moved
@@ -80,6 +81,9 @@ class MADA(FusedOptimizer):
         maximize, capturable, foreach, fused, differentiable, state_dtype, master_weights, stochastic_rounding, seed,
             skip_nonfinite, backend, allocate: as of :class:`~metaadamw_fast.MetaAdamW`. The mean is kept in float32 or wider,
             gradients in the parameter's dtype.
+
+    ``betas`` in ``param_groups`` say where a set started, and in a checkpoint where it has come to; what is written there changes
+    nothing, and neither do the betas of a checkpoint of another optimizer.
 
     ``state[p]["last_grad"]`` and ``["previous_grad"]`` change places with every update. Where only the device knows whether there
     was one (GradScaler on a GPU, a replayed CUDA graph), ``state_dict`` is the first to bring them right.
@@ -374,7 +378,8 @@ class MADA(FusedOptimizer):
         if self._pending:
             try:
                 self._coefficients, self._momentum, self._hyper_gradient, self._hyper_sums = copies
-                hyper = self._hyperparameters.update(self.param_groups)
+                none = self._no_turns  # of hyper-parameters learning has no need
+                hyper = Hyperparameters(none, none, none, none, none, None)
                 self._policy(self._statistics, Step(hyper, None, self._counts, None), advance=False)
             finally:
                 self._coefficients, self._momentum, self._hyper_gradient, self._hyper_sums = own
@@ -403,6 +408,18 @@ class MADA(FusedOptimizer):
         """Raises ValueError on other sets of coefficients or other tensors."""
         own = self.saved()
         check_keys(extra, own, self.checkpoint_key)
+        check_tensor(extra["coefficients"], self._coefficients, "coefficients")
+        for k, (name, rate) in enumerate(zip(COEFFICIENTS, self._constants[0].tolist(), strict=True)):
+            values = extra["coefficients"][:, k]
+            if not bool(values.isfinite().all()):
+                raise ValueError(f"coefficients in the loaded state dict have a {name} that is not finite")
+            # The rule has no more states than the start of a fixed coefficient needs.
+            moved = values.to(self._coefficients) != self._start[k]
+            if rate == 0.0 and k >= 2 and bool(moved.any()):
+                raise ValueError(
+                    f"{name} is {values.tolist()} in the loaded state dict, and fixed at {self._start[k]} here: build the optimizer"
+                    f" with this {name}, or let it be learned"
+                )
         for name, x in own.items():
             if isinstance(x, Tensor):
                 check_tensor(extra[name], x, name)
@@ -415,7 +432,7 @@ class MADA(FusedOptimizer):
         if extra is None:
             mean_of_second_moment(self)
             self._last.copy_(_no_update(len(self._members), self._last.device))
-            message = "checkpoint of a plain Adam: moments and steps are loaded, the coefficients stay as they are"
+            message = "checkpoint of a plain Adam: moments and steps are loaded, the coefficients, betas too, stay as they are"
             warnings.warn(message, stacklevel=4)
             return
         for name in _LEARNED:
@@ -427,7 +444,8 @@ class MADA(FusedOptimizer):
 
     def converted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Adam's and AdamW's get A = v, and zeros for all else."""
-        return with_mean(state_dict, [name for name in self.rule.names if name not in ("exp_avg", "exp_avg_sq")])
+        others = [name for name in self.rule.names if name not in ("exp_avg", "exp_avg_sq")]
+        return with_mean(state_dict, others, plain=self.rule.name != "mada")
 
 
 def _no_update(tensors: int, device: torch.device) -> Tensor:
@@ -467,7 +485,7 @@ def _check_start(start: Sequence[float], bounds: Sequence[tuple[float, float]]) 
 
 def _check_learning(bounds: Sequence[tuple[float, float]], rates: Sequence[float], momenta: Sequence[float]) -> None:
     for name, (low, high), rate, momentum in zip(COEFFICIENTS, bounds, rates, momenta, strict=True):
-        if not rate >= 0.0:
+        if not 0.0 <= rate < math.inf:
             raise ValueError(f"Invalid hyper_lr of {name}: {rate}")
         if not 0.0 <= momentum < 1.0:
             raise ValueError(f"Invalid hyper_momentum of {name}: {momentum}")

@@ -177,7 +177,8 @@ def mada_update_(
 
         sigma = torch.sign(g_hat_sq - v)
         kappa = h.c + (1 - h.c) * sigma
-        v = h.beta2 * v + (1 - h.beta2) * (kappa * g_hat_sq + (1 - h.c) * v)
+        kept = torch.where(h.c == 1, 0.0, (1 - h.c) * v)  # 0 also where v is infinite
+        v = h.beta2 * v + (1 - h.beta2) * (kappa * g_hat_sq + kept)
         m = h.beta1 * x.m + (1 - h.beta1) * g
         n = h.beta3 * n + (1 - h.beta3) * d
         a = torch.where(h.has(Flags.MAXIMUM), torch.maximum(a, v), a + (v - a) / h.step)

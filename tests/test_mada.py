@@ -197,6 +197,59 @@ def test_a_checkpoint_of_avgrad_keeps_its_mean():
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("options", [{}, {"hyper_lr": {"rho": 0.0}}], ids=str)
+def test_the_sign_that_carries_a_bit_stays_behind(options):
+    """Of the mean, or of the second moment where there is no mean."""
+    params = params_of(*SHAPES)
+    opt = MADA(params, **{**LEARNING, "rho": 1.0}, **options)
+    train(opt, params, 5)
+    checkpoint = opt.state_dict()
+    assert any(
+        (state[name] < 0).any() for state in checkpoint["state"].values() for name in ("exp_avg_sq", "average_sq") if name in state
+    )
+    other = AVGrad(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other.load_state_dict(checkpoint)
+    train(other, params, 3, first=5)
+    assert all(p.isfinite().all() and (other.state[p]["average_sq"] >= 0).all() for p in params)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("options", [{}, {"statistics": "lagged"}, {"hyper_lr": HYPER_ADAM}], ids=str)
+def test_a_second_moment_that_overflows_is_adamws(options, backend):
+    ours, theirs = [nn.Parameter(torch.ones(5))], [nn.Parameter(torch.ones(5))]
+    opt, adam = MADA(ours, lr=1e-2, backend=backend, **options), torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.95), eps=1e-6)
+    adam.param_groups[0]["weight_decay"] = 0.0
+    for value in (1.0, 1e20, 1.0, 2.0):
+        for p, each in ((ours[0], opt), (theirs[0], adam)):
+            p.grad = torch.full((5,), value)
+            each.step()
+    assert ours[0].isfinite().all()
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)
+
+
+def test_what_is_fixed_must_be_where_a_checkpoint_has_it():
+    params = params_of(*SHAPES)
+    opt = MADA(params, **LEARNING)
+    train(opt, params, 4)
+    with pytest.raises(ValueError, match=r"beta3 is .* fixed at 0\.0 here"):
+        MADA(params, hyper_lr=0.0).load_state_dict(opt.state_dict())
+    broken = copy.deepcopy(opt.state_dict())
+    broken["mada"]["coefficients"][0, 5] = float("nan")
+    with pytest.raises(ValueError, match="gamma that is not finite"):
+        opt.load_state_dict(broken)
+
+
+def test_what_is_learned_can_be_read_when_a_group_has_gone():
+    params = params_of(*SHAPES)
+    opt = MADA([{"params": [p]} for p in params], statistics="lagged", **LEARNING)
+    train(opt, params, 3)
+    before = opt.coefficients
+    opt.param_groups.pop(0)
+    assert torch.equal(opt.coefficients, before)
+
+
 def test_own_checkpoints_must_fit():
     params = params_of(*SHAPES)
     opt = MADA(params, **LEARNING)
