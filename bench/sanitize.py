@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaadamw_fast import MetaAdamW, ops
+from metaadamw_fast import MADA, MetaAdamW, ops
 
 SIZES = [0, 1, 3, 8, 1023, 1024, 8_192, 8_193, 16_385, 70_001]
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"statistics": "lagged"},
     {"statistics": "lagged", "stochastic_rounding": True},
+    {"stochastic_rounding": True},
     {"max_grad_norm": 1.0, "maximize": True, "features": "enhanced"},
 )
+OF_MADA: tuple[dict[str, Any], ...] = ({}, {"statistics": "lagged"}, {"variant": "released", "scope": "per_group"})
 MANY = 300  # tensors in one group
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 STATES = [None, torch.float32, torch.bfloat16]  # dtypes of the states, None for that of the parameters
@@ -72,6 +74,12 @@ def main() -> None:
             )
         for more in OPTIONS:
             three_steps([torch.nn.Parameter(x.contiguous()) for x in params], backend=backend, state_dtype=state, **more)
+    for backend, more in itertools.product(options.backends, OF_MADA):
+        opt = MADA([torch.nn.Parameter(x) for x in tensors(device, torch.float32)], backend=backend, freeze_steps=0, **more)
+        for _ in range(3):
+            for p in opt.param_groups[0]["params"]:
+                p.grad = torch.rand_like(p)
+            opt.step()
     for backend, more in itertools.product(options.backends, OPTIONS):
         leaves = [torch.nn.Parameter(torch.rand(2 + t % 5, device=device)) for t in range(MANY)]
         three_steps(leaves, backend=backend, grouping="param_groups", **more)

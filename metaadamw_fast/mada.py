@@ -438,9 +438,8 @@ class MADA(FusedOptimizer):
         for name in _LEARNED:
             getattr(self, f"_{name}").copy_(extra[name])
         self._learned = extra["learned"] and self._learns
-        if extra["pending"] and self.statistics_mode == "lagged" and self._learns:
-            self._statistics.copy_(extra["sums"])
-            self._pending = True
+        self._statistics.copy_(extra["sums"][:, : self._statistics.shape[1]])
+        self._pending = extra["pending"] and self._learns and self.statistics_mode == "lagged"
 
     def converted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Adam's and AdamW's get A = v, and zeros for all else."""

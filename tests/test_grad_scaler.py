@@ -32,7 +32,8 @@ def of_any_scale(opt):
             for name in spec.raw:
                 del state[name]
         for extra in (parts[spec.key], parts["param_groups"][0][spec.key]):
-            extra.pop("last", None)  # with the scales of these gradients
+            for name in ("last", "sums"):  # with the scales of these gradients, and of these gradients
+                extra.pop(name, None)
     return parts
 
 
