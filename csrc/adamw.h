@@ -9,7 +9,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "table.h"
+#include "compare.h"
 
 namespace metaadamw {
 
@@ -69,34 +69,6 @@ struct Hyperparameters {
   double eps;
   double grad_scale;
 };
-
-// The bits of a vector of numbers, on the CPU. GCC takes comparisons of whole vectors apart, number by number, in loops that it
-// compiles for several instruction sets: an update then takes some fifteen times as long. So vectors are told by their bits.
-template <typename V>
-struct VectorBits {
-  using Type = decltype(V{} < V{});  // integers as wide
-  static constexpr int kWidth = 8 * sizeof(V{}[0]);
-  static METAADAMW_INLINE Type sign(Type x) { return x & (Type)(-V{}); }
-  static METAADAMW_INLINE Type of_magnitude(Type x) { return x & ~(Type)(-V{}); }
-  // All bits set where the number is one.
-  static METAADAMW_INLINE Type is_nan(Type x) { return ((Type)(V{} + __builtin_inf()) - of_magnitude(x)) >> (kWidth - 1); }
-  // All bits set where the number is neither 0 nor NaN.
-  static METAADAMW_INLINE Type is_signed(Type x) { return (-of_magnitude(x) >> (kWidth - 1)) & ~is_nan(x); }
-};
-
-// The larger of two, and NaN if either is, as torch.maximum.
-template <typename V>
-METAADAMW_INLINE V nan_maximum(V a, V b) {
-  if constexpr (std::is_floating_point_v<V>) {
-    return (a >= b) | (a != a) ? a : b;
-  } else {
-    using B = VectorBits<V>;
-    using Type = typename B::Type;
-    const Type of_a = (Type)a, of_b = (Type)b, above = (Type)(b - a);
-    const Type takes_b = (B::is_signed(above) & ~(above >> (B::kWidth - 1)) | B::is_nan(of_b)) & ~B::is_nan(of_a);
-    return (V)((of_a & ~takes_b) | (of_b & takes_b));
-  }
-}
 
 // A parameter of bfloat16 or float16 that has a float32 master is the master's rounding to nearest, unless somebody wrote it since:
 // then what was written is what the update starts from. Versions do not tell, since `p.data` has a counter of its own: the numbers

@@ -1,4 +1,5 @@
-// Both ops of a rule on the CPU: one parallel region over a flat list of chunks, whatever the number of tensors.
+// Both ops of a rule on the CPU: one parallel region over a flat list of chunks, whatever the number of tensors. A little longer
+// than 300 lines: an update that sums what it finds measures the rows that it leaves alone, so the two share how a chunk is walked.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

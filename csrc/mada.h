@@ -6,61 +6,6 @@
 
 namespace metaadamw {
 
-// These are of numbers, or of vectors on the CPU.
-
-template <typename V>
-METAADAMW_INLINE V magnitude(V x) {
-  if constexpr (std::is_floating_point_v<V>) {
-    return std::fabs(x);
-  } else {
-    return (V)VectorBits<V>::of_magnitude((typename VectorBits<V>::Type)x);
-  }
-}
-
-// -1, 0 or 1; of NaN 0.
-template <typename V>
-METAADAMW_INLINE V sign_of(V x) {
-  if constexpr (std::is_floating_point_v<V>) {
-    return static_cast<V>(x > 0 ? 1 : x < 0 ? -1 : 0);
-  } else {
-    using B = VectorBits<V>;
-    const auto bits = (typename B::Type)x;
-    return (V)(((typename B::Type)(V{} + 1) | B::sign(bits)) & B::is_signed(bits));
-  }
-}
-
-// The sign of a - b; 0 if one is NaN or both are infinite alike.
-template <typename V>
-METAADAMW_INLINE V sign_of_difference(V a, V b) {
-  if constexpr (std::is_floating_point_v<V>) {
-    return static_cast<V>(a > b ? 1 : a < b ? -1 : 0);
-  } else {
-    return sign_of(a - b);
-  }
-}
-
-// x, with the other sign where `sign`, which is -1, 0 or 1, is negative.
-template <typename V>
-METAADAMW_INLINE V negated_where_negative(V sign, V x) {
-  if constexpr (std::is_floating_point_v<V>) {
-    return sign < 0 ? -x : x;
-  } else {
-    using Type = typename VectorBits<V>::Type;
-    return (V)((Type)x ^ VectorBits<V>::sign((Type)sign));
-  }
-}
-
-// x where `sign`, which is -1, 0 or 1, is positive; else 0.
-template <typename V>
-METAADAMW_INLINE V where_positive(V sign, V x) {
-  if constexpr (std::is_floating_point_v<V>) {
-    return sign > 0 ? x : V(0);
-  } else {
-    using Type = typename VectorBits<V>::Type;
-    return (V)((Type)x & (-(Type)sign >> (VectorBits<V>::kWidth - 1)) & ~((Type)sign >> (VectorBits<V>::kWidth - 1)));
-  }
-}
-
 struct Mada {
   // Lists from kAverage on may be missing as a whole: such an operand counts as zeros and is not stored. The average, or where
   // kSignInSecondMoment the second moment, carries a bit in its sign; the operand itself is the magnitude. Gradients are kept as

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import rounding
+from .adam import fixed_vectors, mean_of_second_moment, with_mean
 from .core import devices
 from .core.optimizer import FusedOptimizer
 from .core.rule import PARAM, Decision, Rule, State, Step
-from .core.sharding import local
 
 AVGRAD = Rule(
     "avgrad",
-    states=(State("exp_avg"), State("exp_avg_sq"), State("average_sq", wide=True)),
+    states=(State("exp_avg"), State("exp_avg_sq", square=True), State("average_sq", wide=True, square=True)),
     operands=("exp_avg", PARAM, "exp_avg_sq", "average_sq"),
     vectors=("step_size", "decay_factor", "step", "beta1", "beta2", "inverse_sqrt_correction2", "eps", "grad_scale"),
     sums={"grad_sq": 2},
@@ -95,47 +94,13 @@ class AVGrad(FusedOptimizer):
 
     def decide(self, sums: Tensor | None, step: Step) -> Decision:
         """The vectors of the update; no coefficient is learned."""
-        hyper, count = step.hyper, step.counts[:-1] + 1
-        if step.counted is not None:
-            count = count * step.counted  # 0: the update leaves the tensor alone
-        decay_factor = 1 - hyper.lr * hyper.weight_decay
-        vectors = self._backend.update_vectors(hyper.lr, decay_factor, count, hyper.beta1, hyper.beta2, hyper.eps, step.grad_factor)
-        return Decision(vectors, {})
+        return Decision(fixed_vectors(self._backend, step, step.hyper.beta1, step.hyper.beta2), {})
 
     def converted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Adam's and AdamW's get A = v."""
-        return with_mean(state_dict, ("average_sq",), plain=True)
+        return with_mean(state_dict, ("average_sq",))
 
     def restore(self, extra: dict[str, Any] | None, state_dict: dict[str, Any]) -> None:
         """Also of a checkpoint by DCP, which leaves what Adam's lacks as it was here."""
         if extra is None:
             mean_of_second_moment(self)
-
-
-def with_mean(state_dict: dict[str, Any], states: Sequence[str], *, plain: bool) -> dict[str, Any]:
-    """A checkpoint of Adam with A = v, where ``states`` have an A, and zeros for the others that it lacks; a copy.
-
-    With A = 0 the next step would be about √t times too long. MADA keeps a bit in the sign of A or of v; ``plain`` takes their
-    magnitudes.
-    """
-    if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("state"), Mapping):
-        return state_dict  # refused later
-    completed = {}
-    for key, state in state_dict["state"].items():
-        if isinstance(state, Mapping) and "exp_avg_sq" in state:
-            v = state["exp_avg_sq"]
-            zeros = torch.zeros_like(v) if isinstance(v, Tensor) else v  # what is no tensor is refused later
-            state = {**{name: v if name == "average_sq" else zeros for name in states}, **state}
-            if plain:
-                signed = ((name, state.get(name)) for name in ("exp_avg_sq", "average_sq"))
-                state |= {name: x.abs() for name, x in signed if isinstance(x, Tensor) and not x.is_complex()}
-        completed[key] = state
-    return {**state_dict, "state": completed}
-
-
-def mean_of_second_moment(optimizer: FusedOptimizer) -> None:
-    """A = v where A is 0: DCP loads into what is there, and leaves what a checkpoint lacks as it was, zeros."""
-    params = (p for group in optimizer.param_groups for p in group["params"])
-    for state in (optimizer.state[p] for p in params if "average_sq" in optimizer.state.get(p, ())):
-        mean, v = local(state["average_sq"]), local(state["exp_avg_sq"])
-        mean.copy_(torch.where(mean == 0, v, mean))

@@ -49,13 +49,17 @@ class RuleLists(NamedTuple):
     names: tuple[str, ...]
     required: frozenset[str] = frozenset({"exp_avgs", "params", "exp_avg_sqs"})  # by an update
     in_some_rows: frozenset[str] = frozenset()  # an entry without elements says that its row has none
+    take_turns: tuple[str, ...] = ()  # two that change their roles with every update; the first needs the second
 
 
 _MOMENTS = ("exp_avgs", "params", "exp_avg_sqs")
 RULES = {  # in the order of csrc/rules.h
     "adamw": RuleLists((*_MOMENTS, "max_exp_avg_sqs"), in_some_rows=frozenset({"max_exp_avg_sqs"})),
     "avgrad": RuleLists((*_MOMENTS, "average_sqs"), required=frozenset({*_MOMENTS, "average_sqs"})),
-    "mada": RuleLists((*_MOMENTS, "average_sqs", "exp_avg_diffs", "lion_exp_avgs", "last_grads", "previous_grads")),
+    "mada": RuleLists(
+        (*_MOMENTS, "average_sqs", "exp_avg_diffs", "lion_exp_avgs", "last_grads", "previous_grads"),
+        take_turns=("last_grads", "previous_grads"),
+    ),
 }
 _LOW_PRECISION = "low_precision_params"
 _PARAMS = 1
@@ -96,7 +100,7 @@ def check_operands(operands: Operands, grads: Sequence[Tensor], rule: str, *, wr
     Raises:
         RuntimeError: see :mod:`metaadamw_fast.checks`; an update that lacks a list; gradient buffers that differ.
     """
-    names, required, in_some_rows = RULES[rule]
+    names, required, in_some_rows, take_turns = RULES[rule]
     missing = [name for name, xs in zip(names, operands, strict=False) if xs is None and name in required]
     if written and missing:
         raise RuntimeError(f"the update needs {' and '.join(missing)}")
@@ -109,10 +113,14 @@ def check_operands(operands: Operands, grads: Sequence[Tensor], rule: str, *, wr
     check_lists(*lists)
     check_low_precision(operands[_PARAMS], operands[-1])
     check_distinct(*lists)
-    if rule == "mada" and operands[6] is not None and operands[7] is not None:
-        for t, (x, y) in enumerate(zip(operands[6], operands[7], strict=True)):
+    both = [operands[names.index(name)] for name in take_turns]
+    if both and both[0] is not None:
+        first, second = take_turns
+        if both[1] is None:
+            raise RuntimeError(f"{first} need {second}, with which they take turns")
+        for t, (x, y) in enumerate(zip(both[0], both[1], strict=True)):
             if (x.dtype, x.stride()) != (y.dtype, y.stride()):
-                raise RuntimeError(f"last_grads[{t}] and previous_grads[{t}] differ in dtype or strides: they take turns")
+                raise RuntimeError(f"{first}[{t}] and {second}[{t}] differ in dtype or strides: they take turns")
 
 
 def resolved(grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor]]:

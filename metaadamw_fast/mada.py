@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import rounding
-from .avgrad import AVGRAD, mean_of_second_moment, with_mean
+from .adam import fixed_vectors, mean_of_second_moment, with_mean
+from .avgrad import AVGRAD
 from .core import devices
 from .core.checkpoint import check_keys, check_tensor
 from .core.hyperparameters import Hyperparameters, check_hyperparameters, pair_of
@@ -89,7 +90,9 @@ class MADA(FusedOptimizer):
     was one (GradScaler on a GPU, a replayed CUDA graph), ``state_dict`` is the first to bring them right.
 
     A step that GradScaler or ``skip_nonfinite`` leaves out moves nothing, coefficients included. ``load_state_dict`` also takes
-    checkpoints of torch's Adam and AdamW: the mean is then v, and nothing is learned of updates before.
+    checkpoints of torch's Adam and AdamW: the mean is then v, and nothing is learned of updates before. They load its
+    checkpoints, too, but where ``exp_avg_sq`` carries a bit in its sign (rho fixed at 1, c not fixed at 1): torch's then need the
+    magnitude of it, which the optimizers here take by themselves.
 
     Raises:
         ValueError: a number out of range, also a start outside its bounds; an unknown name; else as
@@ -234,7 +237,8 @@ class MADA(FusedOptimizer):
         """Brings coefficients, and what is known of the last updates, in the order of groups and members."""
         sets, old = self._new_sets(), [k for k, number in enumerate(moved.groups) if number is not None]
         numbers = [number for number in moved.groups if number is not None]
-        for name, start in (("_coefficients", sets), ("_momentum", sets * 0), ("_hyper_gradient", sets * 0)):
+        zeros = torch.zeros_like(sets)
+        for name, start in (("_coefficients", sets), ("_momentum", zeros), ("_hyper_gradient", zeros.clone())):
             start[old] = getattr(self, name)[numbers]
             setattr(self, name, start)
         here = [t for t, origin in enumerate(moved.origins) if origin is not None]
@@ -285,8 +289,9 @@ class MADA(FusedOptimizer):
 
     def decide(self, sums: Tensor | None, step: Step) -> Decision:
         """Learns, from the sums of this step or, in lagged mode, of the step before; then the vectors of the update."""
-        if self.rule.name != "mada":
-            return Decision(self._plain_vectors(step), {})
+        if self.rule.name != "mada":  # all coefficients are fixed at AdamW or AVGrad
+            beta1, beta2 = self._coefficients[:, :2].t()[:, self._set_of].contiguous()
+            return Decision(fixed_vectors(self._backend, step, beta1, beta2), {})
         if self.statistics_mode == "lagged":
             sums = self._statistics if self._pending else None
         elif not self.needs_sums():
@@ -304,16 +309,6 @@ class MADA(FusedOptimizer):
             hyper.lr, hyper.weight_decay, hyper.eps, step.grad_factor, unclipped, step.counts, step.present, turns, step.counted,
             self._constants, self.hyper_clip, self.freeze_steps, *self.lion_betas, int(self._flags), lagged, advance,
         )  # fmt: skip
-        return vectors
-
-    def _plain_vectors(self, step: Step) -> Tensor:
-        """AdamW's or AVGrad's, where all coefficients are fixed at one of them."""
-        hyper, count = step.hyper, step.counts[:-1] + 1
-        if step.counted is not None:
-            count = count * step.counted
-        beta1, beta2 = self._coefficients[:, :2].t()[:, self._set_of].contiguous()
-        decay_factor = 1 - hyper.lr * hyper.weight_decay
-        vectors: Tensor = self._backend.update_vectors(hyper.lr, decay_factor, count, beta1, beta2, hyper.eps, step.grad_factor)
         return vectors
 
     def _publish(self, should_step: Tensor | bool, **tensors: Tensor) -> None:
@@ -400,9 +395,11 @@ class MADA(FusedOptimizer):
         sums = torch.nn.functional.pad(self._statistics, (0, len(_SUMS) - self._statistics.shape[1]))
         return {**copies, "sums": sums.clone(), "pending": self._pending, "learned": self._learned}
 
-    def saved_in_group(self, index: int) -> dict[str, Any]:
-        """The betas that were learned, for other optimizers."""
-        return {"betas": tuple(self.coefficients[index if self.scope == "per_group" else 0, :2].tolist())}
+    def saved_groups(self) -> list[dict[str, Any]]:
+        """With the betas that were learned, for other optimizers."""
+        sets = self.coefficients[:, :2].tolist()
+        numbers = range(len(self.param_groups)) if self.scope == "per_group" else [0] * len(self.param_groups)
+        return [{**group, "betas": tuple(sets[k])} for group, k in zip(self.param_groups, numbers, strict=True)]
 
     def check_saved(self, extra: dict[str, Any], state_dict: dict[str, Any]) -> None:
         """Raises ValueError on other sets of coefficients or other tensors."""
@@ -444,7 +441,7 @@ class MADA(FusedOptimizer):
     def converted(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Adam's and AdamW's get A = v, and zeros for all else."""
         others = [name for name in self.rule.names if name not in ("exp_avg", "exp_avg_sq")]
-        return with_mean(state_dict, others, plain=self.rule.name != "mada")
+        return with_mean(state_dict, others)
 
 
 def _no_update(tensors: int, device: torch.device) -> Tensor:
@@ -454,20 +451,22 @@ def _no_update(tensors: int, device: torch.device) -> Tensor:
     return last
 
 
+def _check_names(option: str, values: Mapping[str, Any]) -> None:
+    unknown = [name for name in values if name not in COEFFICIENTS]
+    if unknown:
+        raise ValueError(f"Invalid {option}: unknown {', '.join(map(str, unknown))} (known: {', '.join(COEFFICIENTS)})")
+
+
 def _by_name(option: str, values: float | Mapping[str, float], default: Mapping[str, float]) -> list[float]:
     """One number for each coefficient."""
     if not isinstance(values, Mapping):
         return [float(values)] * len(COEFFICIENTS)
-    unknown = [name for name in values if name not in COEFFICIENTS]
-    if unknown:
-        raise ValueError(f"Invalid {option}: unknown {', '.join(map(str, unknown))} (known: {', '.join(COEFFICIENTS)})")
+    _check_names(option, values)
     return [float(values.get(name, default.get(name, 0.0))) for name in COEFFICIENTS]
 
 
 def _bounds(bounds: Mapping[str, tuple[float, float]]) -> list[tuple[float, float]]:
-    unknown = [name for name in bounds if name not in COEFFICIENTS]
-    if unknown:
-        raise ValueError(f"Invalid bounds: unknown {', '.join(map(str, unknown))} (known: {', '.join(COEFFICIENTS)})")
+    _check_names("bounds", bounds)
     pairs = [(float(low), float(high)) for low, high in (bounds.get(name, BOUNDS[name]) for name in COEFFICIENTS)]
     for name, (low, high) in zip(COEFFICIENTS, pairs, strict=True):
         is_decay = name.startswith("beta")
@@ -493,10 +492,9 @@ def _check_learning(bounds: Sequence[tuple[float, float]], rates: Sequence[float
             raise ValueError(f"Invalid bounds of {name}: {(low, high)} (learned, it must stay above 0)")
 
 
-_MOMENTS = (State("exp_avg"), State("exp_avg_sq"))
 _ADAMW = Rule(
     "adamw",
-    states=_MOMENTS,
+    states=AVGRAD.states[:2],
     operands=("exp_avg", PARAM, "exp_avg_sq", None),
     vectors=AVGRAD.vectors,
     sums={"grad_sq": 2},
@@ -518,7 +516,8 @@ def _rule(start: Sequence[float], rates: Sequence[float], semantics: Semantics, 
             return AVGRAD, Flags(0)
     two, one = learns and before, learns or before
     states = [
-        *_MOMENTS,
+        State("exp_avg"),
+        State("exp_avg_sq"),
         *([State("average_sq", wide=True)] if average else []),
         *([State("exp_avg_diff")] if differences else []),
         *([State("lion_exp_avg")] if lion else []),

@@ -34,7 +34,7 @@ from .lookahead import LookAhead, gradients_of_rows, next_directions, released_d
 # csrc/table.h and features.py have the same operands and columns.
 ADAMW = Rule(
     "adamw",
-    states=(State("exp_avg"), State("exp_avg_sq"), State("max_exp_avg_sq", flag="amsgrad")),
+    states=(State("exp_avg"), State("exp_avg_sq", square=True), State("max_exp_avg_sq", flag="amsgrad", square=True)),
     operands=("exp_avg", PARAM, "exp_avg_sq", "max_exp_avg_sq"),
     vectors=("step_size", "decay_factor", "step", "beta1", "beta2", "eps", "grad_scale"),
     sums={"grad_sq": 2, "grad_momentum": 1, "momentum_sq": 0, "param_sq": 0, "second_moment_sq": 0},

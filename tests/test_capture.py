@@ -140,6 +140,15 @@ def as_on_a_gpu(monkeypatch):
     return under_way
 
 
+def recorded_step(model, opt, as_on_a_gpu):
+    """A step as a graph has it."""
+    as_on_a_gpu.append(True)
+    with Recording([*model.parameters(), *(x for p in model.parameters() for x in opt.state[p].values())]) as recording:
+        opt.step()
+    as_on_a_gpu.clear()
+    return recording
+
+
 def allow(opt):
     for group in opt.param_groups:
         group["capturable"] = True  # the constructor wants a CUDA device
@@ -165,10 +174,7 @@ def test_a_recorded_step_does_what_steps_do(name, backend, as_on_a_gpu):
                 opt.step()
                 continue
             if recording is None:
-                as_on_a_gpu.append(True)
-                with Recording([*model.parameters(), *(x for p in model.parameters() for x in opt.state[p].values())]) as recording:
-                    opt.step()
-                as_on_a_gpu.clear()
+                recording = recorded_step(model, opt, as_on_a_gpu)
             recording.replay()
         assert_equal(state_of(*recorded[:2]), state_of(*eager[:2]), f"step {step}")
 
@@ -188,10 +194,7 @@ def test_numbers_that_change_before_the_capture_are_captured_as_they_are_then(as
                 opt.step()
                 continue
             if recording is None:
-                as_on_a_gpu.append(True)
-                with Recording([*model.parameters(), *(x for p in model.parameters() for x in opt.state[p].values())]) as recording:
-                    opt.step()
-                as_on_a_gpu.clear()
+                recording = recorded_step(model, opt, as_on_a_gpu)
                 opt.step()  # before the first replay: nothing of the capture has been carried out yet
                 continue
             recording.replay()
@@ -217,10 +220,7 @@ def test_gradients_that_change_roles_do_so_at_every_replay(as_on_a_gpu):
                 model[2].weight.grad = kept
                 continue
             if recording is None:
-                as_on_a_gpu.append(True)
-                with Recording([*model.parameters(), *(x for p in model.parameters() for x in opt.state[p].values())]) as recording:
-                    opt.step()
-                as_on_a_gpu.clear()
+                recording = recorded_step(model, opt, as_on_a_gpu)
             recording.replay()
         if step % 2:
             assert_equal(state_of(*recorded[:2]), state_of(*eager[:2]), f"step {step}")

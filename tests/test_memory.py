@@ -12,7 +12,7 @@ MEASURE = """
 import gc, sys
 from pathlib import Path
 import torch
-from metaadamw_fast import AVGrad, MetaAdamW
+from metaadamw_fast import MADA, AVGrad, MetaAdamW
 
 params = [torch.nn.Parameter(torch.randn({elements} // 64)) for _ in range(64)]
 grads = [[torch.randn_like(p) for p in params] for _ in range(2)]
@@ -23,6 +23,8 @@ make = {{
     "lagged": lambda: MetaAdamW(params, head_init="xavier", statistics="lagged"),
     "avgrad": lambda: AVGrad(params),
     "avgrad, clip": lambda: AVGrad(params, max_grad_norm=0.1),
+    "mada": lambda: MADA(params, freeze_steps=0),
+    "mada, lagged": lambda: MADA(params, freeze_steps=0, statistics="lagged"),
 }}
 opt = make[sys.argv[1]]()
 
@@ -59,6 +61,6 @@ def peak(side):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's")
-@pytest.mark.parametrize("side", ["exact", "clip", "lagged", "avgrad", "avgrad, clip"])
+@pytest.mark.parametrize("side", ["exact", "clip", "lagged", "avgrad", "avgrad, clip", "mada", "mada, lagged"])
 def test_a_step_needs_no_more_than_torch_and_a_mebibyte(side):
     assert peak(side) <= peak("fused") + 2**20

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from metaadamw_fast import FeatureConfig, MetaAdamW
+from metaadamw_fast.core.states import States
 
 from .models import (
     assert_same_bits,
@@ -93,6 +94,39 @@ def test_lagged_scales_are_those_of_the_step_before():
         assert torch.equal(lagged.statistics, exact.statistics)
         expected = torch.stack([exact.lr_scale, exact.wd_scale])
         assert not torch.equal(expected, torch.stack([lagged.lr_scale, lagged.wd_scale]))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_lagged_step_is_one_pass_whoever_writes_and_whatever_has_no_gradient(backend, capturable, monkeypatch):
+    """From the first step on. Its statistics are those of a pass of its own, in bits."""
+
+    def passes(*_, **__):
+        raise AssertionError("a lagged step has measured beside its update")
+
+    model = perceptron()
+    model.norm.weight.requires_grad_(False)
+    lagged = make(model, statistics="lagged", backend=backend)
+    for group in lagged.param_groups:
+        group["capturable"] = capturable  # the constructor wants a CUDA device
+    for step in range(6):
+        lagged.zero_grad()
+        mse(model, batch(model, step)).backward()
+        if step in (1, 2, 4):
+            model.out.bias.grad = None
+        twin = copy.deepcopy(model)
+        exact = MetaAdamW(twin.named_parameters(), model=twin, backend=backend)
+        exact.load_state_dict(lagged.state_dict())
+        for p, q in zip(twin.parameters(), model.parameters(), strict=True):
+            p.grad = None if q.grad is None else q.grad.clone()
+        exact.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(States, "measure", passes)
+            lagged.step()
+        assert torch.equal(lagged.statistics, exact.statistics)
+        model.out.weight.data.mul_(1.5)  # which no version counter tells
+        model.layers[0].bias.detach().numpy()[:] += 0.25
+        lagged.state[model.out.weight]["exp_avg_sq"].data.mul_(0.5)
 
 
 # ------------------------------------------------------------------------------------------------------------- what can be read

@@ -12,6 +12,8 @@ DCP wants all that the optimizer has to be in the checkpoint. Between a fused op
 keys, it needs ``planner=DefaultLoadPlanner(allow_partial_load=True)``, and so it does for checkpoints from before a key was added.
 It saves no state of parameters that do not require a gradient: the moments of one that was trained and then frozen are lost.
 
+A few lines longer than 300: what is saved, checked and loaded is one format, written down once.
+
 A parameter that never had a gradient and requires none has no state, and no entry in a checkpoint.
 """
 
@@ -33,6 +35,7 @@ from metaadamw_fast.rounding import signed
 from .allocation import MASTER
 from .hyperparameters import check_hyperparameters
 from .sharding import laid_out_as
+from .watch import as_real
 
 if TYPE_CHECKING:
     from .optimizer import FusedOptimizer
@@ -70,10 +73,7 @@ def saved(optimizer: FusedOptimizer) -> dict[str, Any]:
     numbers: dict[Tensor, int] = {}
     for number, param in enumerate(params):
         numbers.setdefault(param, number)
-    groups = [
-        {**group, **optimizer.saved_in_group(index), "params": [numbers[p] for p in group["params"]]}
-        for index, group in enumerate(optimizer.param_groups)
-    ]
+    groups = [{**group, "params": [numbers[p] for p in group["params"]]} for group in optimizer.saved_groups()]
     key = optimizer.checkpoint_key
     extra = groups[0][key] = extra_state(optimizer)
     states = list(optimizer.state.items())  # at once: another thread may be in a step
@@ -272,6 +272,8 @@ def load_states(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> Non
                 # In the parameter's memory layout: the update then runs without a copy.
                 state[name] = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
                 state[name].copy_(laid_out_as(value, param))
+                if name in states and states[name].square:
+                    as_real(state[name]).abs_()
             elif name not in ours:
                 state[name] = _copied_beside(value, param)
     numbers = set(_numbers(state_dict))

@@ -99,9 +99,9 @@ class FusedOptimizer(TrackingOptimizer):
         """What a checkpoint holds of a subclass: tensors that nobody else holds, numbers, lists and dicts only."""
         return {}
 
-    def saved_in_group(self, index: int) -> dict[str, Any]:
-        """Entries of the param group of this number that are others in a checkpoint."""
-        return {}
+    def saved_groups(self) -> list[dict[str, Any]]:
+        """``param_groups`` as a checkpoint shows them, parameters included."""
+        return self.param_groups
 
     def check_saved(self, extra: dict[str, Any], state_dict: dict[str, Any]) -> None:
         """Raises ValueError if ``extra``, of a checkpoint, is not what :meth:`saved` returns; nothing changes."""

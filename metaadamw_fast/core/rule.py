@@ -21,12 +21,14 @@ class State(NamedTuple):
         flag: the key of ``param_groups`` that asks for it; None if every parameter has it.
         wide: whether it is at least float32, whatever the parameter and ``state_dtype`` are.
         of_gradient: whether it keeps gradients, and so has the parameter's dtype, whatever ``state_dtype`` is.
+        square: whether it is of squares. Another optimizer may use the sign, which a checkpoint's numbers leave behind here.
     """
 
     name: str
     flag: str | None = None
     wide: bool = False
     of_gradient: bool = False
+    square: bool = False
 
 
 class Rule(NamedTuple):
