@@ -18,6 +18,8 @@ LONGEST_FIRST = (
     "test_killed.py",
     "test_sharding.py",
     "test_resharding.py",
+    "test_mada_cases.py",
+    "test_mada_ops.py",
 )
 
 
