@@ -14,7 +14,7 @@ from metaadamw_fast import ops, reference
 from .optimizers import META, spec_of
 from .tolerances import stored, sum_bound, update_bounds
 
-BLOCK, CHUNK, CHUNK_ON_GPU = 1024, 32768, 8192  # elements: csrc/cpu.cpp, csrc/chunks.h
+BLOCK, CHUNK, CHUNK_ON_GPU, CHUNK_ON_TRITON = 1024, 32768, 8192, 16384  # elements: csrc/chunks.h, kernels/elements.py
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 DTYPES = {  # of the parameter, the gradient, the first and the second moment
@@ -35,6 +35,8 @@ _EDGES = [0, 1, 2, 3, 15, 16, 17, 31, 33]
 _BLOCKS = [BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 2, BLOCK + 3, 5 * BLOCK + 1, 5 * BLOCK + 2, 5 * BLOCK + 3]
 _CHUNKS = [n + more for n in (CHUNK_ON_GPU, CHUNK) for more in (-1, 0, 1, 3)] + [2 * CHUNK + 5]
 SIZES = [(), *((n,) for n in _EDGES + _BLOCKS + _CHUNKS)]
+# A GPU's kernels know nothing of the CPU's chunk; where they are interpreted or emulated, elements are dear.
+SIZES_OF_A_GPU = [*(x for x in SIZES if sum(x) < CHUNK - 1), (CHUNK_ON_TRITON,), (CHUNK_ON_TRITON + CHUNK_ON_GPU + 5,)]
 SHAPES = [(7,), (1, 9, 1), (37, 53), (3, 5, 7, 4), (2, 3, 4, 5, 6), (181, 183)]  # the last one is longer than a chunk
 
 LAYOUTS = {  # see place()

@@ -13,7 +13,15 @@ import torch.multiprocessing as mp
 
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="there is no gloo")
 # One process imports what takes seconds; the ranks are forked from it.
-multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "metaadamw_fast"])
+multiprocessing.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint",
+        "torch.distributed.tensor.parallel",
+        "metaadamw_fast",
+    ]
+)
 
 
 def run(function, ranks, directory, *args):

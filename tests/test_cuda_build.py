@@ -136,7 +136,12 @@ def test_an_extension_with_the_kernels_loads_where_there_is_no_gpu(tmp_path):
     for name in ("csrc", "kernels", "metaadamw_fast"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     environment = {**os.environ, "METAADAMW_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
-    environment["NVCC_APPEND_FLAGS"] = "-Xcicc -O0 -Xptxas -O0"  # whether it loads does not depend on how well it is compiled
+    # Whether it loads does not depend on how well it is compiled.
+    environment["NVCC_APPEND_FLAGS"] = "-Xcicc -O0 -Xptxas -O0"
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
+    compiler.chmod(0o755)
+    environment["CXX"] = str(compiler)
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     built = subprocess.run(build, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr

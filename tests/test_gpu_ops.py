@@ -25,6 +25,7 @@ from .cases import (
     LAYOUTS,
     SHAPES,
     SIZES,
+    SIZES_OF_A_GPU,
     Hyper,
     assert_sums,
     assert_updated,
@@ -37,6 +38,8 @@ from .cases import (
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = emulated.use()
+if INTERPRETED or EMULATED:
+    SIZES = SIZES_OF_A_GPU
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED and not EMULATED else "cpu")
 BACKENDS = ["triton"] if INTERPRETED else ["emulated"] if EMULATED else ["triton", "cpp"] if DEVICE.type == "cuda" else ["cpp"]
 pytestmark = pytest.mark.gpu

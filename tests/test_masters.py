@@ -13,6 +13,7 @@ from .cases import (
     BLOCK,
     CHUNK,
     CHUNK_ON_GPU,
+    CHUNK_ON_TRITON,
     F16,
     F32,
     F64,
@@ -25,13 +26,13 @@ from .cases import (
     same_surroundings,
 )
 from .cases import place as placed
-from .test_policy import EMULATED, PLACES, place
+from .test_policy import EMULATED, INTERPRETED, PLACES, place
 
 LOW = [BF16, F16]
 WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "maxima")
 
 
-@pytest.fixture(params=[place(*x) for x in ([] if EMULATED else [("reference", "cpu")]) + PLACES])
+@pytest.fixture(params=[place(*x) for x in ([] if EMULATED or INTERPRETED else [("reference", "cpu")]) + PLACES])
 def there(request):
     return request.param
 
@@ -162,7 +163,8 @@ def test_special_numbers(there, dtype):
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_sizes_around_blocks_and_chunks(there, dtype, amsgrad):
     sizes = [0, 1, 2, 15, 16, 17, BLOCK - 1, BLOCK, BLOCK + 3]
-    sizes += [n + more for n in (CHUNK_ON_GPU, CHUNK) for more in (-1, 0, 3)]
+    chunks = (CHUNK_ON_GPU, CHUNK_ON_TRITON) if EMULATED or INTERPRETED else (CHUNK_ON_GPU, CHUNK)
+    sizes += [n + more for n in chunks for more in (-1, 0, 3)]
     lists = random_lists([(n,) for n in sizes], "fp32", amsgrad=amsgrad)
     assert_as_expected(lists, low_of(lists, dtype, written=range(1, len(sizes), 2)), there, sums=2)
 

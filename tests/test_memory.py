@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ELEMENTS = 24 * 2**20  # in 64 tensors: a temporary copy of any one list would be 96 MiB
+ELEMENTS = 8 * 2**20  # in 64 tensors: a temporary copy of any one list would be 32 MiB
 MEASURE = """
 import gc, sys
 from pathlib import Path
