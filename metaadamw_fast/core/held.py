@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, compress
-from operator import itemgetter
+from operator import add, attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -31,6 +31,9 @@ def joined(lists: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     for xs in lists:
         out += xs
     return out
+
+
+_version_of = attrgetter("_version")
 
 
 def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
@@ -180,6 +183,28 @@ class HeldTensors:
     def written(self) -> list[Tensor]:
         """All tensors that an update of all rows writes, as the kernels take them."""
         return joined([self.params, *self.states, self.masters])
+
+    def row_versions(self) -> list[int]:
+        """Of each row the version counters of its tensors, added up; of a DTensor and of its shard, which are counted apart."""
+        versions = [0] * len(self.params)
+        for xs, has in zip(self.outer, [None, *self.chosen], strict=True):
+            own = map(_version_of, xs)
+            if self.sharded:
+                own = map(add, own, [x._version if (x := local(y)) is not y else 0 for y in xs])
+            if len(xs) == len(versions):
+                versions = [*map(add, versions, own)]
+            elif xs and has is not None:
+                versions = [n + next(own) if here else n for n, here in zip(versions, has, strict=True)]
+        return versions
+
+    def row_storages(self) -> list[list[Any]]:
+        """Of each row weak references to the memory of its tensors; none of tensors without memory."""
+        rest = iter(self._storages.references)
+        rows: list[list[Any]] = [[] for _ in self.params]
+        for has in [[True] * len(rows), *self.chosen] if self._storages.references else []:
+            for row in compress(rows, has):
+                row.append(next(rest))
+        return rows
 
     def _where(self) -> tuple[list[int], list[tuple[int, ...]]]:
         # Strides of the parameters only: `p.data = p.data.t()` happens, and the addresses stay. Nobody transposes a state in place.

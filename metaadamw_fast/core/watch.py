@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from metaadamw_fast.checks import DTYPES
 
 from . import devices
 from .sharding import is_sharded, local
+
+if TYPE_CHECKING:
+    from .held import HeldTensors
 
 _version_of = attrgetter("_version")
 
@@ -67,7 +70,68 @@ class Storages:
             if storages is not None:
                 storages.freed = True
 
-        self._references = [weakref.ref(x.untyped_storage(), tell) for x in tensors if not devices.is_fake(x)]
+        # Also of tensors: what others have replaced has another storage.
+        self.references = [weakref.ref(x.untyped_storage(), tell) for x in tensors if not devices.is_fake(x)]
+
+
+class Mark(NamedTuple):
+    """What shows whether others have written a parameter or its states since a moment.
+
+    Attributes:
+        param: the parameter; its memory is not held.
+        storages: under the parameter and its states.
+        version: their version counters, added up.
+    """
+
+    param: weakref.ref[Tensor]
+    storages: Sequence[weakref.ref[Any]]
+    version: int
+
+
+class WatchedRows:
+    """Which rows others have written between two steps: by version counters, and by memory where the lists were made anew.
+
+    Args:
+        held: the tensors, which are there now and whenever a method is called.
+        marks: of the lists that these replace. A row without one is taken as it is found by the first :meth:`look`.
+    """
+
+    def __init__(self, held: HeldTensors, marks: Sequence[Mark]) -> None:
+        self._held = held
+        self._params = [weakref.ref(p) for p in held.outer[0]]
+        self._storages = held.row_storages()
+        self._rise: list[int] | None = None  # what an update adds to the counters of each row
+        known = {id(p): mark for mark in marks if (p := mark.param()) is not None}
+        self._versions: list[int | None] = [None] * len(self._params)
+        for r, p in enumerate(held.outer[0]):
+            mark = known.get(id(p))
+            if mark is not None:
+                same = len(mark.storages) == len(self._storages[r])
+                same = same and all(x() is y() for x, y in zip(mark.storages, self._storages[r], strict=True))
+                self._versions[r] = mark.version if same else -1
+
+    def look(self, *, again: bool = False) -> list[int]:
+        """The rows that others have written since the last update or look; the next one finds them ``again``, if that is said."""
+        now: list[int | None] = [*self._held.row_versions()]
+        before = self._versions
+        if not again:
+            self._versions = now
+        if before == now:
+            return []
+        return [r for r, (x, y) in enumerate(zip(before, now, strict=True)) if x is not None and x != y]
+
+    def updated(self, *, as_before: bool) -> None:
+        """Says that an update followed the last look, of the same rows ``as_before``."""
+        # Not the counters of now, as `States.after_update` says.
+        seen = [x or 0 for x in self._versions]
+        if self._rise is None or not as_before:
+            self._rise = [y - x for x, y in zip(seen, self._held.row_versions(), strict=True)]
+        self._versions = [x + y for x, y in zip(seen, self._rise, strict=True)]
+
+    def marks(self) -> list[Mark]:
+        """For the lists that replace these."""
+        rows = zip(self._params, self._storages, self._versions, strict=True)
+        return [Mark(p, storages, version) for p, storages, version in rows if version is not None]
 
 
 class FrozenSums:
