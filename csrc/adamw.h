@@ -235,27 +235,26 @@ struct AdamW {
     return {};
   }
 
-  template <typename T, typename V>
-  static METAADAMW_INLINE void accumulate_found(const Measured<T>&, V (&sums)[kSums], const V (&x)[kOperands]) {
+  // N sums and M operands: a rule that has more of both takes these for its first ones.
+  template <typename T, typename V, int N, int M>
+  static METAADAMW_INLINE void accumulate_found(const NothingMeasured<T>&, V (&sums)[N], const V (&x)[M]) {
     sums[kGradSquared] += x[kGrad] * x[kGrad];
     sums[kGradMomentum] += x[kGrad] * x[kMomentum];
     sums[kMomentumSquared] += x[kMomentum] * x[kMomentum];
     accumulate_left(sums, x);
   }
 
-  template <typename V>
-  static METAADAMW_INLINE void accumulate_left(V (&sums)[kSums], const V (&x)[kOperands]) {
+  template <typename V, int N, int M>
+  static METAADAMW_INLINE void accumulate_left(V (&sums)[N], const V (&x)[M]) {
     sums[kParamSquared] += x[kParam] * x[kParam];
     sums[kSecondMomentSquared] += x[kSecondMoment] * x[kSecondMoment];
   }
 
   // The sums from kFirstExtra on: only the `enhanced` features want them.
-  template <typename T, typename V>
-  static METAADAMW_INLINE void accumulate_extra(const Measured<T>&, V (&sums)[kSums], const V (&x)[kOperands]) {
-    const V zero = V{};
-    const V one = zero + 1;
-    sums[kGradNonzero] += x[kGrad] != zero ? one : zero;
-    sums[kMomentumNonzero] += x[kMomentum] != zero ? one : zero;
+  template <typename T, typename V, int N, int M>
+  static METAADAMW_INLINE void accumulate_extra(const NothingMeasured<T>&, V (&sums)[N], const V (&x)[M]) {
+    sums[kGradNonzero] += one_where_nonzero(x[kGrad]);
+    sums[kMomentumNonzero] += one_where_nonzero(x[kMomentum]);
   }
 };
 

@@ -175,7 +175,7 @@ METAADAMW_CLONES void update_block(const typename R::template Scalars<T>& scalar
   const int ahead = kPrefetch;
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    Vector x[R::kOperands];
+    Vector x[R::kOperands] = {};
     for (int k = 0; k < kUsed; ++k) {
       __builtin_prefetch(at[k] + i + ahead);
       x[k] = lanes_at(at[k] + i);

@@ -250,7 +250,8 @@ struct Moves {
 };
 
 template <class R, bool found, bool master>
-constexpr int kUncertain = found << kGrad | (R::kLastIsOptional ? 0 : R::kOptionalLists) | master << R::kOperands;
+constexpr int kUncertain =
+    found << kGrad | (R::kOptionalLists & ~(R::kLastIsOptional << (R::kOperands - 1))) | master << R::kOperands;
 
 // With `found` a row may be one that the update leaves alone: its sums are made all the same, without a gradient if it has none.
 template <class R, bool found, bool master, typename S, int N>
