@@ -12,37 +12,37 @@ import torch
 from torch import Tensor
 
 from .core import devices
-from .core.rule import PARAM, Rule, State
+from .core.hyperparameters import Hyperparameters
+from .core.rule import Rule, State
+from .online_reference import LAST, SUMS
 
-VECTORS = ("ema_decay", "last_inverse_correction1", "last_inverse_sqrt_correction2", "last_eps")  # behind those of AdamW
-SUMS = ("grad_direction", "grad_param", "direction_sq", "direction_param", "grad_trace", "trace_sq")
+VECTORS = ("ema_decay", *(f"last_{name}" for name in LAST))  # behind those of AdamW
+# What is summed beside AdamW's; the last two are of p - ema_param.
+OF_GRADIENT = SUMS[7:]
+GRAD_DIRECTION, GRAD_PARAM, DIRECTION_SQ, DIRECTION_PARAM, GRAD_TRACE, TRACE_SQ = OF_GRADIENT
 
 
 def online_rule(adamw: Rule, *, ema: bool, learns: bool) -> Rule:
-    """AdamW's rule with the sums of a learner, and the averaged parameter if there is an ``ema``.
-
-    csrc/online.h has the same operands and sums. The counts of ``enhanced`` features come last.
-    """
-    states, operands, sums = adamw.states, adamw.operands, [*adamw.sums.items()]
+    """The rule of csrc/online.h: that of ``adamw``, counts included, with a learner's sums and, if ``ema``, averaged parameters."""
+    states, operands = adamw.states, adamw.operands
     average = (State("ema_param", wide=True, of_param=True),) if ema else ()
     return adamw._replace(
         name="online_adamw",
         states=(*states[:-1], *average, states[-1]),
         operands=(*operands[:-1], "ema_param" if ema else None, operands[-1]),
         vectors=(*adamw.vectors, *VECTORS),
-        # Degree 0: they are of the gradient as it is.
-        sums=dict([*sums[: adamw.found], *((name, 0) for name in SUMS), *sums[adamw.found :]]),
-        found=adamw.found + len(SUMS),
+        sums={name: adamw.sums.get(name, 0) for name in SUMS},  # a learner's are of the gradient as it is
+        found=len(SUMS),
         remembers=learns,
     )
 
 
 def learning_sums(gradient: str, trace: float, *, learns_decay: bool) -> list[str]:
     """The sums that :func:`log_derivatives` needs beside those of AdamW."""
-    last_step = ["grad_direction", "grad_param"]
+    last_step = [GRAD_DIRECTION, GRAD_PARAM]
     if gradient == "cosine":
-        return ["grad_trace", "trace_sq"] if trace else [*last_step, "direction_sq", "direction_param"]
-    return [*(last_step if learns_decay or not trace else []), *(["grad_trace"] if trace else [])]
+        return [GRAD_TRACE, TRACE_SQ] if trace else [*last_step, DIRECTION_SQ, DIRECTION_PARAM]
+    return [*(last_step if learns_decay or not trace else []), *([GRAD_TRACE] if trace else [])]
 
 
 class LastUpdate:
@@ -103,15 +103,39 @@ class LastUpdate:
         """The tensors on the device that it keeps from step to step."""
         return [self.numbers, self._none]
 
-    def take(self, vectors: Tensor, decay: Tensor, moved: Tensor, counted: Tensor | None) -> None:
-        """Takes an update of AdamW with ``vectors``, [7, T] or more, unless it is not ``counted``.
+    def take(
+        self,
+        hyper: Hyperparameters,
+        steps: Tensor,
+        scales: Tensor,
+        moved: Tensor | None,
+        counted: Tensor | None,
+        *,
+        released: bool,
+        clamped_at: float,
+    ) -> None:
+        """Takes the update that was made, unless it is not ``counted``: docs/algorithm.md, section 5.
 
-        ``moved``, bool [T], are the tensors that it moved, and ``decay`` [T] is 1 - d.
+        Args:
+            hyper: of the step.
+            steps: float64 [T], of each tensor, this one included.
+            scales: float64 [2, T], lr_scale and wd_scale of each tensor.
+            moved: bool [T], which of them it moved; None for all.
+            counted: 0-dim bool; None if it is.
+            released: whether the decay is divided by the first bias correction.
+            clamped_at: the smallest decay factor.
         """
-        size, factor, step, beta1, beta2, eps = vectors[:6].unbind()
-        inverse1, inverse2 = (1 - beta1**step).reciprocal(), (1 - beta2**step).rsqrt()
-        new = torch.stack([self.numbers[0], inverse1, inverse2, eps, size, factor, decay])
-        new = torch.where(moved, new, self._none)
+        correction1, correction2 = 1 - hyper.beta1**steps, 1 - hyper.beta2**steps
+        size = hyper.lr * scales[0]
+        decay = size * scales[1] * hyper.weight_decay
+        decay = decay / correction1 if released else decay
+        kept = 1 - decay
+        if clamped_at > 0:
+            kept, decay = kept.clamp(min=clamped_at), torch.where(kept < clamped_at, 0.0, decay)
+        rows = [self.numbers[0], correction1.reciprocal(), correction2.rsqrt(), hyper.eps, size, kept, decay]
+        new = torch.stack(rows)
+        if moved is not None:
+            new = torch.where(moved, new, self._none)
         self.numbers.copy_(new if counted is None else torch.where(counted, new, self.numbers))
 
 
@@ -146,19 +170,18 @@ def log_derivatives(
     columns = []
     if gradient == "cosine":
         if trace:
-            along, squared = of("grad_trace"), of("trace_sq")  # of trace·h: its length does not matter
+            along, squared = of(GRAD_TRACE), of(TRACE_SQ)  # of trace·h: its length does not matter
         else:
             # h = p - p_t = -((1 - d)·p + a·u)/d
             lost, size = (1 - kept) / kept, size / kept
-            along = -(lost * of("grad_param") + size * of("grad_direction"))
-            squared = lost.square() * of("param_sq") + size.square() * of("direction_sq")
-            squared = squared + 2 * lost * size * of("direction_param")
+            along = -(lost * of(GRAD_PARAM) + size * of(GRAD_DIRECTION))
+            squared = lost.square() * of("param_sq") + size.square() * of(DIRECTION_SQ) + 2 * lost * size * of(DIRECTION_PARAM)
         columns = [along if factor is None else along * factor, of("grad_sq"), squared]
     else:
         if learns_decay or not trace:
-            moved = size * of("grad_direction")
-            decayed = decay * (of("grad_param") + moved) / kept  # (1 - d)·⟨g, p_t⟩
-        columns = [of("grad_trace") / trace if trace else -(moved + decayed)]
+            moved = size * of(GRAD_DIRECTION)
+            decayed = decay * (of(GRAD_PARAM) + moved) / kept  # (1 - d)·⟨g, p_t⟩
+        columns = [of(GRAD_TRACE) / trace if trace else -(moved + decayed)]
         columns += [-decayed] if learns_decay else []
         columns = columns if factor is None else [x * factor for x in columns]
     return torch.where(teaches[:, None], torch.stack(columns, dim=1), 0.0)

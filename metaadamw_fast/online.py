@@ -18,7 +18,7 @@ from .core import devices
 from .core.checkpoint import check_count, check_keys, check_states, check_tensor
 from .core.rule import Decision, Step
 from .encoder import GroupEncoder, threads_for
-from .hyper_gradient import SUMS, learning_sums, log_derivatives, of_groups
+from .hyper_gradient import learning_sums, log_derivatives, of_groups
 from .meta import _unwrapped
 from .meta_checkpoint import OF_OTHER_OPTIMIZERS, STATE, with_adam_states
 from .optimizer import _NO_SUM, LEAST_DECAY_FACTOR, MetaAdamW
@@ -51,11 +51,11 @@ class OnlineLearner:
             learning rate of the meta-optimizer, default 1e-3.
         every: learn in every so many-th step only. Where the host does not know which steps a device leaves out, every so many-th
             call of ``step`` is meant.
-        trace: decay of the sum of moves that the gradient is compared with; 0 takes the last move alone, and keeps no state. Default
-            0.98, or the optimizer's ``ema_decay``, from whose average the sum is made; without one it gets this one.
-        make_optimizer: of the meta-optimizer, called as ``make_optimizer(params, lr=rate)``; for ``policy="encoder"``. Default: Adam,
-            fused, which leaves out on the device what is not finite. With any other the host waits for the device in each
-            learning step.
+        trace: decay of the sum of moves that the gradient is compared with; 0 takes the last move alone, and keeps no state. By
+            default 0.98, or the optimizer's ``ema_decay``, from whose average the sum is made; without one it gets this one.
+        make_optimizer: of the meta-optimizer, called as ``make_optimizer(params, lr=rate)``; for ``policy="encoder"``. By default
+            Adam, fused, which leaves out on the device what is not finite. With one that is not fused the host waits for the device
+            in each learning step.
         encoder_decay, gate_l1: as of :class:`~metaadamw_fast.MetaLearner`; for ``policy="encoder"``.
         range: how far the logarithms of lr_scale and wd_scale may move from 0; for ``policy="scales"``. Default: (ln 64, 0).
 
@@ -107,9 +107,9 @@ class OnlineLearner:
         if trace and unwrapped.ema_decay not in (None, trace):
             raise ValueError(f"Invalid trace: {trace} (the optimizer's ema_decay is {unwrapped.ema_decay}, so this or 0)")
         of_encoder = {"make_optimizer": make_optimizer, "encoder_decay": encoder_decay, "gate_l1": gate_l1}
-        useless = {name: x for name, x in of_encoder.items() if x} if policy == "scales" else {"range": range} if range else {}
-        for name, value in useless.items():
-            raise ValueError(f"Invalid {name}: {value} (policy={policy!r} has no use for it)")
+        useless = [name for name, x in (of_encoder if policy == "scales" else {"range": range}).items() if x]
+        if useless:
+            raise ValueError(f"policy={policy!r} has no use for {', '.join(useless)}")
         ranges = (math.log(64.0), 0.0) if range is None else range
         if len(ranges) != 2 or not all(isinstance(x, Real) and 0.0 <= x < math.inf for x in ranges):
             raise ValueError(f"Invalid range: {ranges!r} (two numbers from 0 on, of the logarithms of lr_scale and wd_scale)")
@@ -119,7 +119,9 @@ class OnlineLearner:
         self._learns_decay = gradient == "loss" and (policy == "encoder" or self.range[1] > 0) and unwrapped.variant != "released"
         self._sums = learning_sums(gradient, trace, learns_decay=self._learns_decay)
         self._count, self._times_set = unwrapped.steps_done, unwrapped.count_set[0]  # of steps, as far as the host knows
-        self._due: Tensor | bool = False  # in the step under way
+        # Of the step under way: whether something is learned, and the sums that it makes.
+        self._due: Tensor | bool = False
+        self._names: Sequence[str] = ()
         self._log_scales = torch.zeros(2, len(unwrapped.groups), dtype=torch.float64, device="cpu")
         self._bounds = torch.tensor(self.range, dtype=torch.float64, device="cpu")[:, None]
         self._order = self._lengths = torch.empty(0, dtype=torch.long, device="cpu")
@@ -132,17 +134,13 @@ class OnlineLearner:
     # ------------------------------------------------------------------------------------------- what the optimizer asks of it
 
     def measured(self, optimizer: MetaAdamW) -> Sequence[str]:
-        """The sums of a step, by name: none to learn from in steps in which nothing is learned."""
-        every = [*optimizer.rule.sums]
-        if not optimizer.needs_sums():  # the update makes them, all of them
-            return every
-        wanted = self._sums if self._is_due(optimizer) else ()
-        return [name for name in every if name not in SUMS or name in wanted]
+        """The sums that this step is to make to learn from, by name and in order."""
+        return self._sums if self._is_due(optimizer) else ()
 
     def begin(self, optimizer: MetaAdamW, step: Step) -> None:
         """Decides whether the step under way is one to learn in, before it is counted."""
         self._due = self._is_due(optimizer)
-        self._names = [*self.measured(optimizer)]
+        self._names = optimizer.measured()
         if self.every > 1 and _capturable(optimizer):
             self._due = torch.remainder(step.counts[-1] + 1, self.every) == 0
 
@@ -191,23 +189,23 @@ class OnlineLearner:
         last = optimizer._last
         assert last is not None
         self._count += 1
-        vectors = decision.vectors
-        moved = vectors[2] > 0
-        if step.present is not None:
-            moved = moved & (step.present != 0)
+        moved = None if step.present is None else step.present != 0
         scales = decision.shown.get("_scales")
         if self.policy == "encoder" and optimizer.statistics_mode == "lagged":
             # Without statistics of a step before, the scales are not of the encoder.
-            known = optimizer._lagged
-            moved = torch.zeros_like(moved) if scales is None or known is None else moved & (known[0, 0] != _NO_SUM)
+            known, none = optimizer._lagged, step.counts[:-1] < 0
+            of_encoder = none if scales is None or known is None else known[0, 0] != _NO_SUM
+            moved = none | of_encoder if moved is None else moved & of_encoder
         scales = optimizer._scales if scales is None else scales
-        wd_scale = scales[1].index_select(0, optimizer._group_of).double()
-        decay = vectors[0] * wd_scale * step.hyper.weight_decay
-        if optimizer.variant == "released":
-            decay = decay / (1 - step.hyper.beta1 ** vectors[2])
-        if optimizer.clamps_decay:
-            decay = torch.where(decay > 1 - LEAST_DECAY_FACTOR, 0.0, decay)
-        last.take(vectors, decay, moved, step.counted)
+        last.take(
+            step.hyper,
+            step.counts[:-1],
+            scales[:2].index_select(1, optimizer._group_of).double(),
+            moved,
+            step.counted,
+            released=optimizer.variant == "released",
+            clamped_at=LEAST_DECAY_FACTOR if optimizer.clamps_decay else 0.0,
+        )
 
     def check_capture(self) -> None:
         """Raises RuntimeError if a CUDA graph cannot hold a learning step."""
@@ -222,7 +220,7 @@ class OnlineLearner:
     def _decides_on_device(self, *, capturable: bool = False) -> bool:
         """Whether the meta-optimizer leaves out a step that the device calls off."""
         optimizer = self.meta_optimizer
-        if type(optimizer) not in _ADAMS:
+        if optimizer is None or type(optimizer) not in _ADAMS:
             return False
         return all(group["fused"] and (group["capturable"] or not capturable) for group in optimizer.param_groups)
 

@@ -230,10 +230,9 @@ class MetaAdamW(FusedOptimizer):
         self._cache()
 
     def _rule(self) -> Rule:
-        adamw = ADAMW_COUNTING if self._counting else ADAMW
         if self._learner is None and self.ema_decay is None:
-            return adamw
-        return online_rule(adamw, ema=self.ema_decay is not None, learns=self._learner is not None)
+            return ADAMW_COUNTING if self._counting else ADAMW
+        return online_rule(ADAMW_COUNTING, ema=self.ema_decay is not None, learns=self._learner is not None)
 
     # ------------------------------------------------------------------------------------------------------------ the groups
 
@@ -320,8 +319,8 @@ class MetaAdamW(FusedOptimizer):
             saved, steps_done = self._online or (None, 0)
             learner.check(saved, self)
             learner.restore(saved, self)
-            if saved is not None and steps_done != self.steps_done:
-                self._last.forget()  # the last update is another
+            if steps_done != self.steps_done:  # the last update is another
+                self._forget(range(len(self._members)))
         except Exception:
             self.__dict__.update(before)
             raise
@@ -347,8 +346,8 @@ class MetaAdamW(FusedOptimizer):
     # ---------------------------------------------------------------------------------------------------------- the decision
 
     def needs_sums(self) -> bool:
-        """Lagged mode decides by the sums of the step before, and the update makes all but the counts of non-zeros."""
-        return self.statistics_mode == "exact" or self.encoder.features.enhanced
+        """Lagged mode decides by the sums of the step before. The update makes those of this step, if it can make all of them."""
+        return self.statistics_mode == "exact" or self.statistics_columns() > self.rule.found
 
     def sums_dtype(self) -> torch.dtype:
         """The encoder's, which features are in; a learner's is float64."""
@@ -356,22 +355,23 @@ class MetaAdamW(FusedOptimizer):
 
     def measured(self) -> Sequence[str]:
         """What features are made of, and what is learned from."""
-        return super().measured() if self._learner is None else self._learner.measured(self)
+        names = [*self.rule.sums]
+        if self._last is None or not self.needs_sums():
+            return names
+        learned = () if self._learner is None else self._learner.measured(self)
+        return [*names[: self.statistics_columns()], *learned]
 
     def measured_with(self) -> Tensor | None:
         """What is known of the last update."""
-        return None if self._learner is None or self._last is None else self._last.of_sums
+        return None if self._last is None else self._last.of_sums
 
     def statistics_columns(self) -> int:
-        """Those of AdamW, whatever else the rule has."""
+        """Those of AdamW, which come first."""
         return len(ADAMW_COUNTING.sums if self._counting else ADAMW.sums)
 
     def statistics_of(self, sums: Tensor) -> Tensor:
-        """The sums of AdamW; the counts come last."""
-        if sums.shape[1] == self.statistics_columns():
-            return sums
-        first = sums[:, : ADAMW.found]
-        return torch.cat([first, sums[:, -2:]], dim=1) if self._counting else first
+        """Those of AdamW."""
+        return sums if sums.shape[1] == self.statistics_columns() else sums[:, : self.statistics_columns()]
 
     def decide(self, sums: Tensor | None, step: Step) -> Decision:
         """Features, scales and vectors, from the sums of this step or, in lagged mode, of the step before."""
@@ -510,9 +510,11 @@ class MetaAdamW(FusedOptimizer):
 
         def scaled(grads: list[Tensor | None], sign: Tensor | None) -> Scaled:
             wanted = self.encoder.head.weight.dtype
-            sums = sums_beside(states, backend.launch, self.rule, grads, torch.float64 if self._rank_sums.active else wanted)
-            sums = self.statistics_of(self._rank_sums(states.whole(sums)).to(wanted)).contiguous()
-            return scale(backend, sums, sign, None, self.max_grad_norm)
+            dtype = torch.float64 if self._rank_sums.active else wanted
+            sums = sums_beside(
+                states, backend.launch, self.rule.name, self.statistics_columns(), grads, dtype, self.measured_with()
+            )
+            return scale(backend, self._rank_sums(states.whole(sums)).to(wanted), sign, None, self.max_grad_norm)
 
         with torch.no_grad():
             states.counts.take_writes()

@@ -225,7 +225,7 @@ class FusedOptimizer(TrackingOptimizer):
         return self.needs_sums() or self.max_grad_norm is not None or self._skipped is not None
 
     def _measure(self, states: States, needed: bool | None = None) -> tuple[Tensor, Tensor]:
-        """Sums [T, S] of the gradients that ``states`` has and of the states, a missing gradient counting as zeros: :meth:`measured`.
+        """Sums [T, S], :meth:`measured`, of the gradients that ``states`` has and of the states; a missing one counts as zeros.
 
         Only Σg² is made, and the others are 0, unless all of them are ``needed``: by default if :meth:`decide` needs them.
 

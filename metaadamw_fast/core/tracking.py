@@ -288,7 +288,7 @@ class TrackingOptimizer(Optimizer, ABC):
         self._note_writes()
         kept = {name: x for name, x in self.__dict__.items() if name != "step" and not name.startswith("_optimizer_")}
         # The first step of the copy makes these anew. A backend is a class that need not have a name to be pickled by.
-        anew = {"_states": None, "_backend": None, "_rank_sums": RankSums([]), "_marks": []}
+        anew: dict[str, Any] = {"_states": None, "_backend": None, "_rank_sums": RankSums([]), "_marks": []}
         # By value: a spawned process gets the memory of tensors, and that of a copy made here would be gone before it starts.
         counts = self._counts if devices.is_fake(self._counts) else self._counts.tolist()
         return {**kept, **anew, "_counts": counts}
