@@ -304,7 +304,7 @@ class CppLaunch:
         """Sums [T, S] of the rule: the columns that ``columns`` has a bit for. What they do not need is not read.
 
         AdamW's are Σg², Σg·m, Σm², Σp², Σv² and the non-zeros of g and of m, AVGrad's is Σg², MADA's are that and six that need the
-        ``vectors`` [H, T] of the update before, online AdamW's are AdamW's and six of this kind. ``carried``, float64 [T, C], are the
+        ``vectors`` [H, T] of the update before, online AdamW's are AdamW's and six such ones. ``carried``, float64 [T, C], are the
         columns of what an update left, of a call that asks for none of them.
         """
         sums: Tensor = self.namespace.launch_measure.default(self._table, self._copy(), columns, dtype, carried, vectors)
