@@ -87,23 +87,22 @@ def assert_sums(found, case, unmoved=(), result=F64):
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_the_update_is_adamw_s(dtypes, amsgrad, there):
-    """Bit for bit, with a step of each tensor's own, rounded to nearest and by chance, whatever the average is."""
+    """Bit for bit, with a step of each tensor's own, rounded to nearest and by chance, with and without an average."""
     h = Hyper(step=torch.tensor([1.0, 2, 3, 50, 0, 1e6], dtype=F64), grad_scale=-0.5)
-    for seed in (None, 5):
-        for average in (False, True):
-            case = Case(SIZES, dtypes, amsgrad, average)
-            case.lists.grads[2] = None
-            plain, want, _ = case.launch(there, rule="adamw")
-            plain.update_(h.vectors(case.count, *there), None, seed)
-            launch, got, averages = case.launch(there)
-            launch.update_(case.vectors(there, h)[0], None, seed)
-            assert all(x is y is None or same_bits(x, y) for xs, ys in zip(got, want, strict=True) for x, y in _pairs(xs, ys))
-            for t, e in enumerate(averages or []):
-                before = case.averages[t]
-                if t in (2, 4):
-                    assert same_bits(e.cpu(), before)
-                    continue
-                assert_average(e, before, got.params[t])
+    for seed, average in ((None, amsgrad), (5, not amsgrad)):
+        case = Case(SIZES, dtypes, amsgrad, average)
+        case.lists.grads[2] = None
+        plain, want, _ = case.launch(there, rule="adamw")
+        plain.update_(h.vectors(case.count, *there), None, seed)
+        launch, got, averages = case.launch(there)
+        launch.update_(case.vectors(there, h)[0], None, seed)
+        assert all(x is y is None or same_bits(x, y) for xs, ys in zip(got, want, strict=True) for x, y in _pairs(xs, ys))
+        for t, e in enumerate(averages or []):
+            before = case.averages[t]
+            if t in (2, 4):
+                assert same_bits(e.cpu(), before)
+                continue
+            assert_average(e, before, got.params[t])
 
 
 def assert_average(e, before, param):
