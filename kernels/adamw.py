@@ -93,7 +93,7 @@ ADAMW = Rule(
     formula=_adamw,
     sum_operands=((0,), (0, 1), (1,), (2,), (3,), (0,), (1,)),
     term=term_of_adamw,
-    found=(0, 1, 2, 3, 4),
+    found=(5,),
     left=(3, 4),
 )
 

@@ -48,23 +48,25 @@ def _direction(m, v, maximum, scalars):
 
 @triton.jit
 def _term(x, scalars, column: tl.constexpr):
-    """AdamW's, then those of the direction u of the update before and of the distance p - average: the columns of csrc/online.h."""
+    """AdamW's; then those of the direction u of the update before and of the distance p - average; the non-zeros: csrc/online.h."""
     g, m, p, v, average, maximum = x
-    if column < 7:
+    if column < 5:
         return term_of_adamw((g, m, p, v, v), scalars, column)
-    elif column == 7:
+    elif column == 5:
         return g * _direction(m, v, maximum, scalars)
-    elif column == 8:
+    elif column == 6:
         return g * p
-    elif column == 9:
+    elif column == 7:
         u = _direction(m, v, maximum, scalars)
         return u * u
-    elif column == 10:
+    elif column == 8:
         return _direction(m, v, maximum, scalars) * p
-    elif column == 11:
+    elif column == 9:
         return g * (p - average)
-    else:
+    elif column == 10:
         return (p - average) * (p - average)
+    else:
+        return term_of_adamw((g, m, p, v, v), scalars, column - 6)
 
 
 _DIRECTION = (1, 3, MAXIMUM.value)
@@ -75,16 +77,17 @@ ONLINE = ADAMW._replace(
     fold=_fold,
     formula=_online,
     sum_operands=(
-        *ADAMW.sum_operands,
+        *ADAMW.sum_operands[:5],
         (0, *_DIRECTION),
         (0, PARAM.value),
         _DIRECTION,
         (PARAM.value, *_DIRECTION),
         (0, PARAM.value, AVERAGE),
         (PARAM.value, AVERAGE),
+        *ADAMW.sum_operands[5:],
     ),
     term=_term,
-    found=tuple(range(13)),
+    found=(5, 7, 9, 11, 13),
     zeros=(AVERAGE, MAXIMUM.value),
     measured=3,
     fold_measured=_fold_measured,

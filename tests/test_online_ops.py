@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metaadamw_fast import ops
-from metaadamw_fast.online_reference import SUMS
+from metaadamw_fast.online_reference import FOUND, SUMS
 
 from .cases import BF16, BLOCK, CHUNK, DTYPES, F32, F64, Hyper, assert_within, clone, place, random_lists, same_bits
 from .test_policy import EMULATED, INTERPRETED, PLACES
@@ -64,12 +64,12 @@ class Case:
             e = torch.zeros_like(p) if self.averages is None else self.averages[t].double()
             largest = v if self.lists.maxima is None else torch.maximum(self.lists.maxima[t].double(), v)
             u = torch.zeros_like(m) if t in unmoved else m * LAST[0] / (largest.sqrt() * LAST[1] + LAST[2])
-            pairs = [(g, g), (g, m), (m, m), (p, p), (v, v), ((g != 0).double(), 1 + 0 * g), ((m != 0).double(), 1 + 0 * m)]
-            pairs += [(g, u), (g, p), (u, u), (u, p), (g, p - e), (p - e, p - e)]
-            rows.append(torch.stack([(x * y).sum() for x, y in pairs]))
             apart = p.abs() + e.abs()
+            pairs = [(g, g), (g, m), (m, m), (p, p), (v, v), (g, u), (g, p), (u, u), (u, p), (g, p - e), (p - e, p - e)]
+            pairs += [((x != 0).double(), torch.ones_like(x)) for x in (g, m)]
+            rows.append(torch.stack([(x * y).sum() for x, y in pairs]))
             # A direction is wrong by a few roundings itself, a distance by one of its larger term.
-            pairs[7:] = [(g, 4 * u), (g, p), (4 * u, 2 * u), (4 * u, p), (g, apart), (apart, apart)]
+            pairs[5:11] = [(g, 4 * u), (g, p), (4 * u, 2 * u), (4 * u, p), (g, apart), (apart, apart)]
             sizes.append(torch.stack([(x * y).abs().sum() for x, y in pairs]))
         return torch.stack(rows), torch.stack(sizes)
 
@@ -128,9 +128,11 @@ def test_the_sums(dtypes, amsgrad, average, there):
     launch, _moved, _ = case.launch(there)
     read = launch.measure(ALL, F64, None, last)
     assert_sums(read, case, unmoved=(4,))
-    found = torch.full((case.count, len(SUMS)), -1.0, dtype=F64, device=there[1])
-    launch.update_(vectors, found)
-    assert same_bits(found, read)
+    for width in FOUND:
+        launch, _moved, _ = case.launch(there)
+        found = torch.full((case.count, width), -1.0, dtype=F64, device=there[1])
+        launch.update_(vectors, found)
+        assert same_bits(found, read[:, :width].contiguous())
 
 
 def test_columns_by_choice_and_carried(there):
@@ -145,10 +147,9 @@ def test_columns_by_choice_and_carried(there):
     wanted = ALL & ~0b11000
     beside = launch.measure(wanted, F64, left, last)
     assert same_bits(beside, read)
-    chosen = launch.measure(1 << 0 | 1 << 11 | 1 << 12, F32, None, last)
-    assert same_bits(chosen, read[:, [0, 11, 12]].float())
-    plain = launch.measure(0b1111111, F64, None, last)
-    assert same_bits(plain, read[:, :7].contiguous())
+    chosen = launch.measure(1 << 0 | 1 << 9 | 1 << 12, F32, None, last)
+    assert same_bits(chosen, read[:, [0, 9, 12]].float())
+    assert same_bits(launch.measure(0b11111, F64), read[:, :5].contiguous())
 
 
 @pytest.mark.parametrize("layout", [{"offset": 1}, {"order": (1, 0)}, {"step": 3, "gap": 5}])
