@@ -202,9 +202,9 @@ struct AdamW {
     x[kParam] = moved(s, x[kParam], x[kMomentum], v);
   }
 
-  // The sums that describe one tensor, in the order of the columns of `optimizer.statistics`. An update can make [0, kFoundSums) of
-  // what it finds, or [kFirstLeft, kEndLeft) of what it leaves: these are carried over to the next statistics, which then do not
-  // read p and v.
+  // The sums that describe one tensor, in the order of the columns of `optimizer.statistics`. An update can make the first ones of
+  // what it finds, as many as kFoundWidths has, or [kFirstLeft, kEndLeft) of what it leaves: these are carried over to the next
+  // statistics, which then do not read p and v.
   enum Sum {
     kGradSquared,
     kGradMomentum,
@@ -216,7 +216,8 @@ struct AdamW {
     kSums
   };
   static constexpr int kFirstLeft = kParamSquared, kEndLeft = kGradNonzero;
-  static constexpr int kFoundSums = kGradNonzero;
+  static constexpr int kFoundSums = kGradNonzero;  // the most
+  static constexpr int kFoundWidths[] = {kFoundSums};
   static constexpr int kFirstExtra = kGradNonzero;  // those from here on cost more, so they have loops of their own
   static constexpr bool kAllNeedGradient = false;   // whether all sums are 0 in a row without a gradient
   // The operands that a sum reads; bit i: operand i.
@@ -250,8 +251,8 @@ struct AdamW {
     sums[kSecondMomentSquared] += x[kSecondMoment] * x[kSecondMoment];
   }
 
-  // The sums from kFirstExtra on: only the `enhanced` features want them.
-  template <typename T, typename V, int N, int M>
+  // The sums [kFirstExtra, end): only the `enhanced` features want them.
+  template <int end, typename T, typename V, int N, int M>
   static METAADAMW_INLINE void accumulate_extra(const NothingMeasured<T>&, V (&sums)[N], const V (&x)[M]) {
     sums[kGradNonzero] += one_where_nonzero(x[kGrad]);
     sums[kMomentumNonzero] += one_where_nonzero(x[kMomentum]);

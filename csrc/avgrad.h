@@ -33,6 +33,7 @@ struct AVGrad : AdamW {
 
   enum Sum { kGradSquared, kSums };
   static constexpr int kFirstLeft = 0, kEndLeft = 0, kFoundSums = 0, kFirstExtra = kSums;  // its update makes none
+  static constexpr int kFoundWidths[] = {0};
   static constexpr bool kAllNeedGradient = true;
   static METAADAMW_INLINE constexpr int reads(int) { return 1 << kGrad; }
 

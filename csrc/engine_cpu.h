@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
+#include <iterator>
 #include <optional>
 
 #include "checks.h"
@@ -71,7 +72,7 @@ template <class R, typename T>
 void measure_chunk(std::array<Operand, kOperandsOf<R>> operands, int wanted, const typename R::template Measured<T>& measured,
                    int64_t first, int64_t count, int end, double* totals) {
   ChunkSums<R> sums(count, 0, end);
-  bool in_pairs = (kRead<R, false> & 3) == 3 && end <= R::kFirstExtra && count == 2 * sums.half();
+  bool in_pairs = (kRead<R, 0> & 3) == 3 && end <= R::kFirstExtra && count == 2 * sums.half();
   for (int i = 0; i < R::kOperands; ++i) {
     Operand& x = operands[i];
     x.data = wanted >> i & 1 ? x.data : nullptr;
@@ -88,8 +89,7 @@ void measure_chunk(std::array<Operand, kOperandsOf<R>> operands, int wanted, con
   } else {
     T buffers[R::kOperands][kBlock];
     const T* x[R::kOperands];
-    constexpr bool extra = R::kFirstExtra < R::kSums;
-    const auto sum = end > R::kFirstExtra ? sum_block<R, extra, T> : sum_block<R, false, T>;
+    const auto sum = end > R::kFirstExtra ? sum_block<R, R::kSums, T> : sum_block<R, 0, T>;
     for (int64_t done = 0; done < count; done += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
       for (int i = 0; i < R::kOperands; ++i) {
@@ -157,12 +157,9 @@ Tensor measure(const Header& header, void* memory, int mask, ScalarType dtype, c
 
 // ------------------------------------------------------------------------------------------------------------------- update
 
-// Which sums an update makes as it goes.
-enum class Sums { kLeft, kFound };
-
-// Adds sums [begin, end) to `totals`, with the bits of sum_block. With `optional` there is the last operand, if the rule's is
-// optional.
-template <class R, bool optional, Sums which, typename T>
+// Adds sums [begin, end) to `totals`, with the bits of sum_block: of what it finds, if `found` says how many, else of what it
+// leaves. With `optional` there is the last operand, if the rule's is optional.
+template <class R, bool optional, int found, typename T>
 METAADAMW_CLONES void update_block(const typename R::template Scalars<T>& scalars, const typename R::template Measured<T>& measured,
                                    T* const* operands, int n, int begin, int end, LaneSums<R>& totals) {
   using Vector = typename Lanes<T>::type;
@@ -180,14 +177,14 @@ METAADAMW_CLONES void update_block(const typename R::template Scalars<T>& scalar
       __builtin_prefetch(at[k] + i + ahead);
       x[k] = lanes_at(at[k] + i);
     }
-    if constexpr (which == Sums::kFound) {
-      accumulate_found<R, T>(last, sums, x);
+    if constexpr (found > 0) {
+      accumulate<R, found, T>(last, sums, x);
     }
     R::template update<optional>(s, x);
     for (int k = 0; k < kUsed; ++k) {
       if (R::kWritten >> k & 1) lanes_at(at[k] + i) = x[k];
     }
-    if constexpr (which == Sums::kLeft) {
+    if constexpr (found == 0) {
       R::accumulate_left(sums, x);
     }
   }
@@ -196,8 +193,8 @@ METAADAMW_CLONES void update_block(const typename R::template Scalars<T>& scalar
     for (int k = 0; k < kUsed; ++k) {
       std::memcpy(&x[k], at[k] + i, (n - i) * sizeof(T));
     }
-    if constexpr (which == Sums::kFound) {
-      accumulate_found<R, T>(last, sums, x);
+    if constexpr (found > 0) {
+      accumulate<R, found, T>(last, sums, x);
     }
     R::template update<optional>(s, x);
     for (int k = 0; k < kUsed; ++k) {
@@ -206,11 +203,20 @@ METAADAMW_CLONES void update_block(const typename R::template Scalars<T>& scalar
         std::memcpy(&left[k], &x[k], (n - i) * sizeof(T));  // what became of the padding does not count
       }
     }
-    if constexpr (which == Sums::kLeft) {
+    if constexpr (found == 0) {
       R::accumulate_left(sums, left);
     }
   }
   add_lanes<R>(sums, begin, end, totals);
+}
+
+// The update that finds so many sums.
+template <class R, bool optional, typename T, size_t i = 0>
+auto update_that_finds(int columns) {
+  if constexpr (i + 1 < std::size(R::kFoundWidths)) {
+    if (columns != R::kFoundWidths[i]) return update_that_finds<R, optional, T, i + 1>(columns);
+  }
+  return update_block<R, optional, R::kFoundWidths[i], T>;
 }
 
 template <typename T>
@@ -253,11 +259,11 @@ void update_chunk(const std::array<Operand, kOperandsOf<R>>& operands, const typ
   const bool left_last = totals != nullptr && !found && !as_stored;
   const int first_sum = new_sums.first();
   const int end_sum = totals == nullptr || found_first || left_last ? first_sum : new_sums.end();
-  constexpr bool lacks = R::kLastIsOptional;                              // whether there are loops without the last operand,
-  constexpr Sums finds = R::kFoundSums > 0 ? Sums::kFound : Sums::kLeft;  // and such that find
-  const auto update = with_last
-                          ? (found && !found_first ? update_block<R, true, finds, T> : update_block<R, true, Sums::kLeft, T>)
-                          : (found && !found_first ? update_block<R, !lacks, finds, T> : update_block<R, !lacks, Sums::kLeft, T>);
+  constexpr bool lacks = R::kLastIsOptional;  // whether there are loops without the last operand
+  const int finds = found && !found_first ? new_sums.columns : 0;
+  const auto update = finds == 0  ? (with_last ? update_block<R, true, 0, T> : update_block<R, !lacks, 0, T>)
+                      : with_last ? update_that_finds<R, true, T>(finds)
+                                  : update_that_finds<R, !lacks, T>(finds);
   ChunkSums<R> sums(count, first_sum, new_sums.end());
   for (int64_t done = 0; done < count; done += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
@@ -268,7 +274,7 @@ void update_chunk(const std::array<Operand, kOperandsOf<R>>& operands, const typ
     LaneSums<R>& of_block = sums.of_block(done);
     if (low_precision.data != nullptr) {
       if (found_first) {
-        sum_block<R, (R::kFoundSums > R::kFirstExtra), T>(measured, x, n, first_sum, new_sums.end(), of_block);
+        sum_block<R, R::kFoundSums, T>(measured, x, n, first_sum, new_sums.end(), of_block);
       }
       take_up(low_precision, first + done, n, x[R::kParam]);
     }
@@ -287,7 +293,7 @@ void update_chunk(const std::array<Operand, kOperandsOf<R>>& operands, const typ
       for (int i = 0; i < R::kOperands; ++i) {
         stored[i] = left >> i & 1 ? read<T>(operands[i], first + done, n, buffers[i]) : zeros<T>();
       }
-      sum_block<R, false, T>(measured, stored, n, first_sum, new_sums.end(), of_block);
+      sum_block<R, 0, T>(measured, stored, n, first_sum, new_sums.end(), of_block);
     }
   }
   if (totals != nullptr) {
@@ -305,7 +311,7 @@ void update(const Header& header, void* memory, const Update& vectors, const New
     double* totals = summed ? partials[chunk].data() : nullptr;
     if (skips(t)) {
       if (found) {
-        measure_chunk<R>(table, row, t, vectors, 1, first, count, (1 << R::kFoundSums) - 1, totals);
+        measure_chunk<R>(table, row, t, vectors, 1, first, count, (1 << new_sums.columns) - 1, totals);
       }
       return;
     }

@@ -169,6 +169,7 @@ struct Mada {
   enum Sum { kGradSquared, kBeta1Slope, kBeta2Slope, kBeta3Slope, kRhoSlope, kCSlope, kGammaSlope, kSums };
   static constexpr int kFirstLeft = 0, kEndLeft = 0;
   static constexpr int kFoundSums = kSums;
+  static constexpr int kFoundWidths[] = {kSums};
   static constexpr int kFirstExtra = kBeta1Slope;
   static constexpr bool kAllNeedGradient = true;
   static METAADAMW_INLINE constexpr int reads(int sum) {
@@ -233,7 +234,7 @@ struct Mada {
   static METAADAMW_INLINE void accumulate_left(V (&)[kSums], const V (&)[kOperands]) {}
 
   // Section 4.
-  template <typename T, typename V>
+  template <int, typename T, typename V>
   static METAADAMW_INLINE void accumulate_extra(const Measured<T>& s, V (&sums)[kSums], const V (&x)[kOperands]) {
     const V zero = V{}, one = zero + 1;
     const bool two = s.has(kTwo);

@@ -41,18 +41,22 @@ struct OnlineAdamW : AdamW {
     x[kAverage] += s.average_weight * (x[kParam] - x[kAverage]);
   }
 
-  // AdamW's, then those of the direction u of the update before, u = m_hat / (sqrt(v_hat) + eps) of the moments that are found, and
-  // of the distance to the average.
+  // Those of AdamW that cost little; then those of the direction u of the update before, u = m_hat / (sqrt(v_hat) + eps) of the
+  // moments that are found, and of the distance to the average; the non-zeros last.
   enum Sum {
-    kGradDirection = AdamW::kSums,
+    kGradDirection = AdamW::kGradNonzero,
     kGradParam,
     kDirectionSquared,
     kDirectionParam,
     kGradDistance,
     kDistanceSquared,
+    kGradNonzero,
+    kMomentumNonzero,
     kSums
   };
   static constexpr int kFoundSums = kSums;
+  // None of the update before, then what the derivatives of a loss take, and a cosine, and with the average, and all.
+  static constexpr int kFoundWidths[] = {kGradDirection, kDirectionSquared, kGradDistance, kGradNonzero, kSums};
   static METAADAMW_INLINE constexpr int reads(int sum) {
     constexpr int kDirection = 1 << kMomentum | 1 << kSecondMoment | 1 << kMaximum;
     return sum == kGradDirection      ? 1 << kGrad | kDirection
@@ -61,6 +65,8 @@ struct OnlineAdamW : AdamW {
            : sum == kDirectionParam   ? 1 << kParam | kDirection
            : sum == kGradDistance     ? 1 << kGrad | 1 << kParam | 1 << kAverage
            : sum == kDistanceSquared  ? 1 << kParam | 1 << kAverage
+           : sum == kGradNonzero      ? 1 << kGrad
+           : sum == kMomentumNonzero  ? 1 << kMomentum
                                       : AdamW::reads(sum);
   }
 
@@ -83,18 +89,25 @@ struct OnlineAdamW : AdamW {
     AdamW::accumulate_found(NothingMeasured<T>(), sums, x);
   }
 
-  template <typename T, typename V>
+  template <int end, typename T, typename V>
   static METAADAMW_INLINE void accumulate_extra(const Measured<T>& last, V (&sums)[kSums], const V (&x)[kOperands]) {
-    AdamW::accumulate_extra(NothingMeasured<T>(), sums, x);
     const V v = nan_maximum(x[kMaximum], x[kSecondMoment]);
     const V u = x[kMomentum] * last.inverse_correction1 / (square_root(v) * last.inverse_sqrt_correction2 + last.eps);
-    const V distance = x[kParam] - x[kAverage];
     sums[kGradDirection] += x[kGrad] * u;
     sums[kGradParam] += x[kGrad] * x[kParam];
-    sums[kDirectionSquared] += u * u;
-    sums[kDirectionParam] += u * x[kParam];
-    sums[kGradDistance] += x[kGrad] * distance;
-    sums[kDistanceSquared] += distance * distance;
+    if constexpr (end > kDirectionSquared) {
+      sums[kDirectionSquared] += u * u;
+      sums[kDirectionParam] += u * x[kParam];
+    }
+    if constexpr (end > kGradDistance) {
+      const V distance = x[kParam] - x[kAverage];
+      sums[kGradDistance] += x[kGrad] * distance;
+      sums[kDistanceSquared] += distance * distance;
+    }
+    if constexpr (end > kGradNonzero) {
+      sums[kGradNonzero] += one_where_nonzero(x[kGrad]);
+      sums[kMomentumNonzero] += one_where_nonzero(x[kMomentum]);
+    }
   }
 };
 

@@ -304,7 +304,7 @@ class CppLaunch:
         """Sums [T, S] of the rule: the columns that ``columns`` has a bit for. What they do not need is not read.
 
         AdamW's are Σg², Σg·m, Σm², Σp², Σv² and the non-zeros of g and of m, AVGrad's is Σg², MADA's are that and six that need the
-        ``vectors`` [H, T] of the update before, online AdamW's are AdamW's and six of this kind. ``carried``, float64 [T, C], are the
+        ``vectors`` [H, T] of the update before, online AdamW's are AdamW's and six such ones. ``carried``, float64 [T, C], are the
         columns of what an update left, of a call that asks for none of them.
         """
         sums: Tensor = self.namespace.launch_measure.default(self._table, self._copy(), columns, dtype, carried, vectors)
@@ -321,8 +321,8 @@ class CppLaunch:
         ``vectors``, float64 [V, T], absent rows counted, are what the backend's ``update_vectors`` or ``modulation`` returned.
         ``new_sums``, of AdamW only, float64 [T, 2], gets Σp² and Σv² of what the update leaves, in the bits that
         ``tensor_stats(True, True, ...)`` would find now; rows without a gradient, or whose step is 0, keep what it holds.
-        Of a wider one ([T, 5] of AdamW, [T, 7] of MADA, [T, 13] of online AdamW) every row gets the sums of what the update finds,
-        in the bits of a pass before it.
+        Of a wider one ([T, 5] of AdamW, [T, 7] of MADA, [T, 5, 7, 9, 11 or 13] of online AdamW) every row gets the first sums of
+        what the update finds, in the bits of a pass before it.
         """
         self.namespace.launch_update_.default(self._table, self._copy(), vectors, new_sums, rounding_seed)
 

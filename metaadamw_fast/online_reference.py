@@ -15,9 +15,11 @@ from torch import Tensor
 from .reference import _sum, _write, adamw_update_, arithmetic_dtype, running_maximum
 
 SUMS = (
-    *("grad_sq", "grad_momentum", "momentum_sq", "param_sq", "second_moment_sq", "grad_nonzero", "momentum_nonzero"),
+    *("grad_sq", "grad_momentum", "momentum_sq", "param_sq", "second_moment_sq"),
     *("grad_direction", "grad_param", "direction_sq", "direction_param", "grad_distance", "distance_sq"),
+    *("grad_nonzero", "momentum_nonzero"),
 )
+FOUND = (5, 7, 9, 11, 13)  # so many of the first ones an update can make of what it finds
 CARRIED = (SUMS.index("param_sq"), SUMS.index("second_moment_sq"))
 LAST = ("inverse_correction1", "inverse_sqrt_correction2", "eps")  # rows of the vectors, of the update before
 
@@ -47,7 +49,7 @@ def online_sums(
         last: float64 [3, T], the rows ``LAST`` of the update before. A tensor that it did not move has 0 first: its u is 0.
     """
     wanted = [column for column in range(len(SUMS)) if columns >> column & 1]
-    if last is None and columns >> SUMS.index("grad_nonzero"):
+    if last is None and columns >> FOUND[0]:
         raise RuntimeError("the sums of the update before need its vectors")
     if lists.params is None or lists.exp_avg_sqs is None:
         raise RuntimeError("the launch was made without the lists of these columns")
@@ -62,12 +64,12 @@ def online_sums(
             for xs in (lists.ema_params, lists.max_exp_avg_sqs)
         )
         g = grad.to(arithmetic) if grad.numel() else torch.zeros_like(m)
-        pairs = [(g, g), (g, m), (m, m), (p, p), (v, v), *(((x != 0).to(x), torch.ones_like(x)) for x in (g, m))]
+        pairs = [(g, g), (g, m), (m, m), (p, p), (v, v)]
         if last is not None:
             inverse_correction1, inverse_sqrt_correction2, eps = last[:, t].to(arithmetic).unbind()
-            v_hat_root = torch.maximum(largest, v).sqrt() * inverse_sqrt_correction2
-            u = m * inverse_correction1 / (v_hat_root + eps)
+            u = m * inverse_correction1 / (torch.maximum(largest, v).sqrt() * inverse_sqrt_correction2 + eps)
             pairs += [(g, u), (g, p), (u, u), (u, p), (g, p - e), (p - e, p - e)]
+            pairs += [((x != 0).to(x), torch.ones_like(x)) for x in (g, m)]
         sums = {column: _sum(pairs[column][0] * pairs[column][1]) for column in wanted}
         sums.update({} if carried is None else dict(zip(CARRIED, carried[t], strict=True)))
         rows.append(torch.stack([sums[column].double() for column in sorted(sums)]))
@@ -81,14 +83,15 @@ def online_update_(lists: Lists, vectors: Tensor, new_sums: Tensor | None, round
     Args:
         lists: of the launch.
         vectors: float64 [11, T]: AdamW's seven rows, the average's decay, ``LAST``.
-        new_sums: None, float64 [T, 2] as AdamW's, or float64 [T, 13] for all of ``SUMS`` of what the update finds.
+        new_sums: None, float64 [T, 2] as AdamW's, or float64 [T, S] with S of ``FOUND``
+            for the first of ``SUMS``, of what the update finds.
         rounding_seed: of stochastic rounding, None for rounding to nearest. The average is never rounded by chance.
     """
     assert lists.params is not None
     assert lists.exp_avg_sqs is not None
     step_size, decay_factor, step, beta1, beta2, eps, grad_scale, average_decay = vectors[:8].unbind()
-    if new_sums is not None and new_sums.shape[1] == len(SUMS):
-        new_sums.copy_(online_sums(lists, (1 << len(SUMS)) - 1, torch.float64, None, vectors[8:]))
+    if new_sums is not None and new_sums.shape[1] in FOUND:
+        new_sums.copy_(online_sums(lists, (1 << new_sums.shape[1]) - 1, torch.float64, None, vectors[8:]))
         new_sums = None
     moved = (lists.params, lists.grads, lists.exp_avgs, lists.exp_avg_sqs, lists.max_exp_avg_sqs)
     numbers = (step_size, decay_factor, step, beta1, beta2, eps, grad_scale)
