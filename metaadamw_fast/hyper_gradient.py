@@ -14,12 +14,13 @@ from torch import Tensor
 from .core import devices
 from .core.hyperparameters import Hyperparameters
 from .core.rule import Rule, State
-from .online_reference import LAST, SUMS
+from .online_reference import FOUND, LAST, SUMS
+
+__all__ = ["FOUND", "LastUpdate", "learning_sums", "log_derivatives", "of_groups", "online_rule"]
 
 VECTORS = ("ema_decay", *(f"last_{name}" for name in LAST))  # behind those of AdamW
-# What is summed beside AdamW's; the last two are of p - ema_param.
-OF_GRADIENT = SUMS[7:]
-GRAD_DIRECTION, GRAD_PARAM, DIRECTION_SQ, DIRECTION_PARAM, GRAD_TRACE, TRACE_SQ = OF_GRADIENT
+# What is summed between AdamW's sums and its counts; the last two are of p - ema_param.
+GRAD_DIRECTION, GRAD_PARAM, DIRECTION_SQ, DIRECTION_PARAM, GRAD_TRACE, TRACE_SQ = SUMS[5:11]
 
 
 def online_rule(adamw: Rule, *, ema: bool, learns: bool) -> Rule:

@@ -108,18 +108,18 @@ def sums_beside(
     states: States,
     launch: Callable[..., Any],
     rule: str,
-    columns: int,
+    wanted: int,
     grads: list[Tensor | None],
     dtype: torch.dtype,
     vectors: Tensor | None,
 ) -> Tensor:
-    """The first sums [R, S] of R other gradients and the states, by a launch for this once.
+    """The sums [R, S] that ``wanted`` has bits for, of R other gradients and the states, by a launch for this once.
 
     The optimizer's own table would keep the addresses of gradients that are soon freed.
     """
     beside = launch(grads, *states.held.operands(), written=False, rule=rule)
     of_rows = None if vectors is None else states.of_rows(vectors).contiguous()
-    sums: Tensor = beside.measure((1 << columns) - 1, dtype, None, of_rows)
+    sums: Tensor = beside.measure(wanted, dtype, None, of_rows)
     return sums
 
 

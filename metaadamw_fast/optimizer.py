@@ -31,7 +31,7 @@ from .core.tracking import Moved
 from .encoder import EncoderConfig, GroupEncoder, check_encoder
 from .encoder_graph import EncoderGraph, Encoding, Sources
 from .features import FeatureConfig, FeatureTable, feature_table, training_progress
-from .hyper_gradient import LastUpdate, online_rule
+from .hyper_gradient import FOUND, LastUpdate, online_rule
 from .lookahead import LookAhead, gradients_of_rows, next_directions, released_decay, stored_directions, sums_beside
 
 if TYPE_CHECKING:
@@ -356,22 +356,28 @@ class MetaAdamW(FusedOptimizer):
     def measured(self) -> Sequence[str]:
         """What features are made of, and what is learned from."""
         names = [*self.rule.sums]
-        if self._last is None or not self.needs_sums():
+        if self._last is None:
             return names
         learned = () if self._learner is None else self._learner.measured(self)
-        return [*names[: self.statistics_columns()], *learned]
+        counts = names[-2:] if self._counting else ()
+        wanted = [*names[: ADAMW.found], *learned, *counts]
+        # An update makes the first ones, so many that all that are wanted are among them.
+        return wanted if self.needs_sums() else names[: next(width for width in FOUND if names.index(wanted[-1]) < width)]
 
     def measured_with(self) -> Tensor | None:
         """What is known of the last update."""
         return None if self._last is None else self._last.of_sums
 
     def statistics_columns(self) -> int:
-        """Those of AdamW, which come first."""
+        """Those of AdamW."""
         return len(ADAMW_COUNTING.sums if self._counting else ADAMW.sums)
 
     def statistics_of(self, sums: Tensor) -> Tensor:
-        """Those of AdamW."""
-        return sums if sums.shape[1] == self.statistics_columns() else sums[:, : self.statistics_columns()]
+        """Those of AdamW: the first, and its counts, which are the last."""
+        if sums.shape[1] == self.statistics_columns():
+            return sums
+        first = sums[:, : ADAMW.found]
+        return torch.cat([first, sums[:, -2:]], dim=1) if self._counting else first
 
     def decide(self, sums: Tensor | None, step: Step) -> Decision:
         """Features, scales and vectors, from the sums of this step or, in lagged mode, of the step before."""
@@ -511,9 +517,8 @@ class MetaAdamW(FusedOptimizer):
         def scaled(grads: list[Tensor | None], sign: Tensor | None) -> Scaled:
             wanted = self.encoder.head.weight.dtype
             dtype = torch.float64 if self._rank_sums.active else wanted
-            sums = sums_beside(
-                states, backend.launch, self.rule.name, self.statistics_columns(), grads, dtype, self.measured_with()
-            )
+            columns = self._bits([*(ADAMW_COUNTING if self._counting else ADAMW).sums])
+            sums = sums_beside(states, backend.launch, self.rule.name, columns, grads, dtype, self.measured_with())
             return scale(backend, self._rank_sums(states.whole(sums)).to(wanted), sign, None, self.max_grad_norm)
 
         with torch.no_grad():

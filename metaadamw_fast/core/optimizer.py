@@ -88,7 +88,7 @@ class FusedOptimizer(TrackingOptimizer):
         return self.rule.found > 0
 
     def measured(self) -> Sequence[str]:
-        """The sums, of the rule's and in its order, that this step makes before its update if :meth:`decide` needs them."""
+        """The sums, of the rule's and in its order, that this step makes: before its update, or the first ones in it."""
         return [*self.rule.sums]
 
     def statistics_columns(self) -> int:
@@ -206,7 +206,7 @@ class FusedOptimizer(TrackingOptimizer):
         step = Step(hyper, factor, self._counts, counted, scaler_scale, states.present, turns)
         decision = self.decide(sums, step)
         if self.wants_sums() and not self.needs_sums():  # beside Σg², which clipping and skipping may have needed before
-            sums = states.update_and_measure(decision.vectors, should_step, self._rounding_seed)
+            sums = states.update_and_measure(decision.vectors, len(degrees), should_step, self._rounding_seed)
             sums = self._rank_sums(states.whole(sums)).to(self.sums_dtype())
             sums = of_multiplied_gradient(sums, factor, degrees)
         else:

@@ -44,7 +44,7 @@ class Rule(NamedTuple):
         sums: the columns of the sums [T, S], and the degree d of each: that of the gradient c·g is c^d times that of g. Column 0 is
             Σg².
         carried: neighbouring columns that an update can leave for the next step, and the operand of which each is Σx².
-        found: how many columns, from the first on, an update can make of what it finds.
+        found: how many columns, from the first on, an update can make of what it finds, at most.
         exchanged: two states that change their roles, and so their names, with every update of a parameter.
         remembers: whether the optimizer remembers its last update of each parameter, so that it has to know which of them, or whose
             states, others have written since.

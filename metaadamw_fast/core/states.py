@@ -210,9 +210,9 @@ class States:
         self.launch.update_(self.of_rows(vectors), new_sums, seed)
         self.after_update(should_step)
 
-    def update_and_measure(self, vectors: Tensor, should_step: Tensor | bool, seed: int | None) -> Tensor:
-        """The update with ``vectors`` [V, T]; returns the sums [R, S] of what it found, also in rows that it left alone."""
-        sums = torch.empty(len(self.rows), self._rule.found, dtype=torch.float64, device=self.device)
+    def update_and_measure(self, vectors: Tensor, columns: int, should_step: Tensor | bool, seed: int | None) -> Tensor:
+        """The update with ``vectors`` [V, T]; returns the first sums [R, S] of what it found, also in rows that it left alone."""
+        sums = torch.empty(len(self.rows), columns, dtype=torch.float64, device=self.device)
         self.launch.update_(self.of_rows(vectors), sums, seed)
         self.after_update(should_step)
         self.forget_sums()  # of what it left there are none
