@@ -118,7 +118,7 @@ class OnlineLearner:
         self.range = (float(ranges[0]), float(ranges[1]))
         self._learns_decay = gradient == "loss" and (policy == "encoder" or self.range[1] > 0) and unwrapped.variant != "released"
         self._sums = learning_sums(gradient, trace, learns_decay=self._learns_decay)
-        self._count, self._times_set = unwrapped.steps_done, unwrapped.count_set[0]  # of steps, as far as the host knows
+        self._count, self._times_set = _steps_done(unwrapped), unwrapped.count_set[0]  # of steps, as far as the host knows
         # Of the step under way: whether something is learned, and the sums that it makes.
         self._due: Tensor | bool = False
         self._names: Sequence[str] = ()
@@ -290,7 +290,7 @@ class OnlineLearner:
         self._log_scales, self._bounds = self._log_scales.to(device), self._bounds.to(device)
         ids = torch.tensor(group_ids, dtype=torch.long, device="cpu")
         self._order = torch.argsort(ids, stable=True).to(device)
-        self._lengths = torch.bincount(ids, minlength=groups).to(device)
+        self._lengths = torch.zeros(groups, dtype=torch.long, device="cpu").index_add(0, ids, torch.ones_like(ids)).to(device)
 
     def kept(self) -> list[Tensor]:
         """The tensors on the device that it keeps from step to step."""
@@ -339,7 +339,7 @@ class OnlineLearner:
         if saved is None:
             self._log_scales.zero_()
             last.forget()
-            self._count = optimizer.steps_done
+            self._count = _steps_done(optimizer)
             if self.meta_optimizer is not None:
                 self.meta_optimizer.state.clear()
             return
@@ -349,6 +349,10 @@ class OnlineLearner:
         optimizer._features = saved["features"].detach().clone().to(optimizer._features)
         if self.meta_optimizer is not None:
             self.meta_optimizer.load_state_dict(copy.deepcopy(saved["meta_optimizer"]))
+
+
+def _steps_done(optimizer: MetaAdamW) -> int:
+    return 0 if devices.is_fake(optimizer._counts) else optimizer.steps_done
 
 
 def _capturable(optimizer: MetaAdamW) -> bool:

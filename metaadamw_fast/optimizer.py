@@ -319,7 +319,7 @@ class MetaAdamW(FusedOptimizer):
             saved, steps_done = self._online or (None, 0)
             learner.check(saved, self)
             learner.restore(saved, self)
-            if steps_done != self.steps_done:  # the last update is another
+            if saved is not None and steps_done != self.steps_done:  # the last update is another
                 self._forget(range(len(self._members)))
         except Exception:
             self.__dict__.update(before)

@@ -197,13 +197,14 @@ class HeldTensors:
                 versions = [n + next(own) if here else n for n, here in zip(versions, has, strict=True)]
         return versions
 
-    def row_storages(self) -> list[list[Any]]:
-        """Of each row weak references to the memory of its tensors; none of tensors without memory."""
-        rest = iter(self._storages.references)
-        rows: list[list[Any]] = [[] for _ in self.params]
-        for has in [[True] * len(rows), *self.chosen] if self._storages.references else []:
-            for row in compress(rows, has):
-                row.append(next(rest))
+    def row_places(self) -> list[dict[int, tuple[Any, int, tuple[int, ...]]]]:
+        """Of each row where its tensors lie, by the number of their list: see :class:`~.watch.Mark`. Nothing of fake tensors."""
+        rows: list[dict[int, tuple[Any, int, tuple[int, ...]]]] = [{} for _ in self.params]
+        references = iter(self._storages.references)
+        lists = [self.params, *self.states, self.masters] if self._storages.references else []
+        for number, (xs, has) in enumerate(zip(lists, [[True] * len(rows), *self.chosen], strict=False)):
+            for row, x in zip(compress(rows, has), xs, strict=True):
+                row[number] = next(references), x.data_ptr(), x.stride()
         return rows
 
     def _where(self) -> tuple[list[int], list[tuple[int, ...]]]:

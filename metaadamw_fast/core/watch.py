@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,7 +70,6 @@ class Storages:
             if storages is not None:
                 storages.freed = True
 
-        # Also of tensors: what others have replaced has another storage.
         self.references = [weakref.ref(x.untyped_storage(), tell) for x in tensors if not devices.is_fake(x)]
 
 
@@ -79,13 +78,19 @@ class Mark(NamedTuple):
 
     Attributes:
         param: the parameter; its memory is not held.
-        storages: under the parameter and its states.
+        places: of the parameter and its states, by number: their memory, their address and strides there.
         version: their version counters, added up.
     """
 
     param: weakref.ref[Tensor]
-    storages: Sequence[weakref.ref[Any]]
+    places: Mapping[int, tuple[weakref.ref[Any], int, tuple[int, ...]]]
     version: int
+
+    def fits(self, places: Mapping[int, tuple[weakref.ref[Any], int, tuple[int, ...]]]) -> bool:
+        """Whether all of them still are where they were; a state may have come."""
+        now = [places.get(number) for number in self.places]
+        pairs = zip(self.places.values(), now, strict=True)
+        return all(y is not None and x[0]() is y[0]() and x[1:] == y[1:] for x, y in pairs)
 
 
 class WatchedRows:
@@ -99,16 +104,14 @@ class WatchedRows:
     def __init__(self, held: HeldTensors, marks: Sequence[Mark]) -> None:
         self._held = held
         self._params = [weakref.ref(p) for p in held.outer[0]]
-        self._storages = held.row_storages()
+        self._places = held.row_places()
         self._rise: list[int] | None = None  # what an update adds to the counters of each row
         known = {id(p): mark for mark in marks if (p := mark.param()) is not None}
         self._versions: list[int | None] = [None] * len(self._params)
         for r, p in enumerate(held.outer[0]):
             mark = known.get(id(p))
             if mark is not None:
-                same = len(mark.storages) == len(self._storages[r])
-                same = same and all(x() is y() for x, y in zip(mark.storages, self._storages[r], strict=True))
-                self._versions[r] = mark.version if same else -1
+                self._versions[r] = mark.version if mark.fits(self._places[r]) else -1
 
     def look(self, *, again: bool = False) -> list[int]:
         """The rows that others have written since the last update or look; the next one finds them ``again``, if that is said."""
@@ -130,8 +133,8 @@ class WatchedRows:
 
     def marks(self) -> list[Mark]:
         """For the lists that replace these."""
-        rows = zip(self._params, self._storages, self._versions, strict=True)
-        return [Mark(p, storages, version) for p, storages, version in rows if version is not None]
+        rows = zip(self._params, self._places, self._versions, strict=True)
+        return [Mark(p, places, version) for p, places, version in rows if version is not None]
 
 
 class FrozenSums:
