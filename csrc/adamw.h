@@ -110,6 +110,8 @@ struct AdamW {
   static constexpr bool kLastIsOptional = true;
   static constexpr int kOptionalLists = 1 << kMaximum;  // bit i: an update can do without the list of operand i
   static constexpr int kWritten = 1 << kMomentum | 1 << kParam | 1 << kSecondMoment | 1 << kMaximum;
+  // Of these sets of operands, on the CPU, the first that a row has none of gets a loop without them. The last is empty.
+  static constexpr int kWithout[] = {1 << kMaximum, 0};
   // Bit i: operand i. A running maximum would be the maximum of the roundings, and grow.
   static constexpr int kRoundedStochastically = 1 << kMomentum | 1 << kParam | 1 << kSecondMoment;
 

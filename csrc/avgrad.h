@@ -12,6 +12,7 @@ struct AVGrad : AdamW {
   static constexpr const char* kLists[] = {"grads", "exp_avgs", "params", "exp_avg_sqs", "average_sqs"};
   static constexpr bool kLastIsOptional = false;
   static constexpr int kOptionalLists = 0;
+  static constexpr int kWithout[] = {0};
 
   template <typename T>
   struct Scalars : AdamW::Scalars<T> {

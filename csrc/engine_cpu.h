@@ -7,6 +7,7 @@
 #include <array>
 #include <iterator>
 #include <optional>
+#include <utility>
 
 #include "checks.h"
 #include "cpu_masters.h"
@@ -158,14 +159,17 @@ Tensor measure(const Header& header, void* memory, int mask, ScalarType dtype, c
 // ------------------------------------------------------------------------------------------------------------------- update
 
 // Adds sums [begin, end) to `totals`, with the bits of sum_block: of what it finds, if `found` says how many, else of what it
-// leaves. With `optional` there is the last operand, if the rule's is optional.
-template <class R, bool optional, int found, typename T>
+// leaves. Operands in `without` (bit i: operand i), of R::kWithout, count as zeros and are not written.
+template <class R, int without, int found, typename T>
 METAADAMW_CLONES void update_block(const typename R::template Scalars<T>& scalars, const typename R::template Measured<T>& measured,
                                    T* const* operands, int n, int begin, int end, LaneSums<R>& totals) {
   using Vector = typename Lanes<T>::type;
-  constexpr int kUsed = R::kOperands - (R::kLastIsOptional && !optional);
-  T* at[kUsed];
-  std::copy_n(operands, kUsed, at);
+  constexpr bool with_last = !(without >> (R::kOperands - 1) & 1);
+  constexpr int written = R::kWritten & ~without;
+  T* at[R::kOperands];
+  for (int k = 0; k < R::kOperands; ++k) {
+    if (!(without >> k & 1)) at[k] = operands[k];
+  }
   const typename R::template Scalars<T> s = scalars;  // local copies: nothing that the loop writes can change them
   const typename R::template Measured<T> last = measured;
   Vector sums[R::kSums] = {};
@@ -173,16 +177,18 @@ METAADAMW_CLONES void update_block(const typename R::template Scalars<T>& scalar
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     Vector x[R::kOperands] = {};
-    for (int k = 0; k < kUsed; ++k) {
-      __builtin_prefetch(at[k] + i + ahead);
-      x[k] = lanes_at(at[k] + i);
+    for (int k = 0; k < R::kOperands; ++k) {
+      if (!(without >> k & 1)) {
+        __builtin_prefetch(at[k] + i + ahead);
+        x[k] = lanes_at(at[k] + i);
+      }
     }
     if constexpr (found > 0) {
       accumulate<R, found, T>(last, sums, x);
     }
-    R::template update<optional>(s, x);
-    for (int k = 0; k < kUsed; ++k) {
-      if (R::kWritten >> k & 1) lanes_at(at[k] + i) = x[k];
+    R::template update<with_last>(s, x);
+    for (int k = 0; k < R::kOperands; ++k) {
+      if (written >> k & 1) lanes_at(at[k] + i) = x[k];
     }
     if constexpr (found == 0) {
       R::accumulate_left(sums, x);
@@ -190,15 +196,15 @@ METAADAMW_CLONES void update_block(const typename R::template Scalars<T>& scalar
   }
   if (i < n) {  // the tail, padded with zeros
     Vector x[R::kOperands] = {}, left[R::kOperands] = {};
-    for (int k = 0; k < kUsed; ++k) {
-      std::memcpy(&x[k], at[k] + i, (n - i) * sizeof(T));
+    for (int k = 0; k < R::kOperands; ++k) {
+      if (!(without >> k & 1)) std::memcpy(&x[k], at[k] + i, (n - i) * sizeof(T));
     }
     if constexpr (found > 0) {
       accumulate<R, found, T>(last, sums, x);
     }
-    R::template update<optional>(s, x);
-    for (int k = 0; k < kUsed; ++k) {
-      if (R::kWritten >> k & 1) {
+    R::template update<with_last>(s, x);
+    for (int k = 0; k < R::kOperands; ++k) {
+      if (written >> k & 1) {
         std::memcpy(at[k] + i, &x[k], (n - i) * sizeof(T));
         std::memcpy(&left[k], &x[k], (n - i) * sizeof(T));  // what became of the padding does not count
       }
@@ -210,13 +216,24 @@ METAADAMW_CLONES void update_block(const typename R::template Scalars<T>& scalar
   add_lanes<R>(sums, begin, end, totals);
 }
 
-// The update that finds so many sums.
-template <class R, bool optional, typename T, size_t i = 0>
-auto update_that_finds(int columns) {
+// The update_block that finds so many sums.
+template <class R, int without, typename T, size_t i = 0>
+auto update_that_finds(int found) {
+  if (found == 0) return update_block<R, without, 0, T>;
   if constexpr (i + 1 < std::size(R::kFoundWidths)) {
-    if (columns != R::kFoundWidths[i]) return update_that_finds<R, optional, T, i + 1>(columns);
+    if (found != R::kFoundWidths[i]) return update_that_finds<R, without, T, i + 1>(found);
   }
-  return update_block<R, optional, R::kFoundWidths[i], T>;
+  return update_block<R, without, R::kFoundWidths[i], T>;
+}
+
+// The one for a row with the operands `there` (bit i: operand i), and which of them it does without.
+template <class R, typename T, size_t i = 0>
+auto update_of(int there, int found) {
+  if constexpr (i + 1 < std::size(R::kWithout)) {
+    if (R::kWithout[i] & there) return update_of<R, T, i + 1>(there, found);
+  }
+  constexpr int without = R::kWithout[i];
+  return std::pair(update_that_finds<R, without, T>(found), without);
 }
 
 template <typename T>
@@ -245,8 +262,10 @@ void update_chunk(const std::array<Operand, kOperandsOf<R>>& operands, const typ
   T buffers[R::kOperands][kBlock];
   T* x[R::kOperands];
   const Operand& low_precision = operands[R::kOperands];
-  const bool with_last = !R::kLastIsOptional || operands[R::kOperands - 1].data != nullptr;
-  const int used = R::kOperands - !with_last;
+  int there = 0;
+  for (int i = 0; i < R::kOperands; ++i) {
+    there |= (operands[i].data != nullptr) << i;
+  }
   // What it finds is summed up before what others wrote into the low-precision parameter comes into the master's place. What it
   // leaves may be rounded on its way out of a buffer, and is summed up after that.
   const bool found = totals != nullptr && new_sums.found();
@@ -259,16 +278,16 @@ void update_chunk(const std::array<Operand, kOperandsOf<R>>& operands, const typ
   const bool left_last = totals != nullptr && !found && !as_stored;
   const int first_sum = new_sums.first();
   const int end_sum = totals == nullptr || found_first || left_last ? first_sum : new_sums.end();
-  constexpr bool lacks = R::kLastIsOptional;  // whether there are loops without the last operand
-  const int finds = found && !found_first ? new_sums.columns : 0;
-  const auto update = finds == 0  ? (with_last ? update_block<R, true, 0, T> : update_block<R, !lacks, 0, T>)
-                      : with_last ? update_that_finds<R, true, T>(finds)
-                                  : update_that_finds<R, !lacks, T>(finds);
+  const auto [update, without] = update_of<R, T>(there, found && !found_first ? new_sums.columns : 0);
   ChunkSums<R> sums(count, first_sum, new_sums.end());
   for (int64_t done = 0; done < count; done += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
-    for (int i = 0; i < used; ++i) {
-      const bool absent = R::kWritten >> i & 1 && operands[i].data == nullptr;
+    for (int i = 0; i < R::kOperands; ++i) {
+      if (without >> i & 1) {
+        x[i] = found_first ? zeroed(buffers[i], n) : nullptr;  // sum_block has no loops without them
+        continue;
+      }
+      const bool absent = R::kWritten >> i & 1 && !(there >> i & 1);
       x[i] = absent ? zeroed(buffers[i], n) : read<T>(operands[i], first + done, n, buffers[i]);
     }
     LaneSums<R>& of_block = sums.of_block(done);
@@ -279,8 +298,8 @@ void update_chunk(const std::array<Operand, kOperandsOf<R>>& operands, const typ
       take_up(low_precision, first + done, n, x[R::kParam]);
     }
     update(scalars, measured, x, n, first_sum, end_sum, of_block);
-    for (int i = 0; i < used; ++i) {
-      if (R::kWritten >> i & 1) {
+    for (int i = 0; i < R::kOperands; ++i) {
+      if (R::kWritten >> i & there >> i & 1) {
         if (keys.used && R::kRoundedStochastically >> i & 1 && itemsize(operands[i].type) == 2) {
           round_block(x[i], n, operands[i].type, keys.of[i], static_cast<uint32_t>(first + done));
         }

@@ -16,6 +16,7 @@ struct Mada {
                                            "exp_avg_diffs", "lion_exp_avgs", "last_grads", "previous_grads"};
   static constexpr bool kLastIsOptional = false;
   static constexpr int kOptionalLists = 1 << kAverage | 1 << kDifference | 1 << kLion | 1 << kLast | 1 << kOther;
+  static constexpr int kWithout[] = {0};
   static constexpr int kWritten = ((1 << kOperands) - 1) & ~(1 << kGrad | 1 << kLast);
   static constexpr int kRoundedStochastically = 1 << kMomentum | 1 << kParam | 1 << kSecondMoment | 1 << kDifference | 1 << kLion;
 

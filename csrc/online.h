@@ -13,6 +13,7 @@ struct OnlineAdamW : AdamW {
   enum Operand { kAverage = kSecondMoment + 1, kMaximum, kOperands };
   static constexpr const char* kLists[] = {"grads", "exp_avgs", "params", "exp_avg_sqs", "ema_params", "max_exp_avg_sqs"};
   static constexpr int kOptionalLists = 1 << kAverage | 1 << kMaximum;
+  static constexpr int kWithout[] = {1 << kAverage | 1 << kMaximum, 1 << kMaximum, 1 << kAverage, 0};
   static constexpr int kWritten = AdamW::kWritten | 1 << kAverage | 1 << kMaximum;
 
   // AdamW's, the average's decay, and of the update before what makes its moments a direction: the same three rows are the vectors
