@@ -77,6 +77,13 @@ class LastUpdate:
         """[3, T], what a pass of sums reads of it."""
         return self.numbers[1:4]
 
+    def without(self, tensors: Sequence[int]) -> Tensor:
+        """A copy of the numbers in which nothing is known of the last update of these tensors."""
+        numbers = self.numbers.clone()
+        if tensors:
+            numbers[:, [*tensors]] = self._none
+        return numbers
+
     def forget(self, tensors: Sequence[int] | None = None) -> None:
         """Learns nothing more of the last update of these tensors, of all by default."""
         if tensors is None:

@@ -20,7 +20,7 @@ from .core.rule import Decision, Step
 from .encoder import GroupEncoder, threads_for
 from .hyper_gradient import learning_sums, log_derivatives, of_groups
 from .meta import _unwrapped
-from .meta_checkpoint import OF_OTHER_OPTIMIZERS, STATE, with_adam_states
+from .meta_checkpoint import OF_OTHER_OPTIMIZERS, STATE, complete_states, with_adam_states
 from .optimizer import _NO_SUM, LEAST_DECAY_FACTOR, MetaAdamW
 from .reference import gradient_factor
 from .weighting import encoder_penalty
@@ -189,6 +189,8 @@ class OnlineLearner:
         last = optimizer._last
         assert last is not None
         self._count += 1
+        if self._decides_on_device():
+            complete_states(self.meta_optimizer)  # type: ignore[arg-type]  # here, since a captured step would make them anew
         moved = None if step.present is None else step.present != 0
         scales = decision.shown.get("_scales")
         if self.policy == "encoder" and optimizer.statistics_mode == "lagged":
@@ -307,8 +309,8 @@ class OnlineLearner:
         return {
             "policy": self.policy,
             "log_scales": self._log_scales.clone(),
-            "last": last.numbers.clone(),
-            "count": self._count,
+            "last": last.without(optimizer._written()),
+            "count": self._count if self.every > 1 else 0,  # the host's, which may not know that a step did not count
             "features": optimizer._features.clone(memory_format=torch.contiguous_format),
             "meta_optimizer": None if self.meta_optimizer is None else with_adam_states(self.meta_optimizer),
         }
@@ -345,7 +347,7 @@ class OnlineLearner:
             return
         self._log_scales.copy_(saved["log_scales"])
         last.numbers[1:].copy_(saved["last"][1:])
-        self._count = int(saved["count"])
+        self._count = int(saved["count"]) or _steps_done(optimizer)
         optimizer._features = saved["features"].detach().clone().to(optimizer._features)
         if self.meta_optimizer is not None:
             self.meta_optimizer.load_state_dict(copy.deepcopy(saved["meta_optimizer"]))
@@ -366,4 +368,4 @@ def _trained(encoder: GroupEncoder) -> list[Tensor]:
 
 
 def _fused_adam(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
-    return torch.optim.Adam(params, lr=lr, fused=True, capturable=params[0].is_cuda)
+    return torch.optim.Adam(params, lr=lr, fused=True, capturable=True)

@@ -249,10 +249,7 @@ def numbers_of(run):
 
 
 def written_by(run):
-    written = [*run.model.parameters(), *(x for p in run.model.parameters() for x in run.opt.state[p].values())]
-    meta = run.opt._learner.meta_optimizer
-    states = [] if meta is None else [*run.opt.encoder.parameters(), *(x for state in meta.state.values() for x in state.values())]
-    return [*written, *states]
+    return [*run.model.parameters(), *(x for p in run.model.parameters() for x in run.opt.state[p].values())]
 
 
 @contextmanager

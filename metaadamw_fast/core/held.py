@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, compress
 from operator import add, attrgetter, itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -33,6 +33,7 @@ def joined(lists: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     return out
 
 
+T = TypeVar("T")
 _version_of = attrgetter("_version")
 
 
@@ -197,14 +198,13 @@ class HeldTensors:
                 versions = [n + next(own) if here else n for n, here in zip(versions, has, strict=True)]
         return versions
 
-    def row_places(self) -> list[dict[int, tuple[Any, int, tuple[int, ...]]]]:
-        """Of each row where its tensors lie, by the number of their list: see :class:`~.watch.Mark`. Nothing of fake tensors."""
-        rows: list[dict[int, tuple[Any, int, tuple[int, ...]]]] = [{} for _ in self.params]
-        references = iter(self._storages.references)
-        lists = [self.params, *self.states, self.masters] if self._storages.references else []
-        for number, (xs, has) in enumerate(zip(lists, [[True] * len(rows), *self.chosen], strict=False)):
-            for row, x in zip(compress(rows, has), xs, strict=True):
-                row[number] = next(references), x.data_ptr(), x.stride()
+    def by_row(self, of: Callable[[Tensor], T | None]) -> list[list[T | None]]:
+        """Of each row what ``of`` says of its parameter, each of its states and its master; None where it has none."""
+        rows: list[list[T | None]] = [[] for _ in self.params]
+        for xs, has in zip(self.outer, [[True] * len(rows), *self.chosen], strict=True):
+            found = map(of, xs)
+            for row, here in zip(rows, has, strict=True):
+                row.append(next(found) if here and xs else None)
         return rows
 
     def _where(self) -> tuple[list[int], list[tuple[int, ...]]]:

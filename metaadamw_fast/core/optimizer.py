@@ -393,7 +393,6 @@ class FusedOptimizer(TrackingOptimizer):
         if not repeats(self.param_groups):  # else they are numbered as torch numbers them
             self._sync_params()
         self._settle_names()
-        self._note_writes()
         state_dict = checkpoint.saved(self)
         for after in self._optimizer_state_dict_post_hooks.values():
             replaced = after(self, state_dict)

@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 from metaadamw_fast.ops import FakeBackend, resolve_backend
 
 from . import devices
-from .allocation import check_params
+from .allocation import MASTER, check_params
 from .hyperparameters import HyperparameterTable, check_hyperparameters
 from .members import Member, listed, origins, repeats
 from .rule import Rule
 from .sharding import RankSums, local_gradient, refuse_zero
 from .states import States
-from .watch import Mark
+from .watch import Mark, place_of, version_of
 
 
 class Moved(NamedTuple):
@@ -219,15 +219,25 @@ class TrackingOptimizer(Optimizer, ABC):
         assert held
         return states
 
-    def _note_writes(self) -> None:
-        """Has what others have written since the last step noted now, before a checkpoint or a copy, which cannot know it."""
-        if not self.rule.remembers or (self._states is None and not self._marks) or repeats(self.param_groups):
-            return
-        states = self._current_states([None] * sum(len(group["params"]) for group in self.param_groups))
-        try:
-            self._forget(states.written())
-        finally:
-            states.let_go()
+    def _written(self) -> list[int]:
+        """Which parameters others have written since the last step, or states of theirs, if the rule has to know it.
+
+        Read only, for a checkpoint or a copy, which cannot know it: a thread may take one beside a step.
+        """
+        if not self.rule.remembers:
+            return []
+        numbers = {id(m.param): t for t, m in enumerate(self._members)}
+        states = self._states
+        found = []
+        for mark in self._marks if states is None or states.watched is None else states.watched.marks():
+            p = mark.param()
+            if p is not None and id(p) in numbers:
+                own = self.state.get(p, {})
+                tensors = [p, *(own.get(name) for name in (*self.rule.names, MASTER))]
+                places = [place_of(x) if isinstance(x, Tensor) else None for x in tensors]
+                if mark.version != sum(version_of(x) for x in tensors if isinstance(x, Tensor)) or not mark.fits(places):
+                    found.append(numbers[id(p)])
+        return found
 
     def _forget(self, written: Sequence[int]) -> None:
         """Forgets the last update of these parameters, which others have written; see :attr:`Rule.remembers`."""
@@ -285,7 +295,7 @@ class TrackingOptimizer(Optimizer, ABC):
     def __getstate__(self) -> dict[str, Any]:
         # As torch's optimizers leave it to who copies or loads: hooks, and the `step` that an LR scheduler wraps.
         self._settle_names()
-        self._note_writes()
+        self._forget(self._written())  # the copy cannot know it
         kept = {name: x for name, x in self.__dict__.items() if name != "step" and not name.startswith("_optimizer_")}
         # The first step of the copy makes these anew. A backend is a class that need not have a name to be pickled by.
         anew: dict[str, Any] = {"_states": None, "_backend": None, "_rank_sums": RankSums([]), "_marks": []}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,27 +70,40 @@ class Storages:
             if storages is not None:
                 storages.freed = True
 
-        self.references = [weakref.ref(x.untyped_storage(), tell) for x in tensors if not devices.is_fake(x)]
+        self._references = [weakref.ref(x.untyped_storage(), tell) for x in tensors if not devices.is_fake(x)]
+
+
+Places = Sequence[tuple[weakref.ref[Any], int, tuple[int, ...]] | None]
 
 
 class Mark(NamedTuple):
-    """What shows whether others have written a parameter or its states since a moment.
+    """What shows whether others have written a parameter or its states since a moment. It holds no memory.
 
     Attributes:
-        param: the parameter; its memory is not held.
-        places: of the parameter and its states, by number: their memory, their address and strides there.
+        param: the parameter.
+        places: where it and each of its states lies, see :func:`place_of`; None for one that is not there.
         version: their version counters, added up.
     """
 
     param: weakref.ref[Tensor]
-    places: Mapping[int, tuple[weakref.ref[Any], int, tuple[int, ...]]]
+    places: Places
     version: int
 
-    def fits(self, places: Mapping[int, tuple[weakref.ref[Any], int, tuple[int, ...]]]) -> bool:
+    def fits(self, places: Places) -> bool:
         """Whether all of them still are where they were; a state may have come."""
-        now = [places.get(number) for number in self.places]
-        pairs = zip(self.places.values(), now, strict=True)
-        return all(y is not None and x[0]() is y[0]() and x[1:] == y[1:] for x, y in pairs)
+        pairs = zip(self.places, places, strict=True)
+        return all(x is None or (y is not None and x[0]() is y[0]() and x[1:] == y[1:]) for x, y in pairs)
+
+
+def place_of(x: Tensor) -> tuple[weakref.ref[Any], int, tuple[int, ...]] | None:
+    """The memory, the address and the strides of a tensor, of a DTensor those of its shard; None if it has no memory."""
+    x = local(x)
+    return None if devices.is_fake(x) else (weakref.ref(x.untyped_storage()), x.data_ptr(), x.stride())
+
+
+def version_of(x: Tensor) -> int:
+    """Its version counter; with that of its shard, which counts apart, if it is a DTensor."""
+    return x._version + (local(x)._version if is_sharded(x) else 0)
 
 
 class WatchedRows:
@@ -104,7 +117,7 @@ class WatchedRows:
     def __init__(self, held: HeldTensors, marks: Sequence[Mark]) -> None:
         self._held = held
         self._params = [weakref.ref(p) for p in held.outer[0]]
-        self._places = held.row_places()
+        self._places = held.by_row(place_of)
         self._rise: list[int] | None = None  # what an update adds to the counters of each row
         known = {id(p): mark for mark in marks if (p := mark.param()) is not None}
         self._versions: list[int | None] = [None] * len(self._params)
