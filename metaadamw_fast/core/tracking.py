@@ -20,7 +20,7 @@ from .members import Member, listed, origins, repeats
 from .rule import Rule
 from .sharding import RankSums, local_gradient, refuse_zero
 from .states import States
-from .watch import Mark, place_of, version_of
+from .watch import Mark, written_since
 
 
 class Moved(NamedTuple):
@@ -226,18 +226,9 @@ class TrackingOptimizer(Optimizer, ABC):
         """
         if not self.rule.remembers:
             return []
-        numbers = {id(m.param): t for t, m in enumerate(self._members)}
         states = self._states
-        found = []
-        for mark in self._marks if states is None or states.watched is None else states.watched.marks():
-            p = mark.param()
-            if p is not None and id(p) in numbers:
-                own = self.state.get(p, {})
-                tensors = [p, *(own.get(name) for name in (*self.rule.names, MASTER))]
-                places = [place_of(x) if isinstance(x, Tensor) else None for x in tensors]
-                if mark.version != sum(version_of(x) for x in tensors if isinstance(x, Tensor)) or not mark.fits(places):
-                    found.append(numbers[id(p)])
-        return found
+        marks = self._marks if states is None or states.watched is None else states.watched.marks()
+        return written_since(marks, [m.param for m in self._members], self.state, (*self.rule.names, MASTER))
 
     def _forget(self, written: Sequence[int]) -> None:
         """Forgets the last update of these parameters, which others have written; see :attr:`Rule.remembers`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -148,6 +148,23 @@ class WatchedRows:
         """For the lists that replace these."""
         rows = zip(self._params, self._places, self._versions, strict=True)
         return [Mark(p, places, version) for p, places, version in rows if version is not None]
+
+
+def written_since(marks: Iterable[Mark], params: Sequence[Tensor], state: Mapping[Any, Any], names: Sequence[str]) -> list[int]:
+    """Which of ``params`` others have written since the ``marks`` were set, or their states of these ``names``. Holds nothing."""
+    numbers = {id(p): t for t, p in enumerate(params)}
+    found = []
+    for mark in marks:
+        p = mark.param()
+        number = None if p is None else numbers.get(id(p))
+        if p is None or number is None:
+            continue
+        own = state.get(p, {})
+        tensors = [x if isinstance(x, Tensor) else None for x in (p, *map(own.get, names))]
+        places = [None if x is None else place_of(x) for x in tensors]
+        if mark.version != sum(version_of(x) for x in tensors if x is not None) or not mark.fits(places):
+            found.append(number)
+    return found
 
 
 class FrozenSums:
