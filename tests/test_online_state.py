@@ -418,7 +418,9 @@ def test_averaged_parameters(backend, dtype, masters):
         for p, e in expected.items():
             found = run.opt.state[p]["ema_param"]
             assert found.dtype == e.dtype
-            torch.testing.assert_close(found, e, rtol=1e-6, atol=1e-6)
+            # A kernel may take up the parameter before it is rounded to where it is stored.
+            tolerance = 1e-6 if masters or dtype.itemsize > 2 else torch.finfo(dtype).eps
+            torch.testing.assert_close(found, e, rtol=1e-6, atol=tolerance * float(e.abs().max()))
             assert torch.equal(p, found.to(dtype))
             if "master_param" in run.opt.state[p]:
                 assert torch.equal(run.opt.state[p]["master_param"], found)
