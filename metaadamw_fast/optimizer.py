@@ -310,16 +310,20 @@ class MetaAdamW(FusedOptimizer):
         if self._learner is not None:
             raise ValueError("the optimizer has an OnlineLearner already")
         before = dict(self.__dict__)
+        saved, steps_done = self._online or (None, -1)
+        as_saved = saved is not None and steps_done == self.steps_done
+        if self.ema_decay is None and not as_saved:
+            for member in self._members:  # of a checkpoint, and not moved since
+                self.state.get(member.param, {}).pop(ema.AVERAGE, None)
         self._learner = learner
         self.ema_decay = self.ema_decay or learner.trace or None
         self.rule, self._last = self._rule(), None
         try:
             self._prepare(allocated=self._states is not None)
             self._cache()
-            saved, steps_done = self._online or (None, 0)
             learner.check(saved, self)
             learner.restore(saved, self)
-            if saved is not None and steps_done != self.steps_done:  # the last update is another
+            if not as_saved:  # the last update is another
                 self._forget(range(len(self._members)))
         except Exception:
             self.__dict__.update(before)

@@ -230,6 +230,23 @@ def test_loss_scales_and_clipping_change_nothing_of_what_is_learned(gradient, st
     assert learner._log_scales[0].all()
 
 
+@pytest.mark.parametrize("trace", [0.0, 0.9])
+@pytest.mark.parametrize("gradient", ["cosine", "loss"])
+def test_who_maximizes_learns_from_the_negative_gradient(gradient, trace):
+    results = []
+    for sign in (1.0, -1.0):
+        options = {"every_group": {"maximize": sign < 0}, "learner": {"gradient": gradient, "trace": trace}}
+        params, opt, learner = build(max_grad_norm=1.0, **options)
+        for step in range(4):
+            put_gradients(params, step)
+            for p in opt.param_groups[0]["params"]:
+                p.grad *= sign
+            opt.step()
+        results.append(learner._log_scales)
+    assert torch.equal(*results)
+    assert results[0][0].all()
+
+
 @pytest.mark.parametrize("where", ["host", "device"])
 @pytest.mark.parametrize("statistics", ["exact", "lagged"])
 def test_it_learns_in_every_third_step_only(statistics, where, monkeypatch):
@@ -292,17 +309,18 @@ def test_beside_a_meta_learner():
     def loss_fn(model, x):
         return (model(x) - 1).square().mean()
 
-    for policy in ("encoder", "scales"):
-        opt = MetaAdamW(model.named_parameters(), model=model, features="enhanced")
+    for policy in ("encoder", "scales", None):
+        opt = MetaAdamW(model.named_parameters(), model=model, features="enhanced", ema_decay=0.9)
         opt.encoder.double()
-        OnlineLearner(opt, policy=policy)
+        if policy is not None:
+            OnlineLearner(opt, policy=policy)
         meta = MetaLearner(opt, model, loss_fn)
         for step in range(3):
             opt.zero_grad()
             loss_fn(model, noise((5, 3), step).double()).backward()
             opt.step()
         batches = [noise((5, 3), 10 + i).double() for i in range(3)]
-        if policy == "encoder":
+        if policy != "scales":
             assert bool(meta.update(*batches).applied)
         else:
             with pytest.raises(RuntimeError, match="OnlineLearner with policy='scales' sets the scales"):

@@ -346,7 +346,7 @@ def test_checkpoints_without_a_learner():
 
 
 def test_a_checkpoint_that_waits_for_a_learner_knows_whether_steps_came_between():
-    run = Run({"trace": 0}).to(4)
+    run = Run({}).to(4)
     saved, model = run.opt.state_dict(), copy.deepcopy(run.model.state_dict())
     late = Run(None)
     late.model.load_state_dict(model)
@@ -354,6 +354,11 @@ def test_a_checkpoint_that_waits_for_a_learner_knows_whether_steps_came_between(
     assert late.opt.state_dict()["metaadamw"]["online"] is None
     late.step = 4
     late.to(5)
+    assert late.opt.state[late.model.out.bias]["ema_param"] is not None  # it is of the checkpoint, and stands still
+    averages = copy.deepcopy(late)
+    OnlineLearner(averages.opt)
+    assert averages.opt.rank_sums is not None  # makes the states
+    assert all(torch.equal(averages.opt.state[p]["ema_param"], p) for p in averages.model.parameters())
     learner = OnlineLearner(late.opt, trace=0)
     assert torch.equal(learner._log_scales, saved["metaadamw"]["online"]["log_scales"])
     late.to(6)
