@@ -220,10 +220,7 @@ class TrackingOptimizer(Optimizer, ABC):
         return states
 
     def _written(self) -> list[int]:
-        """Which parameters others have written since the last step, or states of theirs, if the rule has to know it.
-
-        Read only, for a checkpoint or a copy, which cannot know it: a thread may take one beside a step.
-        """
+        """Which parameters others have written since the last step, or their states, if the rule has to know. Read only."""
         if not self.rule.remembers:
             return []
         states = self._states
