@@ -1,6 +1,7 @@
 """Learning the scales in the step itself, from the gradient that is there anyhow: docs/algorithm.md, section 13.
 
 What the gradient says of the last update's scales is in hyper_gradient.py. Here is what becomes of it.
+Longer than 300 lines: a third of it is the constructor with its documentation and its checks.
 """
 
 from __future__ import annotations

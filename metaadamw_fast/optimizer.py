@@ -1,6 +1,6 @@
 """MetaAdamW: what is its own of the step, on the optimizer of core/. No arithmetic on elements happens here; see ops.py.
 
-Longer than 300 lines: a third of it is the constructor with its documentation.
+Longer than 300 lines: a good third of it is the constructor and documentation.
 """
 
 from __future__ import annotations

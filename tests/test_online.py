@@ -303,6 +303,17 @@ def test_regularizers_of_the_encoder():
     torch.testing.assert_close(opt.encoder.head.weight, plain.encoder.head.weight - 0.5 * 0.1 * head / head.norm())
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize(("form", "factor"), [("linear", -0.2), ("log", 0.5)])
+def test_the_log_form_clamps_the_decay_factor(form, factor, backend):
+    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    opt = MetaAdamW([p], lr=3.0, weight_decay=0.4, backend=backend)
+    opt.encoder.scale_form = form
+    p.grad = torch.zeros_like(p)
+    opt.step()
+    torch.testing.assert_close(p, torch.full_like(p, factor))
+
+
 def test_beside_a_meta_learner():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
 

@@ -1,6 +1,6 @@
 """FusedOptimizer: a torch optimizer around one launch that sums and one that updates. No formula of an optimizer is in here.
 
-A little longer than 300 lines, a third of them documentation: one class from its step to its checkpoints.
+Longer than 300 lines, a third of them documentation: one class from its step to its checkpoints.
 """
 
 from __future__ import annotations
