@@ -110,6 +110,8 @@ struct AdamW {
   static constexpr bool kLastIsOptional = true;
   static constexpr int kOptionalLists = 1 << kMaximum;  // bit i: an update can do without the list of operand i
   static constexpr int kWritten = 1 << kMomentum | 1 << kParam | 1 << kSecondMoment | 1 << kMaximum;
+  // Of these sets of operands, on the CPU, the first that a row has none of gets a loop without them. The last is empty.
+  static constexpr int kWithout[] = {1 << kMaximum, 0};
   // Bit i: operand i. A running maximum would be the maximum of the roundings, and grow.
   static constexpr int kRoundedStochastically = 1 << kMomentum | 1 << kParam | 1 << kSecondMoment;
 
@@ -202,9 +204,9 @@ struct AdamW {
     x[kParam] = moved(s, x[kParam], x[kMomentum], v);
   }
 
-  // The sums that describe one tensor, in the order of the columns of `optimizer.statistics`. An update can make [0, kFoundSums) of
-  // what it finds, or [kFirstLeft, kEndLeft) of what it leaves: these are carried over to the next statistics, which then do not
-  // read p and v.
+  // The sums that describe one tensor, in the order of the columns of `optimizer.statistics`. An update can make the first ones of
+  // what it finds, as many as kFoundWidths has, or [kFirstLeft, kEndLeft) of what it leaves: these are carried over to the next
+  // statistics, which then do not read p and v.
   enum Sum {
     kGradSquared,
     kGradMomentum,
@@ -216,7 +218,8 @@ struct AdamW {
     kSums
   };
   static constexpr int kFirstLeft = kParamSquared, kEndLeft = kGradNonzero;
-  static constexpr int kFoundSums = kGradNonzero;
+  static constexpr int kFoundSums = kGradNonzero;  // the most
+  static constexpr int kFoundWidths[] = {kFoundSums};
   static constexpr int kFirstExtra = kGradNonzero;  // those from here on cost more, so they have loops of their own
   static constexpr bool kAllNeedGradient = false;   // whether all sums are 0 in a row without a gradient
   // The operands that a sum reads; bit i: operand i.
@@ -235,27 +238,26 @@ struct AdamW {
     return {};
   }
 
-  template <typename T, typename V>
-  static METAADAMW_INLINE void accumulate_found(const Measured<T>&, V (&sums)[kSums], const V (&x)[kOperands]) {
+  // N sums and M operands: a rule that has more of both takes these for its first ones.
+  template <typename T, typename V, int N, int M>
+  static METAADAMW_INLINE void accumulate_found(const NothingMeasured<T>&, V (&sums)[N], const V (&x)[M]) {
     sums[kGradSquared] += x[kGrad] * x[kGrad];
     sums[kGradMomentum] += x[kGrad] * x[kMomentum];
     sums[kMomentumSquared] += x[kMomentum] * x[kMomentum];
     accumulate_left(sums, x);
   }
 
-  template <typename V>
-  static METAADAMW_INLINE void accumulate_left(V (&sums)[kSums], const V (&x)[kOperands]) {
+  template <typename V, int N, int M>
+  static METAADAMW_INLINE void accumulate_left(V (&sums)[N], const V (&x)[M]) {
     sums[kParamSquared] += x[kParam] * x[kParam];
     sums[kSecondMomentSquared] += x[kSecondMoment] * x[kSecondMoment];
   }
 
-  // The sums from kFirstExtra on: only the `enhanced` features want them.
-  template <typename T, typename V>
-  static METAADAMW_INLINE void accumulate_extra(const Measured<T>&, V (&sums)[kSums], const V (&x)[kOperands]) {
-    const V zero = V{};
-    const V one = zero + 1;
-    sums[kGradNonzero] += x[kGrad] != zero ? one : zero;
-    sums[kMomentumNonzero] += x[kMomentum] != zero ? one : zero;
+  // The sums [kFirstExtra, end): only the `enhanced` features want them.
+  template <int end, typename T, typename V, int N, int M>
+  static METAADAMW_INLINE void accumulate_extra(const NothingMeasured<T>&, V (&sums)[N], const V (&x)[M]) {
+    sums[kGradNonzero] += one_where_nonzero(x[kGrad]);
+    sums[kMomentumNonzero] += one_where_nonzero(x[kMomentum]);
   }
 };
 

@@ -12,6 +12,7 @@ struct AVGrad : AdamW {
   static constexpr const char* kLists[] = {"grads", "exp_avgs", "params", "exp_avg_sqs", "average_sqs"};
   static constexpr bool kLastIsOptional = false;
   static constexpr int kOptionalLists = 0;
+  static constexpr int kWithout[] = {0};
 
   template <typename T>
   struct Scalars : AdamW::Scalars<T> {
@@ -33,6 +34,7 @@ struct AVGrad : AdamW {
 
   enum Sum { kGradSquared, kSums };
   static constexpr int kFirstLeft = 0, kEndLeft = 0, kFoundSums = 0, kFirstExtra = kSums;  // its update makes none
+  static constexpr int kFoundWidths[] = {0};
   static constexpr bool kAllNeedGradient = true;
   static METAADAMW_INLINE constexpr int reads(int) { return 1 << kGrad; }
 

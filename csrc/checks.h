@@ -112,7 +112,7 @@ Update checked_update(const Tensor& vectors, const std::optional<int64_t>& round
 template <class R>
 NewSums<R> sums_output(const std::optional<Tensor>& x, const Header& header) {
   METAADAMW_CHECK(!x || (x->scalar_type() == ScalarType::Double && x->dim() == 2 && x->size(0) == header.tensors &&
-                         (x->size(1) == kCarriedSums<R> || x->size(1) == R::kFoundSums) && x->is_contiguous() &&
+                         (x->size(1) == kCarriedSums<R> || NewSums<R>::can_be_found(x->size(1))) && x->is_contiguous() &&
                          device_of(*x) == header.device),
                   "new_sums must be a contiguous float64 tensor of shape [", header.tensors, ", ", kCarriedSums<R>, "] or [",
                   header.tensors, ", ", static_cast<int>(R::kFoundSums), "] on the device of the tensors");

@@ -79,6 +79,18 @@ METAADAMW_INLINE V negated_where_negative(V sign, V x) {
   }
 }
 
+// 1 of a number that is not 0, and of NaN; else 0.
+template <typename V>
+METAADAMW_INLINE V one_where_nonzero(V x) {
+  if constexpr (std::is_floating_point_v<V>) {
+    return static_cast<V>(x != 0 ? 1 : 0);
+  } else {
+    using B = VectorBits<V>;
+    using Type = typename B::Type;
+    return (V)((Type)(V{} + 1) & (-B::of_magnitude((Type)x) >> (B::kWidth - 1)));
+  }
+}
+
 // x where `sign`, which is -1, 0 or 1, is positive; else 0.
 template <typename V>
 METAADAMW_INLINE V where_positive(V sign, V x) {

@@ -47,16 +47,17 @@ METAADAMW_INLINE void add_lanes(const V (&sums)[R::kSums], int begin, int end, L
   }
 }
 
-// Adds the sums [begin, end) of n <= kBlock elements to `totals`; of the operands only those are read that sums are of. Products
+// Adds the sums [begin, end) of n <= kBlock elements to `totals`, of those before `most`; of the operands only those are read that
+// these are of. Products
 // and lanes are in the arithmetic type, over kBlock / kLanes = 64 additions at most; everything after that is float64.
-template <class R, bool extra, typename T>
+template <class R, int most, typename T>
 METAADAMW_CLONES void sum_block(const typename R::template Measured<T>& measured, const T* const* operands, int n, int begin,
                                 int end, LaneSums<R>& totals) {
   using Vector = typename Lanes<T>::type;
   const typename R::template Measured<T> s = measured;
   const T* at[R::kOperands] = {};
   for (int k = 0; k < R::kOperands; ++k) {
-    if (kRead<R, extra> >> k & 1) at[k] = operands[k];
+    if (kRead<R, most> >> k & 1) at[k] = operands[k];
   }
   Vector sums[R::kSums] = {};
   const int ahead = kPrefetch;
@@ -64,19 +65,19 @@ METAADAMW_CLONES void sum_block(const typename R::template Measured<T>& measured
   for (; i + kLanes <= n; i += kLanes) {
     Vector x[R::kOperands] = {};
     for (int k = 0; k < R::kOperands; ++k) {
-      if (kRead<R, extra> >> k & 1) {
+      if (kRead<R, most> >> k & 1) {
         __builtin_prefetch(at[k] + i + ahead);
         x[k] = lanes_at(at[k] + i);
       }
     }
-    accumulate<R, extra, T>(s, sums, x);
+    accumulate<R, most, T>(s, sums, x);
   }
   if (i < n) {  // the tail, padded with zeros, which add nothing to any sum
     Vector tail[R::kOperands] = {};
     for (int k = 0; k < R::kOperands; ++k) {
-      if (kRead<R, extra> >> k & 1) std::memcpy(&tail[k], at[k] + i, (n - i) * sizeof(T));
+      if (kRead<R, most> >> k & 1) std::memcpy(&tail[k], at[k] + i, (n - i) * sizeof(T));
     }
-    accumulate<R, extra, T>(s, sums, tail);
+    accumulate<R, most, T>(s, sums, tail);
   }
   add_lanes<R>(sums, begin, end, totals);
 }
@@ -96,7 +97,7 @@ METAADAMW_CLONES void sum_pair(const typename R::template Measured<T>& measured,
       Vector x[R::kOperands] = {};
       x[0] = lanes_at(y);
       x[1] = lanes_at(z);
-      accumulate<R, false, T>(measured, sums[k], x);
+      accumulate<R, 0, T>(measured, sums[k], x);
     }
   }
   for (const int k : {0, 1}) {

@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
+#include <iterator>
 #include <optional>
+#include <utility>
 
 #include "checks.h"
 #include "cpu_masters.h"
@@ -71,7 +73,7 @@ template <class R, typename T>
 void measure_chunk(std::array<Operand, kOperandsOf<R>> operands, int wanted, const typename R::template Measured<T>& measured,
                    int64_t first, int64_t count, int end, double* totals) {
   ChunkSums<R> sums(count, 0, end);
-  bool in_pairs = (kRead<R, false> & 3) == 3 && end <= R::kFirstExtra && count == 2 * sums.half();
+  bool in_pairs = (kRead<R, 0> & 3) == 3 && end <= R::kFirstExtra && count == 2 * sums.half();
   for (int i = 0; i < R::kOperands; ++i) {
     Operand& x = operands[i];
     x.data = wanted >> i & 1 ? x.data : nullptr;
@@ -88,8 +90,7 @@ void measure_chunk(std::array<Operand, kOperandsOf<R>> operands, int wanted, con
   } else {
     T buffers[R::kOperands][kBlock];
     const T* x[R::kOperands];
-    constexpr bool extra = R::kFirstExtra < R::kSums;
-    const auto sum = end > R::kFirstExtra ? sum_block<R, extra, T> : sum_block<R, false, T>;
+    const auto sum = end > R::kFirstExtra ? sum_block<R, R::kSums, T> : sum_block<R, 0, T>;
     for (int64_t done = 0; done < count; done += kBlock) {
       const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
       for (int i = 0; i < R::kOperands; ++i) {
@@ -157,60 +158,82 @@ Tensor measure(const Header& header, void* memory, int mask, ScalarType dtype, c
 
 // ------------------------------------------------------------------------------------------------------------------- update
 
-// Which sums an update makes as it goes.
-enum class Sums { kLeft, kFound };
-
-// Adds sums [begin, end) to `totals`, with the bits of sum_block. With `optional` there is the last operand, if the rule's is
-// optional.
-template <class R, bool optional, Sums which, typename T>
+// Adds sums [begin, end) to `totals`, with the bits of sum_block: of what it finds, if `found` says how many, else of what it
+// leaves. Operands in `without` (bit i: operand i), of R::kWithout, count as zeros and are not written.
+template <class R, int without, int found, typename T>
 METAADAMW_CLONES void update_block(const typename R::template Scalars<T>& scalars, const typename R::template Measured<T>& measured,
                                    T* const* operands, int n, int begin, int end, LaneSums<R>& totals) {
   using Vector = typename Lanes<T>::type;
-  constexpr int kUsed = R::kOperands - (R::kLastIsOptional && !optional);
-  T* at[kUsed];
-  std::copy_n(operands, kUsed, at);
+  constexpr bool with_last = !(without >> (R::kOperands - 1) & 1);
+  constexpr int written = R::kWritten & ~without;
+  T* at[R::kOperands];
+  for (int k = 0; k < R::kOperands; ++k) {
+    if (!(without >> k & 1)) at[k] = operands[k];
+  }
   const typename R::template Scalars<T> s = scalars;  // local copies: nothing that the loop writes can change them
   const typename R::template Measured<T> last = measured;
   Vector sums[R::kSums] = {};
   const int ahead = kPrefetch;
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    Vector x[R::kOperands];
-    for (int k = 0; k < kUsed; ++k) {
-      __builtin_prefetch(at[k] + i + ahead);
-      x[k] = lanes_at(at[k] + i);
+    Vector x[R::kOperands] = {};
+    for (int k = 0; k < R::kOperands; ++k) {
+      if (!(without >> k & 1)) {
+        __builtin_prefetch(at[k] + i + ahead);
+        x[k] = lanes_at(at[k] + i);
+      }
     }
-    if constexpr (which == Sums::kFound) {
-      accumulate_found<R, T>(last, sums, x);
+    if constexpr (found > 0) {
+      accumulate<R, found, T>(last, sums, x);
     }
-    R::template update<optional>(s, x);
-    for (int k = 0; k < kUsed; ++k) {
-      if (R::kWritten >> k & 1) lanes_at(at[k] + i) = x[k];
+    R::template update<with_last>(s, x);
+    for (int k = 0; k < R::kOperands; ++k) {
+      if (written >> k & 1) lanes_at(at[k] + i) = x[k];
     }
-    if constexpr (which == Sums::kLeft) {
+    if constexpr (found == 0) {
       R::accumulate_left(sums, x);
     }
   }
   if (i < n) {  // the tail, padded with zeros
     Vector x[R::kOperands] = {}, left[R::kOperands] = {};
-    for (int k = 0; k < kUsed; ++k) {
-      std::memcpy(&x[k], at[k] + i, (n - i) * sizeof(T));
+    for (int k = 0; k < R::kOperands; ++k) {
+      if (!(without >> k & 1)) std::memcpy(&x[k], at[k] + i, (n - i) * sizeof(T));
     }
-    if constexpr (which == Sums::kFound) {
-      accumulate_found<R, T>(last, sums, x);
+    if constexpr (found > 0) {
+      accumulate<R, found, T>(last, sums, x);
     }
-    R::template update<optional>(s, x);
-    for (int k = 0; k < kUsed; ++k) {
-      if (R::kWritten >> k & 1) {
+    R::template update<with_last>(s, x);
+    for (int k = 0; k < R::kOperands; ++k) {
+      if (written >> k & 1) {
         std::memcpy(at[k] + i, &x[k], (n - i) * sizeof(T));
         std::memcpy(&left[k], &x[k], (n - i) * sizeof(T));  // what became of the padding does not count
       }
     }
-    if constexpr (which == Sums::kLeft) {
+    if constexpr (found == 0) {
       R::accumulate_left(sums, left);
     }
   }
   add_lanes<R>(sums, begin, end, totals);
+}
+
+// The update_block that finds so many sums.
+template <class R, int without, typename T, size_t i = 0>
+auto update_that_finds(int found) {
+  if (found == 0) return update_block<R, without, 0, T>;
+  if constexpr (i + 1 < std::size(R::kFoundWidths)) {
+    if (found != R::kFoundWidths[i]) return update_that_finds<R, without, T, i + 1>(found);
+  }
+  return update_block<R, without, R::kFoundWidths[i], T>;
+}
+
+// The one for a row with the operands `there` (bit i: operand i), and which of them it does without.
+template <class R, typename T, size_t i = 0>
+auto update_of(int there, int found) {
+  if constexpr (i + 1 < std::size(R::kWithout)) {
+    if (R::kWithout[i] & there) return update_of<R, T, i + 1>(there, found);
+  }
+  constexpr int without = R::kWithout[i];
+  return std::pair(update_that_finds<R, without, T>(found), without);
 }
 
 template <typename T>
@@ -239,8 +262,10 @@ void update_chunk(const std::array<Operand, kOperandsOf<R>>& operands, const typ
   T buffers[R::kOperands][kBlock];
   T* x[R::kOperands];
   const Operand& low_precision = operands[R::kOperands];
-  const bool with_last = !R::kLastIsOptional || operands[R::kOperands - 1].data != nullptr;
-  const int used = R::kOperands - !with_last;
+  int there = 0;
+  for (int i = 0; i < R::kOperands; ++i) {
+    there |= (operands[i].data != nullptr) << i;
+  }
   // What it finds is summed up before what others wrote into the low-precision parameter comes into the master's place. What it
   // leaves may be rounded on its way out of a buffer, and is summed up after that.
   const bool found = totals != nullptr && new_sums.found();
@@ -253,28 +278,28 @@ void update_chunk(const std::array<Operand, kOperandsOf<R>>& operands, const typ
   const bool left_last = totals != nullptr && !found && !as_stored;
   const int first_sum = new_sums.first();
   const int end_sum = totals == nullptr || found_first || left_last ? first_sum : new_sums.end();
-  constexpr bool lacks = R::kLastIsOptional;                              // whether there are loops without the last operand,
-  constexpr Sums finds = R::kFoundSums > 0 ? Sums::kFound : Sums::kLeft;  // and such that find
-  const auto update = with_last
-                          ? (found && !found_first ? update_block<R, true, finds, T> : update_block<R, true, Sums::kLeft, T>)
-                          : (found && !found_first ? update_block<R, !lacks, finds, T> : update_block<R, !lacks, Sums::kLeft, T>);
+  const auto [update, without] = update_of<R, T>(there, found && !found_first ? new_sums.columns : 0);
   ChunkSums<R> sums(count, first_sum, new_sums.end());
   for (int64_t done = 0; done < count; done += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, count - done));
-    for (int i = 0; i < used; ++i) {
-      const bool absent = R::kWritten >> i & 1 && operands[i].data == nullptr;
+    for (int i = 0; i < R::kOperands; ++i) {
+      if (without >> i & 1) {
+        x[i] = found_first ? zeroed(buffers[i], n) : nullptr;  // sum_block has no loops without them
+        continue;
+      }
+      const bool absent = R::kWritten >> i & 1 && !(there >> i & 1);
       x[i] = absent ? zeroed(buffers[i], n) : read<T>(operands[i], first + done, n, buffers[i]);
     }
     LaneSums<R>& of_block = sums.of_block(done);
     if (low_precision.data != nullptr) {
       if (found_first) {
-        sum_block<R, (R::kFoundSums > R::kFirstExtra), T>(measured, x, n, first_sum, new_sums.end(), of_block);
+        sum_block<R, R::kFoundSums, T>(measured, x, n, first_sum, new_sums.end(), of_block);
       }
       take_up(low_precision, first + done, n, x[R::kParam]);
     }
     update(scalars, measured, x, n, first_sum, end_sum, of_block);
-    for (int i = 0; i < used; ++i) {
-      if (R::kWritten >> i & 1) {
+    for (int i = 0; i < R::kOperands; ++i) {
+      if (R::kWritten >> i & there >> i & 1) {
         if (keys.used && R::kRoundedStochastically >> i & 1 && itemsize(operands[i].type) == 2) {
           round_block(x[i], n, operands[i].type, keys.of[i], static_cast<uint32_t>(first + done));
         }
@@ -287,7 +312,7 @@ void update_chunk(const std::array<Operand, kOperandsOf<R>>& operands, const typ
       for (int i = 0; i < R::kOperands; ++i) {
         stored[i] = left >> i & 1 ? read<T>(operands[i], first + done, n, buffers[i]) : zeros<T>();
       }
-      sum_block<R, false, T>(measured, stored, n, first_sum, new_sums.end(), of_block);
+      sum_block<R, 0, T>(measured, stored, n, first_sum, new_sums.end(), of_block);
     }
   }
   if (totals != nullptr) {
@@ -305,7 +330,7 @@ void update(const Header& header, void* memory, const Update& vectors, const New
     double* totals = summed ? partials[chunk].data() : nullptr;
     if (skips(t)) {
       if (found) {
-        measure_chunk<R>(table, row, t, vectors, 1, first, count, (1 << R::kFoundSums) - 1, totals);
+        measure_chunk<R>(table, row, t, vectors, 1, first, count, (1 << new_sums.columns) - 1, totals);
       }
       return;
     }

@@ -133,11 +133,12 @@ struct Last {
   }
 };
 
-// The sums of one thread over its elements, in the arithmetic type; `operands` has a bit for each operand that is there and wanted.
-template <class R, int V, bool extra, typename T, int N>
+// The sums of one thread over its elements before `most`, in the arithmetic type; `operands` has a bit for each operand that is
+// there and wanted.
+template <class R, int V, int most, typename T, int N>
 __device__ __forceinline__ void measure_chunk(const Table<N>& table, const Work<N>& work, int operands,
                                               const typename R::template Measured<T>& last, double (&totals)[R::kSums]) {
-  constexpr int kOperands = R::kOperands, kReadHere = kRead<R, extra>;
+  constexpr int kOperands = R::kOperands, kReadHere = kRead<R, most>;
   const Row<N>& row = work.row;
   T sums[R::kSums] = {};
   for_each_group<V, false>(
@@ -174,7 +175,7 @@ __device__ __forceinline__ void measure_chunk(const Table<N>& table, const Work<
               for (int i = 0; i < kOperands; ++i) {
                 element[i] = x[i][k];
               }
-              accumulate<R, extra, T>(s, of_part, element);
+              accumulate<R, most, T>(s, of_part, element);
             }
             add(sums, of_part);
           }
@@ -192,7 +193,7 @@ __device__ __forceinline__ void measure_chunk(const Table<N>& table, const Work<
               element[i] = load_element<T>(work.address(table, i, index), row.type[i]);
             }
           }
-          accumulate<R, extra, T>(last, of_part, element);
+          accumulate<R, most, T>(last, of_part, element);
         }
         add(sums, of_part);
       });
@@ -221,11 +222,11 @@ __global__ void __launch_bounds__(kThreads, !extra        ? kMeasureBlocks
   if (extra && R::kAllNeedGradient && row.lacks_gradient()) {
     // 0 times a derivative might be NaN.
   } else if (row.is_double) {
-    measure_chunk<R, 1, extra, double>(table, work, operands, last.in_float64, totals);
+    measure_chunk<R, 1, extra ? R::kSums : 0, double>(table, work, operands, last.in_float64, totals);
   } else if (kHasMany<R> || row.vector == 4) {
-    measure_chunk<R, 4, extra, float>(table, work, operands, last.in_float32, totals);
+    measure_chunk<R, 4, extra ? R::kSums : 0, float>(table, work, operands, last.in_float32, totals);
   } else if constexpr (!kHasMany<R>) {
-    measure_chunk<R, 8, extra, float>(table, work, operands, last.in_float32, totals);
+    measure_chunk<R, 8, extra ? R::kSums : 0, float>(table, work, operands, last.in_float32, totals);
   }
   tensor_sums<R>(table, work.chunk, totals, [&](int sum, double value) { output.put(work.chunk.tensor, sum, value); });
 }
@@ -250,7 +251,8 @@ struct Moves {
 };
 
 template <class R, bool found, bool master>
-constexpr int kUncertain = found << kGrad | (R::kLastIsOptional ? 0 : R::kOptionalLists) | master << R::kOperands;
+constexpr int kUncertain =
+    found << kGrad | (R::kOptionalLists & ~(R::kLastIsOptional << (R::kOperands - 1))) | master << R::kOperands;
 
 // With `found` a row may be one that the update leaves alone: its sums are made all the same, without a gradient if it has none.
 template <class R, bool found, bool master, typename S, int N>
@@ -328,7 +330,7 @@ __device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N
                 for (int i = 0; i < R::kOperands; ++i) {
                   element[i] = x[i][k];
                 }
-                accumulate_found<R, T>(of_last, of_part, element);
+                accumulate<R, R::kFoundSums, T>(of_last, of_part, element);
               }
             }
             if constexpr (master) {
@@ -416,7 +418,7 @@ __device__ __forceinline__ void update_chunk(const Table<N>& table, const Work<N
             }
           }
           if constexpr (found) {
-            accumulate_found<R, T>(last, of_part, x);
+            accumulate<R, R::kFoundSums, T>(last, of_part, x);
           }
           if (master && loads(kUsed)) {
             const ElementType type = row.type[kLowPrecision];
@@ -520,8 +522,9 @@ __device__ __forceinline__ void update_chunk_of_block(const Table<kOperandsOf<R>
                                                         numbers.keys, totals);
   }
   if (kNewSums<R, found> > 0 && new_sums.data != nullptr) {
-    tensor_sums<R>(table, work.chunk, totals,
-                   [&](int sum, double value) { new_sums.at(work.chunk.tensor, (found ? 0 : R::kFirstLeft) + sum) = value; });
+    tensor_sums<R>(table, work.chunk, totals, [&](int sum, double value) {
+      if (sum < new_sums.columns) new_sums.at(work.chunk.tensor, (found ? 0 : R::kFirstLeft) + sum) = value;
+    });
   }
 }
 

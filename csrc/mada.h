@@ -16,6 +16,7 @@ struct Mada {
                                            "exp_avg_diffs", "lion_exp_avgs", "last_grads", "previous_grads"};
   static constexpr bool kLastIsOptional = false;
   static constexpr int kOptionalLists = 1 << kAverage | 1 << kDifference | 1 << kLion | 1 << kLast | 1 << kOther;
+  static constexpr int kWithout[] = {0};
   static constexpr int kWritten = ((1 << kOperands) - 1) & ~(1 << kGrad | 1 << kLast);
   static constexpr int kRoundedStochastically = 1 << kMomentum | 1 << kParam | 1 << kSecondMoment | 1 << kDifference | 1 << kLion;
 
@@ -169,6 +170,7 @@ struct Mada {
   enum Sum { kGradSquared, kBeta1Slope, kBeta2Slope, kBeta3Slope, kRhoSlope, kCSlope, kGammaSlope, kSums };
   static constexpr int kFirstLeft = 0, kEndLeft = 0;
   static constexpr int kFoundSums = kSums;
+  static constexpr int kFoundWidths[] = {kSums};
   static constexpr int kFirstExtra = kBeta1Slope;
   static constexpr bool kAllNeedGradient = true;
   static METAADAMW_INLINE constexpr int reads(int sum) {
@@ -233,7 +235,7 @@ struct Mada {
   static METAADAMW_INLINE void accumulate_left(V (&)[kSums], const V (&)[kOperands]) {}
 
   // Section 4.
-  template <typename T, typename V>
+  template <int, typename T, typename V>
   static METAADAMW_INLINE void accumulate_extra(const Measured<T>& s, V (&sums)[kSums], const V (&x)[kOperands]) {
     const V zero = V{}, one = zero + 1;
     const bool two = s.has(kTwo);

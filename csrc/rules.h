@@ -4,6 +4,7 @@
 #include "adamw.h"
 #include "avgrad.h"
 #include "mada.h"
+#include "online.h"
 
 namespace metaadamw {
 
@@ -24,11 +25,22 @@ template <>
 inline constexpr int rule_number<AVGrad> = 1;
 template <>
 inline constexpr int rule_number<Mada> = 2;
+template <>
+inline constexpr int rule_number<OnlineAdamW> = 3;
 
 // f(a rule) of the rule with this number.
 template <typename F>
 auto with_rule(int number, const F& f) {
-  return number == rule_number<Mada> ? f(Mada()) : number == rule_number<AVGrad> ? f(AVGrad()) : f(AdamW());
+  switch (number) {
+    case rule_number<AVGrad>:
+      return f(AVGrad());
+    case rule_number<Mada>:
+      return f(Mada());
+    case rule_number<OnlineAdamW>:
+      return f(OnlineAdamW());
+    default:
+      return f(AdamW());
+  }
 }
 
 }  // namespace metaadamw

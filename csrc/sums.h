@@ -42,37 +42,37 @@ METAADAMW_INLINE constexpr int reads_of(int begin, int end) {
   return reads_of<R>((1 << end) - (1 << begin));
 }
 
-// The operands that sums read at all; without `extra`, those before R::kFirstExtra.
-template <class R, bool extra>
-constexpr int kRead = reads_of<R>(0, extra ? R::kSums : R::kFirstExtra);
+// The operands that the sums [0, end) read; R::kFirstExtra of them at least.
+template <class R, int end>
+constexpr int kRead = reads_of<R>(0, end > R::kFirstExtra ? end : R::kFirstExtra);
 
-// Where an update writes its sums: [T, kCarriedSums] of what it leaves, or [T, kFoundSums] of what it finds.
+// Where an update writes its sums: [T, kCarriedSums] of what it leaves, or of what it finds the first of kFoundWidths.
 template <class R>
 struct NewSums {
   double* data;  // null if nobody wants them
   int columns;
 
-  METAADAMW_INLINE bool found() const { return R::kFoundSums > kCarriedSums<R> && columns == R::kFoundSums; }
+  METAADAMW_INLINE bool found() const { return R::kFoundSums > kCarriedSums<R> && columns > kCarriedSums<R>; }
   METAADAMW_INLINE int first() const { return found() ? 0 : R::kFirstLeft; }
   METAADAMW_INLINE int end() const { return first() + columns; }
   METAADAMW_INLINE double& at(int64_t t, int sum) const { return data[t * columns + sum - first()]; }
+
+  static bool can_be_found(int64_t columns) {
+    for (int width : R::kFoundWidths) {
+      if (columns == width) return true;
+    }
+    return false;
+  }
 };
 
-// All sums of elements x; without `extra`, those before R::kFirstExtra.
-template <class R, bool extra, typename T, typename V>
+// The sums [0, end) of elements x; R::kFirstExtra of them at least.
+template <class R, int end, typename T, typename V>
 METAADAMW_INLINE void accumulate(const typename R::template Measured<T>& measured, V (&sums)[R::kSums],
                                  const V (&x)[R::kOperands]) {
   R::accumulate_found(measured, sums, x);
-  if constexpr (extra) {
-    R::accumulate_extra(measured, sums, x);
+  if constexpr (end > R::kFirstExtra) {
+    R::template accumulate_extra<end>(measured, sums, x);
   }
-}
-
-// Those that an update makes of what it finds.
-template <class R, typename T, typename V>
-METAADAMW_INLINE void accumulate_found(const typename R::template Measured<T>& measured, V (&sums)[R::kSums],
-                                       const V (&x)[R::kOperands]) {
-  accumulate<R, (R::kFoundSums > R::kFirstExtra), T>(measured, sums, x);
 }
 
 }  // namespace metaadamw

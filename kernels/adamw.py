@@ -15,7 +15,7 @@ EXP_AVG, EXP_AVG_SQ, MAXIMUM = 1, 3, tl.constexpr(4)  # AVGrad has its mean in t
 
 
 @triton.jit
-def _fold(column, rows, arithmetic: tl.constexpr):
+def scalars_of(column, rows, arithmetic: tl.constexpr):
     """Rounded once, as `AdamW::scalars` in csrc/adamw.h."""
     step_size = tl.load(column).to(arithmetic)
     decay_factor = tl.load(column + rows).to(arithmetic)
@@ -28,12 +28,13 @@ def _fold(column, rows, arithmetic: tl.constexpr):
     inverse_sqrt_bias_correction2 = tl.load(column + 5 * rows).to(arithmetic)
     eps = tl.load(column + 6 * rows).to(arithmetic)
     grad_scale = tl.load(column + 7 * rows).to(arithmetic)
-    moments = (grad_scale, lerp_from_grad, momentum_weight, beta2.to(arithmetic), beta2_complement)
-    return moments, (step_size, decay_factor, inverse_sqrt_bias_correction2, eps), step
+    of_moments = (grad_scale, lerp_from_grad, momentum_weight, beta2.to(arithmetic), beta2_complement)
+    return of_moments, (step_size, decay_factor, inverse_sqrt_bias_correction2, eps), step
 
 
 @triton.jit
-def _moments(grad, m, v, scalars):
+def moments(grad, m, v, scalars):
+    """Both, as `AdamW::moments`."""
     grad_scale, lerp_from_grad, momentum_weight, beta2, beta2_complement = scalars
     g = grad * grad_scale
     start = tl.where(lerp_from_grad, g, m)
@@ -42,14 +43,15 @@ def _moments(grad, m, v, scalars):
 
 
 @triton.jit
-def _parameter(p, m, second, scalars):
+def parameter(p, m, second, scalars):
+    """As `AdamW::moved`."""
     step_size, decay_factor, inverse_sqrt_bias_correction2, eps = scalars
     denominator = square_root(second) * inverse_sqrt_bias_correction2 + eps
     return decay_factor * p - quotient(step_size * m, denominator)
 
 
 @triton.jit
-def _term(x, _, column: tl.constexpr):
+def term_of_adamw(x, _, column: tl.constexpr):
     """Of Σg², Σg·m, Σm², Σp², Σv², and the numbers of non-zeros of g and m: the columns of csrc/adamw.h."""
     g, m, p, v, _ = x
     if column == 0:
@@ -75,11 +77,11 @@ def _term(x, _, column: tl.constexpr):
 def _adamw(x, scalars, kind: tl.constexpr):
     grad, m, p, v, maximum = x
     of_moments, of_parameter, _ = scalars
-    m, v = _moments(grad, m, v, of_moments)
+    m, v = moments(grad, m, v, of_moments)
     largest = v
     if storage_type(kind, MAXIMUM) is not None:
         largest = tl.where((maximum >= v) | (maximum != maximum), maximum, v)  # NaN if either is, as torch.maximum
-    return grad, m, _parameter(p, m, largest, of_parameter), v, largest
+    return grad, m, parameter(p, m, largest, of_parameter), v, largest
 
 
 ADAMW = Rule(
@@ -87,11 +89,11 @@ ADAMW = Rule(
     written=(EXP_AVG, PARAM.value, EXP_AVG_SQ, MAXIMUM.value),
     rounded=(EXP_AVG, PARAM.value, EXP_AVG_SQ),
     vectors=8,
-    fold=_fold,
+    fold=scalars_of,
     formula=_adamw,
     sum_operands=((0,), (0, 1), (1,), (2,), (3,), (0,), (1,)),
-    term=_term,
-    found=(0, 1, 2, 3, 4),
+    term=term_of_adamw,
+    found=(5,),
     left=(3, 4),
 )
 
@@ -104,9 +106,9 @@ def _avgrad(x, scalars, kind: tl.constexpr):
     """AdamW whose denominator is of A, the mean of v over all steps: MADA section 7."""
     grad, m, p, v, mean = x
     of_moments, of_parameter, step = scalars
-    m, v = _moments(grad, m, v, of_moments)
+    m, v = moments(grad, m, v, of_moments)
     mean = mean + quotient(v - mean, step)
-    return grad, m, _parameter(p, m, mean, of_parameter), v, mean
+    return grad, m, parameter(p, m, mean, of_parameter), v, mean
 
 
 # A is not rounded stochastically. The only sum is that of clipping.

@@ -58,7 +58,7 @@ class Rule(NamedTuple):
     formula: Any  # (operands, what `fold` returned, kind) -> operands as the update leaves them; absent ones come as zeros
     sum_operands: tuple[tuple[int, ...], ...]  # what each sum reads; of these a launch may lack those of `zeros`
     term: Any  # (operands, what `fold_measured` returned, number of a sum) -> an element's term of the sum
-    found: tuple[int, ...]  # the sums that an update can make of what it finds
+    found: tuple[int, ...]  # how many sums, the first ones, an update can make of what it finds; several numbers are a choice
     left: tuple[int, ...]  # the sums that an update can make of what it leaves
     zeros: tuple[int, ...] = ()  # the operands that count as zeros in a launch without their list
     measured: int = 0  # so many rows, the last ones of the vectors, say of the update before what the sums need
@@ -364,7 +364,7 @@ def update_kernel(
 
 def update_constants(rule: Rule, sums: int, kinds: tuple[int, ...]) -> dict[str, Any]:
     """The compile-time arguments of the update kernel that makes so many sums: of what it finds, or of what it leaves, or none."""
-    found = rule.found if sums > len(rule.left) else ()
+    found = tuple(range(sums)) if sums in rule.found else ()
     return {
         "fold": rule.fold,
         "formula": rule.formula,

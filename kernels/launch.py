@@ -81,8 +81,8 @@ class TritonLaunch(LaunchTable):
             vectors: contiguous float64 [V, T] on the tensors' device, made by `kernels.policy` or `kernels.mada_policy`.
             new_sums: contiguous float64 on the tensors' device, or None. [T, 2], of AdamW only, receives Σp², Σv² as stored, in the
                 bits of a later pass of `measure`; rows that stay as they are keep what it holds. With a column for each of the
-                rule's sums that an update makes, [T, 5] of AdamW and [T, 7] of MADA, it receives of every row what `measure` would
-                find before the update.
+                first sums of the rule, [T, 5] of AdamW and [T, 7] of MADA, it receives of every row what `measure` would find
+                before the update.
             rounding_seed: of stochastic rounding; None rounds to the nearest.
 
         Raises:
@@ -93,8 +93,8 @@ class TritonLaunch(LaunchTable):
         rule = self.rule
         self.check_vector("vectors", vectors, (rule.vectors, self.tensors))
         sums = new_sums.shape[-1] if new_sums is not None and new_sums.dim() else 0
-        found = sums > len(rule.left)
-        self.check_vector("new_sums", new_sums, (self.tensors, len(rule.found if found else rule.left)))
+        found = sums in rule.found
+        self.check_vector("new_sums", new_sums, (self.tensors, sums if found else len(rule.left)))
         if self.tensors:
             with self.device_guard():
                 update_kernel[(self.chunks,)](

@@ -13,8 +13,9 @@ from metaadamw_fast.launch import Operands, check_operands, leaders, listed, res
 from .adamw import ADAMW, AVGRAD
 from .elements import CHUNK, DTYPE_CODES, FIELDS, STRIDED_KIND
 from .mada import MADA
+from .online import ONLINE
 
-RULES = {"adamw": ADAMW, "avgrad": AVGRAD, "mada": MADA}
+RULES = {"adamw": ADAMW, "avgrad": AVGRAD, "mada": MADA, "online_adamw": ONLINE}
 
 MaybeTensors = Iterable[Tensor | None]
 
@@ -28,7 +29,7 @@ class LaunchTable:
         operands: the other lists of the rule in its order, then the low-precision parameters; :mod:`metaadamw_fast.launch` has
             what each is and which may be None.
         written: an update will write the operands, so their elements must not share memory.
-        rule: whose operands these are, ``adamw``, ``avgrad`` or ``mada``.
+        rule: whose operands these are, a key of ``RULES``.
 
     The elements of a row are walked in the order of the last given of params, else of exp_avgs, in memory. Where all operands are
     dense in that order they are walked flat, else through sizes and strides in the table.

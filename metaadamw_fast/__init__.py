@@ -5,6 +5,7 @@ from .encoder import EncoderConfig, GroupEncoder
 from .features import FeatureConfig
 from .mada import MADA
 from .meta import MetaLearner, MetaReport, MicroBatches
+from .online import OnlineLearner
 from .ops import backend_report
 from .optimizer import MetaAdamW
 from .presets import presets
@@ -20,6 +21,7 @@ __all__ = [
     "MetaLearner",
     "MetaReport",
     "MicroBatches",
+    "OnlineLearner",
     "backend_report",
     "presets",
 ]

@@ -5,7 +5,7 @@ addresses, sizes and strides once, in a table (csrc/table.h); after that a call 
 
 Longer than 300 lines: the launches of C++, of plain PyTorch and of FakeTensorMode have the same methods, documented once, here.
 
-All of them take the same arguments, the lists by position, in the order of the rule's operands (csrc/adamw.h, avgrad.h, mada.h):
+All of them take the same arguments, the lists by position, in the order of the rule's operands (csrc/rules.h):
 
     grads: T gradients. None, or a tensor without elements where its momentum has some, is an absent one: it counts as zeros in the
         statistics, and the update leaves its row alone. Whoever calls holds them until the ops have been called: if a launch
@@ -13,13 +13,14 @@ All of them take the same arguments, the lists by position, in the order of the 
     exp_avgs: T first moments.
     params, exp_avg_sqs: T tensors each; the update needs both.
     what else the rule has: AdamW max_exp_avg_sqs, None or T running maxima (amsgrad), where None or a tensor without elements
-        leaves its tensor plain; AVGrad average_sqs; MADA five lists, of which each may be None: it then counts as zeros.
+        leaves its tensor plain; AVGrad average_sqs; MADA five lists, of which each may be None: it then counts as zeros; online
+        AdamW ema_params, which may be None, too, and max_exp_avg_sqs.
     low_precision_params, the last: T model parameters of bfloat16 or float16 whose float32 masters stand in ``params``; None, or a
         tensor without elements, for a row that has none. The update starts from the master where the parameter is its rounding to
         nearest, else from the parameter, which somebody has written then; it writes the master and, into the parameter, its
         rounding. The statistics are of the master alone: whoever wants them of what others wrote updates the masters first.
     written: whether the update will be called; then no tensors but the gradients may share memory.
-    rule: whose update it is, ``adamw``, ``avgrad`` or ``mada``.
+    rule: whose update it is, a key of ``RULES``.
 
 Elements are walked in the order of the parameters' memory, or of the first moments' without parameters. Errors are those of the ops
 of the same names in :mod:`metaadamw_fast.ops`; nothing has changed then.
@@ -33,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import mada_reference, reference
+from . import mada_reference, online_reference, reference
 from .checks import OpList, check_distinct, check_lists, check_low_precision
 from .core import devices
 
@@ -60,6 +61,7 @@ RULES = {  # in the order of csrc/rules.h
         (*_MOMENTS, "average_sqs", "exp_avg_diffs", "lion_exp_avgs", "last_grads", "previous_grads"),
         take_turns=("last_grads", "previous_grads"),
     ),
+    "online_adamw": RuleLists((*_MOMENTS, "ema_params", "max_exp_avg_sqs"), in_some_rows=frozenset({"max_exp_avg_sqs"})),
 }
 _LOW_PRECISION = "low_precision_params"
 _PARAMS = 1
@@ -302,8 +304,8 @@ class CppLaunch:
         """Sums [T, S] of the rule: the columns that ``columns`` has a bit for. What they do not need is not read.
 
         AdamW's are Σg², Σg·m, Σm², Σp², Σv² and the non-zeros of g and of m, AVGrad's is Σg², MADA's are that and six that need the
-        ``vectors`` [H, T] of the update before. ``carried``, float64 [T, C], are the columns of what an update left, of a call that
-        asks for none of them.
+        ``vectors`` [H, T] of the update before, online AdamW's are AdamW's and six such ones. ``carried``, float64 [T, C], are the
+        columns of what an update left, of a call that asks for none of them.
         """
         sums: Tensor = self.namespace.launch_measure.default(self._table, self._copy(), columns, dtype, carried, vectors)
         return sums
@@ -319,8 +321,8 @@ class CppLaunch:
         ``vectors``, float64 [V, T], absent rows counted, are what the backend's ``update_vectors`` or ``modulation`` returned.
         ``new_sums``, of AdamW only, float64 [T, 2], gets Σp² and Σv² of what the update leaves, in the bits that
         ``tensor_stats(True, True, ...)`` would find now; rows without a gradient, or whose step is 0, keep what it holds.
-        Of a wider one, [T, 5] of AdamW and [T, 7] of MADA, every row gets the sums of what the update finds, in the bits of a
-        pass before it.
+        Of a wider one ([T, 5] of AdamW, [T, 7] of MADA, [T, 5, 7, 9, 11 or 13] of online AdamW) every row gets the first sums of
+        what the update finds, in the bits of a pass before it.
         """
         self.namespace.launch_update_.default(self._table, self._copy(), vectors, new_sums, rounding_seed)
 
@@ -369,6 +371,9 @@ class ReferenceLaunch:
         """As :meth:`CppLaunch.measure`. All columns of AdamW's that read neither p nor v are made, whatever is asked."""
         if self._rule == "mada":
             return mada_reference.mada_sums((self._grads, *self._operands()), columns, dtype, vectors)
+        if self._rule == "online_adamw":
+            lists = online_reference.Lists(self._grads, *self._operands())  # type: ignore[arg-type]
+            return online_reference.online_sums(lists, columns, dtype, carried, vectors)
         params, exp_avg_sqs, count_nonzero = (bool(columns >> column & 1) for column in (3, 4, 5))
         exp_avgs, mine, theirs, *_ = self._operands()
         if (params and mine is None) or (exp_avg_sqs and theirs is None):
@@ -390,6 +395,10 @@ class ReferenceLaunch:
             raise RuntimeError("the launch was not made for updates: written=False")
         if self._rule == "mada":
             mada_reference.mada_update_((self._grads, *self._operands()), vectors, new_sums, rounding_seed)
+            return
+        if self._rule == "online_adamw":
+            online = online_reference.Lists(self._grads, *self._operands())  # type: ignore[arg-type]
+            online_reference.online_update_(online, vectors, new_sums, rounding_seed)
             return
         exp_avgs, params, exp_avg_sqs, of_v_hat, low = self._operands()
         assert exp_avgs is not None

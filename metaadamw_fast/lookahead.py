@@ -14,7 +14,6 @@ from torch import Tensor
 
 from . import ops
 from .core.hyperparameters import Hyperparameters
-from .core.rule import Rule
 from .core.sharding import RankSums
 from .core.states import States
 from .core.watch import as_real, as_real_gradient
@@ -105,13 +104,22 @@ def gradients_of_rows(states: States, grads: Sequence[Tensor | None]) -> list[Te
     return [None if (g := grads[t]) is None else as_real_gradient(g) for t in states.rows]
 
 
-def sums_beside(states: States, launch: Callable[..., Any], rule: Rule, grads: list[Tensor | None], dtype: torch.dtype) -> Tensor:
-    """All sums [R, S] of R other gradients and the states, by a launch for this once.
+def sums_beside(
+    states: States,
+    launch: Callable[..., Any],
+    rule: str,
+    wanted: int,
+    grads: list[Tensor | None],
+    dtype: torch.dtype,
+    vectors: Tensor | None,
+) -> Tensor:
+    """The sums [R, S] that ``wanted`` has bits for, of R other gradients and the states, by a launch for this once.
 
     The optimizer's own table would keep the addresses of gradients that are soon freed.
     """
-    beside = launch(grads, *states.held.operands(), written=False, rule=rule.name)
-    sums: Tensor = beside.measure((1 << len(rule.sums)) - 1, dtype)
+    beside = launch(grads, *states.held.operands(), written=False, rule=rule)
+    of_rows = None if vectors is None else states.of_rows(vectors).contiguous()
+    sums: Tensor = beside.measure(wanted, dtype, None, of_rows)
     return sums
 
 

@@ -31,10 +31,21 @@ def with_adam_states(optimizer: Optimizer) -> dict[str, Any]:
     state_dict = optimizer.state_dict()
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-            names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
             for p, index in zip(group["params"], saved["params"], strict=True):
                 if index not in state_dict["state"]:
-                    step = torch.tensor(0.0, device=p.device if group["capturable"] or group["fused"] else "cpu")
-                    moments = {name: torch.zeros_like(p, memory_format=torch.preserve_format).detach() for name in names}
-                    state_dict["state"][index] = {"step": step, **moments}
+                    state_dict["state"][index] = _first_state(group, p)
     return state_dict
+
+
+def complete_states(optimizer: Optimizer) -> None:
+    """Gives Adam or AdamW the states that its first step would begin with."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p not in optimizer.state:
+                optimizer.state[p] = _first_state(group, p)
+
+
+def _first_state(group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
+    names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
+    step = torch.zeros((), dtype=torch.float32, device=p.device if group["capturable"] or group["fused"] else "cpu")
+    return {"step": step, **{name: torch.zeros_like(p, memory_format=torch.preserve_format).detach() for name in names}}

@@ -1,20 +1,22 @@
 """MetaAdamW: what is its own of the step, on the optimizer of core/. No arithmetic on elements happens here; see ops.py.
 
-Longer than 300 lines: a third of it is the constructor with its documentation.
+Longer than 300 lines: a good third of it is the constructor and documentation.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, rounding
+from . import checkpoint, ema, rounding
 from . import grouping as grouping_
 from .core import devices
 from .core.checkpoint import check_keys
@@ -29,7 +31,11 @@ from .core.tracking import Moved
 from .encoder import EncoderConfig, GroupEncoder, check_encoder
 from .encoder_graph import EncoderGraph, Encoding, Sources
 from .features import FeatureConfig, FeatureTable, feature_table, training_progress
+from .hyper_gradient import FOUND, LastUpdate, online_rule
 from .lookahead import LookAhead, gradients_of_rows, next_directions, released_decay, stored_directions, sums_beside
+
+if TYPE_CHECKING:
+    from .online import OnlineLearner
 
 # csrc/table.h and features.py have the same operands and columns.
 ADAMW = Rule(
@@ -45,6 +51,7 @@ ADAMW_COUNTING = ADAMW._replace(sums={**ADAMW.sums, "grad_nonzero": 0, "momentum
 
 # Instead of a sum of squares: lagged mode has none yet. Its square root is NaN, so the encoder leaves every group at scale 1.
 _NO_SUM = -1.0
+_DECAY_FACTOR, LEAST_DECAY_FACTOR = ADAMW.vectors.index("decay_factor"), 0.5
 
 
 class MetaAdamW(FusedOptimizer):
@@ -86,6 +93,8 @@ class MetaAdamW(FusedOptimizer):
             small updates are not lost. The same for the same ``seed``, step and parameters; a checkpoint brings its own seed.
         skip_nonfinite: take no step whose gradients are not finite (their sum of squares is not); decided on the device, counted in
             ``skipped_steps``. Without it the affected group alone is masked out of the encoder.
+        ema_decay: also average the parameters, with this decay in 0..1, into ``state[p]["ema_param"]``: float32 or wider, the
+            parameter itself at the start, and moved in the steps in which the parameter moves. See :meth:`ema_params`.
         variant: ``paper``, or ``released`` for the arithmetic of the authors' code.
         backend: ``auto``, ``cpp``, ``triton`` or ``reference``; see :func:`metaadamw_fast.backend_report`.
         allocate: ``eager``: parameters that require a gradient and have data get their moments here, all others with their first
@@ -140,6 +149,7 @@ class MetaAdamW(FusedOptimizer):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         skip_nonfinite: bool = False,
+        ema_decay: float | None = None,
         variant: str = "paper",
         backend: str = "auto",
         encoder_graph: bool = False,
@@ -153,11 +163,19 @@ class MetaAdamW(FusedOptimizer):
                 raise ValueError(f"Invalid {name}: {value!r} ({' or '.join(choices)})")
         if total_steps is not None and not (isinstance(total_steps, Real) and total_steps > 0):
             raise ValueError(f"Invalid total_steps: {total_steps!r}")
+        if ema_decay is not None and not 0.0 < ema_decay < 1.0:
+            raise ValueError(f"Invalid ema_decay: {ema_decay} (must be between 0 and 1)")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model should be a torch.nn.Module, but got {type(model).__name__}")
         encoder, config = check_encoder(encoder, features, head_init, None if stochastic_rounding else seed)
         reads = encoder.features if isinstance(encoder, GroupEncoder) else config
-        self.rule = ADAMW_COUNTING if reads.enhanced else ADAMW
+        self._counting = reads.enhanced
+        self.ema_decay = ema_decay
+        self._learner: OnlineLearner | None = None
+        self._last: LastUpdate | None = None  # of the rule online_adamw
+        # Of a checkpoint that was loaded before there was a learner, and how many steps were done then.
+        self._online: tuple[dict[str, Any], int] | None = None
+        self.rule = self._rule()
         self.total_steps = total_steps
         self.variant = variant
         self.statistics_mode = statistics
@@ -211,6 +229,11 @@ class MetaAdamW(FusedOptimizer):
             )
         self._cache()
 
+    def _rule(self) -> Rule:
+        if self._learner is None and self.ema_decay is None:
+            return ADAMW_COUNTING if self._counting else ADAMW
+        return online_rule(ADAMW_COUNTING, ema=self.ema_decay is not None, learns=self._learner is not None)
+
     # ------------------------------------------------------------------------------------------------------------ the groups
 
     def _describe(self) -> list[grouping_.Member]:
@@ -240,6 +263,10 @@ class MetaAdamW(FusedOptimizer):
         if self._lagged is not None:  # the statistics of the last step are useless where a parameter was not among them
             there = [origin for origin in moved.origins if origin is not None]
             self._lagged = self._lagged[there] if len(there) == len(moved.origins) else None
+        if self._last is not None:
+            self._last.follow(moved.origins, self._counts[:-1])
+        if self._learner is not None:
+            self._learner.follow(kept, len(moved.groups), self.encoder)
         super()._follow(moved)
 
     def _cache(self) -> None:
@@ -258,6 +285,50 @@ class MetaAdamW(FusedOptimizer):
         self._features = features.to(like) if features is not None and features.shape == shape else like.new_zeros(shape)
         if self._lagged is not None:
             self._lagged = self._lagged.to(like)
+        if self.rule.name == "online_adamw":
+            if self._last is None:
+                self._last = LastUpdate(len(self._members), self.ema_decay or 0.0, device)
+            self._last.to(device)
+        if self._learner is not None:
+            self._learner.cache(device, self._group_ids, len(self.groups))
+
+    def _forget(self, written: Sequence[int]) -> None:
+        if self._last is not None and written:
+            self._last.forget(None if len(written) == len(self._members) else written)
+
+    def _check_capture(self) -> None:
+        super()._check_capture()
+        if self._learner is not None:
+            self._learner.check_capture()
+
+    def attach(self, learner: OnlineLearner) -> None:
+        """Gives the step a learner; its constructor does so.
+
+        Raises:
+            ValueError: there is one already.
+        """
+        if self._learner is not None:
+            raise ValueError("the optimizer has an OnlineLearner already")
+        before = dict(self.__dict__)
+        saved, steps_done = self._online or (None, -1)
+        as_saved = saved is not None and steps_done == self.steps_done
+        if self.ema_decay is None and not as_saved:
+            for member in self._members:  # of a checkpoint, and not moved since
+                self.state.get(member.param, {}).pop(ema.AVERAGE, None)
+        self._learner = learner
+        self.ema_decay = self.ema_decay or learner.trace or None
+        self.rule, self._last = self._rule(), None
+        try:
+            self._prepare(allocated=self._states is not None)
+            self._cache()
+            learner.check(saved, self)
+            learner.restore(saved, self)
+            if not as_saved:  # the last update is another
+                self._forget(range(len(self._members)))
+        except Exception:
+            self.__dict__.update(before)
+            raise
+        self._online = None
 
     def _drop_tables(self) -> None:
         super()._drop_tables()
@@ -272,25 +343,74 @@ class MetaAdamW(FusedOptimizer):
 
     def _kept(self) -> list[Tensor | None]:
         own = [self._group_of, self._features, self._scales, self._lagged]
+        own += [] if self._last is None else self._last.kept()
+        own += [] if self._learner is None else self._learner.kept()
         return [*super()._kept(), *own, *([] if self._table is None else self._table.kept()), *self.encoder.kept()]
 
     # ---------------------------------------------------------------------------------------------------------- the decision
 
     def needs_sums(self) -> bool:
-        """Lagged mode decides by the sums of the step before, and the update makes all but the counts of non-zeros."""
-        return self.statistics_mode == "exact" or self.encoder.features.enhanced
+        """Lagged mode decides by the sums of the step before. The update makes those of this step, if it can make all of them."""
+        return self.statistics_mode == "exact" or self.statistics_columns() > self.rule.found
 
     def sums_dtype(self) -> torch.dtype:
-        """The encoder's."""
-        return self.encoder.head.weight.dtype
+        """The encoder's, which features are in; a learner's is float64."""
+        return self.encoder.head.weight.dtype if self._learner is None else torch.float64
+
+    def measured(self) -> Sequence[str]:
+        """What features are made of, and what is learned from."""
+        names = [*self.rule.sums]
+        if self._last is None:
+            return names
+        learned = () if self._learner is None else self._learner.measured(self)
+        counts = names[-2:] if self._counting else ()
+        wanted = [*names[: ADAMW.found], *learned, *counts]
+        # An update makes the first ones, so many that all that are wanted are among them.
+        return wanted if self.needs_sums() else names[: next(width for width in FOUND if names.index(wanted[-1]) < width)]
+
+    def measured_with(self) -> Tensor | None:
+        """What is known of the last update."""
+        return None if self._last is None else self._last.of_sums
+
+    def statistics_columns(self) -> int:
+        """Those of AdamW."""
+        return len(ADAMW_COUNTING.sums if self._counting else ADAMW.sums)
+
+    def statistics_of(self, sums: Tensor) -> Tensor:
+        """Those of AdamW: the first, and its counts, which are the last."""
+        if sums.shape[1] == self.statistics_columns():
+            return sums
+        first = sums[:, : ADAMW.found]
+        return torch.cat([first, sums[:, -2:]], dim=1) if self._counting else first
 
     def decide(self, sums: Tensor | None, step: Step) -> Decision:
         """Features, scales and vectors, from the sums of this step or, in lagged mode, of the step before."""
-        ahead = 1
+        if self._learner is not None:
+            self._learner.begin(self, step)
+            if sums is not None and self.statistics_mode == "exact":
+                self._learner.learn(self, sums, step)
+        decision = self._decide(sums, step)
+        if self._last is None:
+            return decision
+        return decision._replace(vectors=torch.cat([decision.vectors, self._last.of_update]))
+
+    def updated(self, sums: Tensor | None, step: Step, decision: Decision) -> None:
+        """Learns in lagged mode; remembers the update."""
+        if self._learner is not None:
+            if sums is not None and self.statistics_mode == "lagged":
+                self._learner.learn(self, sums, step)
+            self._learner.remember(self, step, decision)
+
+    def _decide(self, sums: Tensor | None, step: Step) -> Decision:
+        if self._learner is not None and self._learner.policy == "scales":
+            scales = self._learner.scales(self._scales)
+            return Decision(self._modulation(scales, step), {"_scales": scales})
+        ahead, dtype = 1, self.encoder.head.weight.dtype
         if self.statistics_mode == "lagged":
-            ahead, sums = 0, None if self._lagged is None else self._lagged.to(self.sums_dtype())
+            ahead, sums = 0, None if self._lagged is None else self._lagged.to(dtype)
         if sums is None:
             return Decision(self._modulation(self._scales, step), {})
+        sums = self.statistics_of(sums).to(dtype).contiguous()
 
         def encode(written: Sequence[Any], replaced: Sequence[Any]) -> Encoding:
             sums, grad_factor, counted = written
@@ -304,7 +424,7 @@ class MetaAdamW(FusedOptimizer):
         else:
             # The counts are read where they lie.
             objects = (self._feature_table(sums.dtype), self._group_of, self._backend, step.counts)
-            options = (ahead, self.total_steps, self.variant)
+            options = (ahead, self.total_steps, self.variant, self.clamps_decay)
             sources = Sources(written, step.hyper, self.encoder, objects, options)
             features, scales, vectors = self._encoder_graph(encode, sources)
         if self.statistics_mode == "lagged" and self._lagged is not None:
@@ -332,7 +452,15 @@ class MetaAdamW(FusedOptimizer):
             scales, self._group_of, hyper.lr, hyper.weight_decay, hyper.beta1, hyper.beta2, hyper.eps, step.grad_factor,
             step.counts[:-1], step.counted, self.variant == "released",
         )  # fmt: skip
+        if self.clamps_decay:
+            vectors[_DECAY_FACTOR].clamp_(min=LEAST_DECAY_FACTOR)  # it is never above 1
         return vectors
+
+    @property
+    def clamps_decay(self) -> bool:
+        """Whether the decay factor stays in [½, 1], since the product of the scales may be large."""
+        online = self._learner is not None and self._learner.policy == "scales"
+        return online or getattr(self.encoder, "scale_form", "linear") == "log"
 
     def _publish(self, should_step: Tensor | bool, **tensors: Tensor) -> None:
         if self.statistics_mode == "lagged":
@@ -367,8 +495,14 @@ class MetaAdamW(FusedOptimizer):
 
         Raises:
             ValueError: fewer or more than T gradients; see also :meth:`step`.
-            RuntimeError: a gradient that is sparse, or of another shape or device; see also :meth:`step`.
+            RuntimeError: a gradient that is sparse, or of another shape or device; an ``OnlineLearner(policy="scales")``, whose
+                scales do not come from the encoder; see also :meth:`step`.
         """
+        if self._learner is not None and self._learner.policy == "scales":
+            raise RuntimeError(
+                "look_ahead has no encoder to learn for: an OnlineLearner with policy='scales' sets the scales. One with"
+                " policy='encoder' may learn beside a MetaLearner"
+            )
         total = sum(len(group["params"]) for group in self.param_groups)
         for name, grads in (("g1", g1), *([("last_grads", last_grads)] if self.variant == "released" else [])):
             if len(grads) != total:
@@ -385,8 +519,10 @@ class MetaAdamW(FusedOptimizer):
         self._record_stream()
 
         def scaled(grads: list[Tensor | None], sign: Tensor | None) -> Scaled:
-            wanted = self.sums_dtype()
-            sums = sums_beside(states, backend.launch, self.rule, grads, torch.float64 if self._rank_sums.active else wanted)
+            wanted = self.encoder.head.weight.dtype
+            dtype = torch.float64 if self._rank_sums.active else wanted
+            columns = self._bits([*(ADAMW_COUNTING if self._counting else ADAMW).sums])
+            sums = sums_beside(states, backend.launch, self.rule.name, columns, grads, dtype, self.measured_with())
             return scale(backend, self._rank_sums(states.whole(sums)).to(wanted), sign, None, self.max_grad_norm)
 
         with torch.no_grad():
@@ -423,6 +559,22 @@ class MetaAdamW(FusedOptimizer):
 
     # ------------------------------------------------------------------------------------------------------- what can be read
 
+    @contextmanager
+    def ema_params(self) -> Iterator[None]:
+        """For the time of a ``with`` block the model has its averaged parameters; it then has its own again, bit for bit.
+
+        Masters are averaged, too. A parameter that was never updated stays. Needs room for a copy of the parameters. For version
+        counters the parameters have been written, so that an :class:`~metaadamw_fast.OnlineLearner` learns nothing from the next
+        step. Take no steps within the block.
+
+        Raises:
+            RuntimeError: the optimizer was built without ``ema_decay``.
+        """
+        if self.ema_decay is None:
+            raise RuntimeError("ema_params() needs an average of the parameters: build the optimizer with ema_decay=")
+        with ema.averaged(self.state, None if self._model is None else self._model()):
+            yield
+
     @property
     def lr_scale(self) -> Tensor:
         """[G] learning-rate scales of the last step (the paper's alpha); 1 before the first."""
@@ -455,7 +607,7 @@ class MetaAdamW(FusedOptimizer):
         Columns: Σg², Σg·m, Σm², Σp², Σv², for enhanced features then the non-zeros of g and of m. g is this step's gradient; m, p
         and v are as the step found them.
         """
-        return self._statistics
+        return self._statistics.to(self.encoder.head.weight.dtype)
 
     def lagged_statistics(self) -> Tensor:
         """[T, S] what the next step of lagged mode takes its scales from; -1 everywhere if there is none yet."""
@@ -477,6 +629,7 @@ class MetaAdamW(FusedOptimizer):
             "generator": self.encoder.generator.get_state().to(self._scales.device),
             "scales": self._scales.clone(memory_format=torch.contiguous_format),
             "lagged": lagged,
+            "online": None if self._learner is None else self._learner.saved(self),
         }
 
     def check_saved(self, extra: dict[str, Any], state_dict: dict[str, Any]) -> None:
@@ -484,12 +637,15 @@ class MetaAdamW(FusedOptimizer):
         check_keys(extra, checkpoint.OWN, checkpoint.KEY)
         if self._finds_its_encoder(extra, state_dict):
             checkpoint.check_encoder(extra, self.encoder, self._scales)
+            if self._learner is not None:
+                self._learner.check(extra.get("online"), self)
         checkpoint.check_lagged(extra["lagged"], self._statistics)
 
     def restore(self, extra: dict[str, Any] | None, state_dict: dict[str, Any]) -> None:
         """Takes over the encoder, in its saved dtype; a checkpoint of plain AdamW leaves it as it is and says so."""
         self._lagged = None
         if extra is None:
+            self._restore_online(None)
             warnings.warn("checkpoint of a plain AdamW: moments and steps are loaded, the encoder stays as it is", stacklevel=4)
             return
         if self._finds_its_encoder(extra, state_dict):
@@ -505,6 +661,13 @@ class MetaAdamW(FusedOptimizer):
             )
         if extra["lagged"] is not None:
             self._lagged = extra["lagged"][0].detach().clone()
+        self._restore_online(extra.get("online") if self._finds_its_encoder(extra, state_dict) else None)
+
+    def _restore_online(self, saved: dict[str, Any] | None) -> None:
+        """Hands a learner what a checkpoint has of one; keeps it, until there is a learner."""
+        if self._learner is not None:
+            self._learner.restore(saved, self)
+        self._online = None if self._learner is not None or saved is None else (copy.deepcopy(saved), self.steps_done)
 
     def hint(self, state_dict: Any) -> str:
         """Names of parameters, which decide the groups, that are known on one side only."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .encoder import GroupEncoder
+
 LOG_VAR_LIMIT = 4.0  # a term can be negative, and then the weighted sum is unbounded below in its log-variance
 TERM_KINDS = ("regression", "classification")
 
@@ -28,6 +30,13 @@ def homoscedastic_sum(terms: Sequence[Tensor], log_vars: Tensor, priorities: Seq
         factor = 1.0 if kind == "classification" else 0.5
         total = total + factor * (torch.exp(-log_var) * term + priority * log_var)
     return total
+
+
+def encoder_penalty(encoder: GroupEncoder, encoder_decay: float, gate_l1: float) -> Tensor:
+    """Regularizes an encoder: the 2-norms, not squared, of the tensors of its layers and of head.weight; with gating Σ|gate|."""
+    regularized = [*encoder.encoder.parameters(), encoder.head.weight]
+    penalty = encoder_decay * torch.stack([p.norm() for p in regularized]).sum()
+    return penalty + gate_l1 * encoder.feature_gates.abs().sum() if encoder.features.gating else penalty
 
 
 def clamp_log_vars_(log_vars: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from metaadamw_fast import MADA, AVGrad, MetaAdamW
+from metaadamw_fast import MADA, AVGrad, MetaAdamW, OnlineLearner
 
 
 class EagerAVGrad(torch.optim.Optimizer):
@@ -64,6 +64,14 @@ class EagerMADA(torch.optim.Optimizer):
                 p.sub_(group["lr"] * (m / (1 - beta1**k)) / ((v / (1 - beta2**k)).sqrt() + group["eps"]))
 
 
+class Online(MetaAdamW):
+    """Whose encoder learns in every step."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        OnlineLearner(self, policy="encoder", gradient="loss", trace=0)
+
+
 class Spec(NamedTuple):
     """What a test must know of an optimizer.
 
@@ -108,6 +116,7 @@ OFF = {"lr_scale_range": 0.0, "wd_scale_range": 0.0}  # all scales are 1: AdamW
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SUMS = ("statistics", "grad_norm")
 META = Spec(MetaAdamW, torch.optim.AdamW, OFF, {"head_init": "xavier"}, MOMENTS, (*SCALES, *SUMS), encodes=True)
+ONLINE = Spec(Online, torch.optim.AdamW, OFF, {"head_init": "xavier"}, MOMENTS, (*SCALES, *SUMS), encodes=True, still=OFF)
 AVGRAD = Spec(AVGrad, EagerAVGrad, {}, {}, AVGrad.rule.names, SUMS, encodes=False)
 MADA_STATES = (*AVGrad.rule.names, "exp_avg_diff", "lion_exp_avg", "last_grad", "previous_grad")
 LEARNING = {"beta3": 0.1, "rho": 0.6, "c": 0.9, "gamma": 0.9, "freeze_steps": 0}  # from the second step on, all six inside
@@ -124,7 +133,7 @@ MADA_ = Spec(
     raw=MADA_STATES[-2:],
     still={"freeze_steps": 99},
 )
-OPTIMIZERS = {spec.kind.__name__: spec for spec in (META, AVGRAD, MADA_)}
+OPTIMIZERS = {spec.kind.__name__: spec for spec in (META, ONLINE, AVGRAD, MADA_)}
 
 every = pytest.mark.parametrize("spec", OPTIMIZERS.values(), ids=OPTIMIZERS)
 

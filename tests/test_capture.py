@@ -42,7 +42,8 @@ class Recording(TorchDispatchMode):
         assert func.overloadpacket not in WAITS, f"{func} waits for the device"
         assert func.overloadpacket not in FROM_HOST, f"{func} takes numbers from the host"
         named = dict(zip((x.name for x in func._schema.arguments), args, strict=False)) | kwargs
-        targets = [named[x.name] for x in func._schema.arguments if x.alias_info is not None and x.alias_info.is_write]
+        written = [named[x.name] for x in func._schema.arguments if x.alias_info is not None and x.alias_info.is_write]
+        targets = [x for xs in written for x in (xs if isinstance(xs, (list, tuple)) else [xs])]  # of foreach and fused operations
         self._before += [(x, x.clone()) for x in targets if isinstance(x, torch.Tensor) and func.overloadpacket not in KEPT]
         out = func(*args, **kwargs)
         if func.overloadpacket not in ALLOCATES | KEPT and not func.is_view and func.namespace != "profiler":

@@ -155,6 +155,29 @@ def test_a_wide_state_is_at_least_float32(dtype, wide):
     assert [len(xs) for xs in states.held.by_name().values()] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_a_state_of_the_parameter_starts_as_it(dtype):
+    """A copy in at least float32, whatever ``state_dtype`` is; a checkpoint may lack it."""
+    rule = AVGRAD._replace(
+        states=(State("exp_avg"), State("average", wide=True, of_param=True)), operands=("exp_avg", PARAM, "average")
+    )
+    p = nn.Parameter(torch.arange(3).to(dtype))
+    found = {}
+    Allocation(found, torch.device("cpu"), torch.bfloat16, master_weights=False).complete(p, rule.states)
+    average = found[p]["average"]
+    assert average.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(average, p.to(average.dtype))
+    assert average.data_ptr() != p.data_ptr()
+    assert rule.always == ("exp_avg",)
+
+
+def test_a_state_of_the_parameter_starts_as_its_master():
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    found = {p: {"master_param": torch.full((3,), 1.001)}}
+    Allocation(found, torch.device("cpu"), None, master_weights=True).complete(p, [State("average", wide=True, of_param=True)])
+    assert torch.equal(found[p]["average"], torch.full((3,), 1.001))
+
+
 def test_a_state_that_a_flag_asks_for():
     for asked in (True, False):
         state, states = allocated(ADAMW, nn.Parameter(torch.ones(3)), amsgrad=asked)

@@ -23,7 +23,9 @@ AVGRAD_UPDATES = tuple(x.replace("AdamW", "AVGrad") for x in (loops.UPDATE, loop
 # MADA: clipping alone, then all sums; without and with found sums, each for all roundings and masters.
 MADA_STATS = tuple(f"measure_kernel<metaadamw::Mada, {extra}>" for extra in ("false", "true"))
 MADA_UPDATES = tuple(f"update_kernel<metaadamw::Mada, {found}, true>" for found in ("false", "true"))
-ALL_STATS, ALL_UPDATES = (*STATS, AVGRAD_STATS, *MADA_STATS), (*UPDATES, *MASTERS, *AVGRAD_UPDATES, *MADA_UPDATES)
+ONLINE_STATS, ONLINE_UPDATES = (tuple(x.replace("Mada", "OnlineAdamW") for x in xs) for xs in (MADA_STATS, MADA_UPDATES))
+ALL_STATS = (*STATS, AVGRAD_STATS, *MADA_STATS, *ONLINE_STATS)
+ALL_UPDATES = (*UPDATES, *MASTERS, *AVGRAD_UPDATES, *MADA_UPDATES, *ONLINE_UPDATES)
 KERNELS = ALL_STATS + ALL_UPDATES
 POLICY = (
     "group_features_kernel<float>",
@@ -72,8 +74,13 @@ def test_registers_and_no_spills(one):
         MADA_STATS[1]: budget("kBlocksOfMany"),
         MADA_UPDATES[0]: budget("kBlocksOfMany"),
         MADA_UPDATES[1]: 255,  # one block of its own
+        ONLINE_STATS[0]: budget("kMeasureBlocks"),
+        ONLINE_STATS[1]: budget("kBlocksOfMany"),
+        ONLINE_UPDATES[0]: budget("kBlocksOfMany"),
+        ONLINE_UPDATES[1]: 255,
     }
-    assert [*budgets.values()] == [64, 80, 80, 80, 128, 128, *[128] * 4, 64, 80, *[128] * 3, 64, *[128] * 2, 255]
+    of_many = [64, 128, 128, 255]
+    assert [*budgets.values()] == [64, 80, 80, 80, 128, 128, *[128] * 4, 64, 80, *[128] * 3, *of_many, *of_many]
     for kernel in KERNELS:
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in one[kernel].report, kernel
         assert one[kernel].registers <= budgets[kernel], kernel
@@ -98,8 +105,8 @@ def test_accesses_of_16_bytes_to_global_memory(one):
             assert sum(".128" in x for x in stores) >= 3 + 4
         if kernel in AVGRAD_UPDATES:
             assert sum(".128" in x for x in stores) >= 4
-        if kernel in MADA_UPDATES:
-            assert sum(".128" in x for x in stores) >= 7
+        if kernel in MADA_UPDATES + ONLINE_UPDATES:
+            assert sum(".128" in x for x in stores) >= (7 if kernel in MADA_UPDATES else 4 + 5)
         assert not re.search(r"\b(LD|ST)\.E", sass), f"{kernel} does not know that an address is global"
 
 
@@ -117,7 +124,7 @@ def test_all_operands_are_under_way_together(one, case):
 def test_the_only_atomics_count_chunks(one):
     for kernel in KERNELS:
         atomics = re.findall(r"\b(?:ATOM|ATOMG|RED|REDG|ATOMS)\.[.\w]*", one[kernel].sass)
-        assert bool(atomics) == (kernel not in (*AVGRAD_UPDATES, MADA_UPDATES[0])), kernel  # which make no sums
+        assert bool(atomics) == (kernel not in (*AVGRAD_UPDATES, MADA_UPDATES[0])), kernel  # they make no sums
         assert not [x for x in atomics if re.search(r"\.B?F\d\d", x)], "float atomics: sums would not be repeatable"
 
 

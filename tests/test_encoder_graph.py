@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bench.predictions import BETWEEN
-from metaadamw_fast import FeatureConfig, GroupEncoder, MetaAdamW, MetaLearner, encoder_graph
+from metaadamw_fast import FeatureConfig, GroupEncoder, MetaAdamW, MetaLearner, OnlineLearner, encoder_graph
 from metaadamw_fast.core import devices
 
 from . import ranks
@@ -138,6 +138,21 @@ def test_the_encoder_in_float64(captures):
 
     compare({0: [double]})
     assert len(captures) == 1
+
+
+@pytest.mark.parametrize("statistics", ["exact", "lagged"])
+def test_an_encoder_that_learns_in_every_step_is_captured_once(statistics, captures):
+    def learns(run):
+        OnlineLearner(run.opt, policy="encoder", lr=0.05, every=3)
+
+    eager, _ = compare({0: [learns]}, statistics=statistics)
+    assert len(captures) == 1
+    assert not torch.equal(eager.opt.lr_scale, torch.ones_like(eager.opt.lr_scale))
+
+
+def test_scales_without_an_encoder_need_no_graph(captures):
+    compare({0: [lambda run: OnlineLearner(run.opt)]}, steps=8, every=99)
+    assert not captures
 
 
 # ---------------------------------------------------------------------------------------- what a replay sees without a new capture

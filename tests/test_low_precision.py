@@ -9,7 +9,7 @@ from torch import nn
 
 from .cases import same_bits
 from .models import noise, one_thread  # noqa: F401
-from .optimizers import META, every, every_with
+from .optimizers import every, every_with
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_torch_makes_masters_of_the_parameters(spec):
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_state_dtype(state_dtype, spec):
     m = model(torch.bfloat16)
-    opt = optimizer(spec, m, state_dtype=state_dtype, **({"amsgrad": True} if spec is META else {}))
+    opt = optimizer(spec, m, state_dtype=state_dtype, **({"amsgrad": True} if spec.encodes else {}))
     steps(m, opt, 0, 2, torch.bfloat16)
     for state in opt.state.values():
         wide = {rule.name for rule in opt.rule.states if rule.wide}

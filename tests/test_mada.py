@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from metaadamw_fast import MADA, AVGrad, MetaAdamW
+from metaadamw_fast.core import devices
 from metaadamw_fast.mada import COEFFICIENTS, Semantics
 from tests.optimizers import LEARNING, MADA_STATES
 
@@ -364,6 +365,24 @@ def test_groups_of_one_set_have_one_start():
     params = params_of(*SHAPES)
     with pytest.raises(ValueError, match="scope='global'"):
         MADA([{"params": params[:1]}, {"params": params[1:], "betas": (0.8, 0.9)}])
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_a_checkpoint_loads_as_it_is_whatever_roles_gradients_had(taken, monkeypatch):
+    """Also after steps of which only the device knows whether they counted: the names of now are not those of the checkpoint."""
+    monkeypatch.setattr(devices, "readable", lambda x: False)
+    options = {"skip_nonfinite": True, **LEARNING}
+    params = params_of(*SHAPES)
+    opt = MADA(params, **options)
+    train(opt, params, 3)
+    saved = copy.deepcopy(opt.state_dict())
+    others = params_of(*SHAPES)
+    other = MADA(others, **options)
+    train(other, others, taken)
+    other.load_state_dict(saved)
+    for p, state in zip(others, saved["state"].values(), strict=True):
+        assert torch.equal(other.state[p]["last_grad"], state["last_grad"])
+        assert torch.equal(other.state[p]["previous_grad"], state["previous_grad"])
 
 
 def test_nothing_is_told_where_nothing_is_wrong():

@@ -17,6 +17,7 @@ PARTS = {
     "around the encoder": (["test_policy.py"], 100),
     "AVGrad": (["test_avgrad_ops.py", "-k", "triton"], 40),
     "MADA": (["test_mada_triton.py"], 65),
+    "online learning": (["test_online_ops.py", "-k", "fp32 or elsewhere or columns or master or vectors"], 15),
     "step counts": (["test_step_counts.py"], 18),
     "masters": (["test_masters.py"], 60),
     "the optimizer": (["test_gpu_optimizer.py", "-k", "float32 and (clipping or lagged or enhanced)"], 3),

@@ -1,4 +1,4 @@
-"""Which parameters can be updated, and the states that they get: zeros, the float32 copies of low-precision parameters, counts."""
+"""Which parameters can be updated, and the states that they get: zeros or copies, masters of low-precision parameters, counts."""
 
 from __future__ import annotations
 
@@ -103,7 +103,11 @@ class Allocation:
             if state.name not in own:
                 self._added.append((p, state.name))
                 dtype = self._dtype(p, state)
-                own[state.name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                if state.of_param:
+                    start = own.get(MASTER, p).detach()
+                    own[state.name] = start.to(self._device, dtype, copy=True, memory_format=torch.preserve_format)
+                else:
+                    own[state.name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             elif own[state.name].device != self._device:
                 own[state.name] = own[state.name].to(self._device)
         if self._master_weights and p.dtype in _LOW_PRECISION:
@@ -118,7 +122,7 @@ class Allocation:
 
     def _dtype(self, p: Tensor, state: State) -> torch.dtype:
         own = p.dtype.to_real() if p.is_complex() else p.dtype
-        real = own if state.of_gradient else self._state_dtype or own
+        real = own if state.of_gradient or state.of_param else self._state_dtype or own
         if state.wide:
             real = torch.promote_types(real, torch.float32)
         return _COMPLEX.get(real, p.dtype) if p.is_complex() else real

@@ -95,12 +95,16 @@ def load(optimizer: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         group["params"] = own["params"]
         if "param_names" in own:
             group.setdefault("param_names", own["param_names"])
+    optimizer._drop_states()  # while the states are those that it lists
+    optimizer._marks = []  # whatever is written until the next step belongs to the checkpoint, as the model's weights do
     optimizer.__setstate__({"state": defaultdict(dict), "param_groups": groups})
     load_states(optimizer, state_dict)
     extra = state_dict.get(optimizer.checkpoint_key)
     counts, exact = optimizer._counts[:-1], None if extra is None else extra.get(STEPS)
     counts.zero_() if exact is None else counts.copy_(exact)
-    optimizer._prepare()  # takes the counts from the states, the exact ones where those are their roundings
+    # Takes the counts from the states, the exact ones where those are their roundings. A state that is missing, and is to start as
+    # its parameter, waits for the next step: the model may be loaded after the optimizer.
+    optimizer._prepare(allocated=False if _lacks_copies(optimizer) else None)
     if extra is None:
         optimizer.steps_done = int(_most_steps(state_dict))
     else:
@@ -280,6 +284,14 @@ def load_states(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> Non
     for key, value in state_dict["state"].items():
         if key not in numbers:
             optimizer.state[key] = copy.deepcopy(value)
+
+
+def _lacks_copies(optimizer: FusedOptimizer) -> bool:
+    """Whether a parameter with states lacks one that starts as the parameter."""
+    names = [state.name for state in optimizer.rule.states if state.of_param]
+    first = optimizer.rule.states[0].name
+    states = [own for own in optimizer.state.values() if isinstance(own, Mapping) and first in own]
+    return any(name not in own for own in states for name in names)
 
 
 def _copied_beside(value: Any, param: Tensor) -> Any:

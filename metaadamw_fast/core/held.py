@@ -9,8 +9,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, compress
-from operator import itemgetter
-from typing import Any, NamedTuple
+from operator import add, attrgetter, itemgetter
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -31,6 +31,10 @@ def joined(lists: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     for xs in lists:
         out += xs
     return out
+
+
+T = TypeVar("T")
+_version_of = attrgetter("_version")
 
 
 def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
@@ -180,6 +184,28 @@ class HeldTensors:
     def written(self) -> list[Tensor]:
         """All tensors that an update of all rows writes, as the kernels take them."""
         return joined([self.params, *self.states, self.masters])
+
+    def row_versions(self) -> list[int]:
+        """Of each row the version counters of its tensors, added up; of a DTensor and of its shard, which are counted apart."""
+        versions = [0] * len(self.params)
+        for xs, has in zip(self.outer, [None, *self.chosen], strict=True):
+            own = map(_version_of, xs)
+            if self.sharded:
+                own = map(add, own, [x._version if (x := local(y)) is not y else 0 for y in xs])
+            if len(xs) == len(versions):
+                versions = [*map(add, versions, own)]
+            elif xs and has is not None:
+                versions = [n + next(own) if here else n for n, here in zip(versions, has, strict=True)]
+        return versions
+
+    def by_row(self, of: Callable[[Tensor], T | None]) -> list[list[T | None]]:
+        """Of each row what ``of`` says of its parameter, each of its states and its master; None where it has none."""
+        rows: list[list[T | None]] = [[] for _ in self.params]
+        for xs, has in zip(self.outer, [[True] * len(rows), *self.chosen], strict=True):
+            found = map(of, xs)
+            for row, here in zip(rows, has, strict=True):
+                row.append(next(found) if here and xs else None)
+        return rows
 
     def _where(self) -> tuple[list[int], list[tuple[int, ...]]]:
         # Strides of the parameters only: `p.data = p.data.t()` happens, and the addresses stay. Nobody transposes a state in place.

@@ -1,13 +1,13 @@
 """FusedOptimizer: a torch optimizer around one launch that sums and one that updates. No formula of an optimizer is in here.
 
-A little longer than 300 lines, a third of them documentation: one class from its step to its checkpoints.
+Longer than 300 lines, a third of them documentation: one class from its step to its checkpoints.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -86,6 +86,21 @@ class FusedOptimizer(TrackingOptimizer):
     def wants_sums(self) -> bool:
         """Whether the sums of this step are wanted at all, be it after the update."""
         return self.rule.found > 0
+
+    def measured(self) -> Sequence[str]:
+        """The sums, of the rule's and in its order, that this step makes: before its update, or the first ones in it."""
+        return [*self.rule.sums]
+
+    def statistics_columns(self) -> int:
+        """How many sums are shown."""
+        return len(self.rule.sums)
+
+    def statistics_of(self, sums: Tensor) -> Tensor:
+        """The sums that are shown, of those that a step has made."""
+        return sums
+
+    def updated(self, sums: Tensor | None, step: Step, decision: Decision) -> None:
+        """Called after the update, with the sums that the step has made, be it in the update, and before anything is shown."""
 
     def measured_with(self) -> Tensor | None:
         """What the rule's sums need besides gradients and states: float64 [H, T], of the last update."""
@@ -171,8 +186,9 @@ class FusedOptimizer(TrackingOptimizer):
             return
         scaler_scale = gradients.scaler_scale(self, self._counts.device)
         states.set_gradients(states.gradients())
+        self._forget(states.written())
         states.sync_masters()
-        degrees = [*self.rule.sums.values()]
+        degrees = [self.rule.sums[name] for name in self.measured()]
         sums: Tensor | None = None
         of_rows: Tensor | None = None
         norm: Tensor | None = None
@@ -187,10 +203,11 @@ class FusedOptimizer(TrackingOptimizer):
             factor, norm, sums = gradients.scale(self._backend, sums, hyper.sign, scaler_scale, self.max_grad_norm, degrees)
         counted = should_step if isinstance(should_step, Tensor) else None
         turns = None if states.turns is None else states.turns[:-1]
-        decision = self.decide(sums, Step(hyper, factor, self._counts, counted, scaler_scale, states.present, turns))
+        step = Step(hyper, factor, self._counts, counted, scaler_scale, states.present, turns)
+        decision = self.decide(sums, step)
         if self.wants_sums() and not self.needs_sums():  # beside Σg², which clipping and skipping may have needed before
-            sums = states.update_and_measure(decision.vectors, should_step, self._rounding_seed)
-            sums = self._rank_sums(states.whole(sums)).to(self._statistics.dtype)
+            sums = states.update_and_measure(decision.vectors, len(degrees), should_step, self._rounding_seed)
+            sums = self._rank_sums(states.whole(sums)).to(self.sums_dtype())
             sums = of_multiplied_gradient(sums, factor, degrees)
         else:
             states.update(decision.vectors, of_rows, should_step, self._rounding_seed)
@@ -199,7 +216,8 @@ class FusedOptimizer(TrackingOptimizer):
             # replay's. So the sums are never reused.
             states.forget_sums()
         states.captured_ready = True
-        shown = {"_statistics": sums, "_grad_norm": norm}
+        self.updated(sums, step, decision)
+        shown = {"_statistics": None if sums is None else self.statistics_of(sums), "_grad_norm": norm}
         self._publish(should_step, **{name: x for name, x in shown.items() if x is not None}, **decision.shown)
 
     def _measures(self) -> bool:
@@ -207,25 +225,30 @@ class FusedOptimizer(TrackingOptimizer):
         return self.needs_sums() or self.max_grad_norm is not None or self._skipped is not None
 
     def _measure(self, states: States, needed: bool | None = None) -> tuple[Tensor, Tensor]:
-        """Sums [T, S] of the gradients that ``states`` has and of the states, a missing gradient counting as zeros.
+        """Sums [T, S], :meth:`measured`, of the gradients that ``states`` has and of the states; a missing one counts as zeros.
 
-        Only Σg² is made, and the others are 0, unless all are ``needed``: by default if :meth:`decide` needs them.
+        Only Σg² is made, and the others are 0, unless all of them are ``needed``: by default if :meth:`decide` needs them.
 
         Returns:
             Those of this rank's shards, of the R parameters that have a state, and those of all T whole tensors, in
             :meth:`sums_dtype`. One and the same where nothing is sharded or frozen.
         """
-        wanted, every = self.sums_dtype(), len(self.rule.sums)
+        dtype, names = self.sums_dtype(), self.measured()
         needed = self.needs_sums() if needed is None else needed
         sums = states.measure(
-            torch.float64 if self._rank_sums.active else wanted,
-            columns=every if needed else 1,  # Σg², to clip and to skip by
+            torch.float64 if self._rank_sums.active else dtype,
+            wanted=self._bits(names) if needed else 1,  # Σg², to clip and to skip by
             # A row that the last update left out has carried sums in the dtype of that time.
-            reuse=wanted == self._statistics.dtype,
+            reuse=dtype == self._statistics.dtype,
             vectors=self.measured_with() if needed else None,
         )
-        sums = sums if needed else torch.nn.functional.pad(sums, (0, every - 1))
-        return sums, self._rank_sums(states.whole(sums)).to(wanted)
+        sums = sums if needed else torch.nn.functional.pad(sums, (0, len(names) - 1))
+        return sums, self._rank_sums(states.whole(sums)).to(dtype)
+
+    def _bits(self, names: Sequence[str]) -> int:
+        """These sums as a launch takes them."""
+        every = self.rule.sums
+        return (1 << len(every)) - 1 if len(names) == len(every) else sum(1 << i for i, name in enumerate(every) if name in names)
 
     def _record_stream(self) -> None:
         """Tells torch's allocator when the optimizer's own tensors are used on another stream than before.
@@ -255,7 +278,12 @@ class FusedOptimizer(TrackingOptimizer):
                 "take a step before one is captured in a CUDA graph, also after parameters or states have changed: the first"
                 " compiles kernels and fills tables"
             )
+        written = self._states.watched is not None and self._states.watched.look(again=True)
         self._states.let_go()
+        if written:
+            raise RuntimeError(
+                "parameters or states were written since the last step: take another one before a step is captured in a CUDA graph"
+            )
         for index, member in enumerate(self._members):
             if member.param.requires_grad and member.param.grad is None:
                 raise RuntimeError(
@@ -281,7 +309,7 @@ class FusedOptimizer(TrackingOptimizer):
         super()._cache()
         checkpoint.reserve(self)
         device, dtype = self._counts.device, self.sums_dtype()
-        shapes = {"_statistics": (len(self._members), len(self.rule.sums)), "_grad_norm": ()}
+        shapes = {"_statistics": (len(self._members), self.statistics_columns()), "_grad_norm": ()}
         for name, shape in shapes.items():
             old: Tensor | None = getattr(self, name, None)
 
@@ -346,6 +374,7 @@ class FusedOptimizer(TrackingOptimizer):
         """
         if self._states is not None:
             self._states.invalidate()
+        self._forget(range(len(self._members)))
 
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 

@@ -14,7 +14,7 @@ PARAM = "param"  # the parameter among the operands of a rule
 
 
 class State(NamedTuple):
-    """A tensor of a parameter's shape, kept from step to step; zeros at the start.
+    """A tensor of a parameter's shape, kept from step to step; zeros at the start, unless it is ``of_param``.
 
     Attributes:
         name: its key in ``optimizer.state[p]``.
@@ -22,6 +22,7 @@ class State(NamedTuple):
         wide: whether it is at least float32, whatever the parameter and ``state_dtype`` are.
         of_gradient: whether it keeps gradients, and so has the parameter's dtype, whatever ``state_dtype`` is.
         square: whether it is of squares. Another optimizer may use the sign, which a checkpoint's numbers leave behind here.
+        of_param: whether it starts as the parameter, or its master, has the parameter's dtype and may be missing in a checkpoint.
     """
 
     name: str
@@ -29,6 +30,7 @@ class State(NamedTuple):
     wide: bool = False
     of_gradient: bool = False
     square: bool = False
+    of_param: bool = False
 
 
 class Rule(NamedTuple):
@@ -42,8 +44,10 @@ class Rule(NamedTuple):
         sums: the columns of the sums [T, S], and the degree d of each: that of the gradient c·g is c^d times that of g. Column 0 is
             Σg².
         carried: neighbouring columns that an update can leave for the next step, and the operand of which each is Σx².
-        found: how many columns, from the first on, an update can make of what it finds.
+        found: how many columns, from the first on, an update can make of what it finds, at most.
         exchanged: two states that change their roles, and so their names, with every update of a parameter.
+        remembers: whether the optimizer remembers its last update of each parameter, so that it has to know which of them, or whose
+            states, others have written since.
     """
 
     name: str
@@ -54,11 +58,12 @@ class Rule(NamedTuple):
     carried: dict[str, str]
     found: int = 0
     exchanged: tuple[str, str] | None = None
+    remembers: bool = False
 
     @property
     def always(self) -> tuple[str, ...]:
-        """The states that every parameter has which was updated."""
-        return tuple(state.name for state in self.states if state.flag is None)
+        """The states without which that of a parameter is not whole."""
+        return tuple(state.name for state in self.states if state.flag is None and not state.of_param)
 
     @property
     def names(self) -> tuple[str, ...]:

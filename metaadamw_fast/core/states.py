@@ -27,7 +27,7 @@ from .held import HeldTensors, joined
 from .members import Member
 from .rule import PARAM, Rule
 from .sharding import is_sharded, local_gradient
-from .watch import FrozenSums, as_real_gradient, version
+from .watch import FrozenSums, Mark, WatchedRows, as_real_gradient, version
 
 _local_of = attrgetter("_local_tensor")  # of DTensors; as sharding.local, for thousands of them
 
@@ -63,7 +63,7 @@ class States:
         counts: float64 [T + 1], the steps of each parameter and, last, of the optimizer; counted in place.
         state_dtype: of the moments that are allocated; None for that of the parameter.
         master_weights: whether bfloat16 and float16 parameters have a float32 copy, ``state[p]["master_param"]``, which is updated.
-        frozen_sums: of the lists that these replace.
+        frozen_sums, marks: of the lists that these replace.
 
     Attributes:
         rows: which parameters have one; ``index`` is the same as int64 [R], None if all have.
@@ -71,6 +71,7 @@ class States:
         captured_ready: whether a step was taken with these lists: everything is compiled and uploaded then, as a capture needs it.
         turns: float64 [T + 1], how often the rule's ``exchanged`` states of each parameter have changed their roles since these
             lists were made: the kernels read from it which is which. None if the rule has none.
+        watched: which rows others write; None if the rule does not say that it has to be known.
 
     Raises:
         ValueError: a parameter that is to get a row and that no backend can update.
@@ -91,6 +92,7 @@ class States:
         state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         frozen_sums: FrozenSums | None = None,
+        marks: Sequence[Mark] = (),
     ) -> None:
         leaves = [m.param for m in members]
         self._rule = rule
@@ -118,6 +120,7 @@ class States:
         self.counts = StepCounts(counts, self.index, [state[p] for p in of_rows], always=always)
         # Again: the counts may have put tensors of their own there.
         self.held = HeldTensors(rule, members, self.rows, chosen, state, param_groups)
+        self.watched = WatchedRows(self.held, marks) if rule.remembers else None
         self.turns = torch.zeros_like(counts) if rule.exchanged else None
         self._turns_known = True  # whether the names in `state` say what `turns` says, as far as Python can know
         ask = weakref.WeakMethod(self.held.operands)  # the launch belongs to these states
@@ -182,13 +185,16 @@ class States:
         """[R, C] float64, the carried sums as the last update left them; None if a tensor of theirs has been written since."""
         return self._sums if self._sums_of == self._seen and self._rule.carried else None
 
-    def measure(self, dtype: torch.dtype, *, columns: int, reuse: bool, vectors: Tensor | None = None) -> Tensor:
-        """The first ``columns`` sums [R, S] of the gradients and the states.
+    def written(self) -> list[int]:
+        """Which of the T parameters others have written, or whose states, since the last update, if the rule has to know that."""
+        return [] if self.watched is None else [self.rows[r] for r in self.watched.look()]
+
+    def measure(self, dtype: torch.dtype, *, wanted: int, reuse: bool, vectors: Tensor | None = None) -> Tensor:
+        """The sums [R, S] of the gradients and the states that ``wanted`` has a bit for.
 
         What the last update summed is not read again, if ``reuse``. ``vectors`` [H, T], if the rule's sums need them, are of the
         last update.
         """
-        wanted = (1 << columns) - 1
         left = (1 << self._carried_columns.stop) - (1 << self._carried_columns.start)
         carried = self.carried() if reuse and wanted & left else None
         of_rows = None if vectors is None else self.of_rows(vectors).contiguous()
@@ -204,9 +210,9 @@ class States:
         self.launch.update_(self.of_rows(vectors), new_sums, seed)
         self.after_update(should_step)
 
-    def update_and_measure(self, vectors: Tensor, should_step: Tensor | bool, seed: int | None) -> Tensor:
-        """The update with ``vectors`` [V, T]; returns the sums [R, S] of what it found, also in rows that it left alone."""
-        sums = torch.empty(len(self.rows), self._rule.found, dtype=torch.float64, device=self.device)
+    def update_and_measure(self, vectors: Tensor, columns: int, should_step: Tensor | bool, seed: int | None) -> Tensor:
+        """The update with ``vectors`` [V, T]; returns the first sums [R, S] of what it found, also in rows that it left alone."""
+        sums = torch.empty(len(self.rows), columns, dtype=torch.float64, device=self.device)
         self.launch.update_(self.of_rows(vectors), sums, seed)
         self.after_update(should_step)
         self.forget_sums()  # of what it left there are none
@@ -318,6 +324,8 @@ class States:
         mark_written(self._written())
         if self.held.masters:
             self._copies_seen = self._copy_versions()
+        if self.watched is not None:
+            self.watched.updated(as_before=self._rise is not None)
         if self._rise is None:
             self._rise = self._version() - before
         # Not the version of now: a user's thread may have written since the step looked, and then the next one reads everything.
@@ -349,6 +357,8 @@ class States:
                 master.copy_(start_of_update(master, p))
         if versions != seen:
             self._copies_seen, self._seen = versions, self._version()
+            if self.watched is not None:
+                self.watched.look()
 
     def _copy_versions(self) -> list[int]:
         outer = list(compress(self.held.outer[0], self.held.chosen[-1]))

@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 from metaadamw_fast.ops import FakeBackend, resolve_backend
 
 from . import devices
-from .allocation import check_params
+from .allocation import MASTER, check_params
 from .hyperparameters import HyperparameterTable, check_hyperparameters
 from .members import Member, listed, origins, repeats
 from .rule import Rule
 from .sharding import RankSums, local_gradient, refuse_zero
 from .states import States
+from .watch import Mark, written_since
 
 
 class Moved(NamedTuple):
@@ -64,6 +65,7 @@ class TrackingOptimizer(Optimizer, ABC):
         self._members: Sequence[Member] = []
         self._rank_sums = RankSums([])
         self._states: States | None = None
+        self._marks: Sequence[Mark] = []  # of the last lists, where the rule has to know what others write
         self._built = False
         super().__init__(params, {**defaults, "betas": tuple(float(beta) for beta in defaults["betas"])})
         self._arrange()
@@ -168,6 +170,7 @@ class TrackingOptimizer(Optimizer, ABC):
                 state_dtype=self._state_dtype,
                 master_weights=self._master_weights,
                 frozen_sums=frozen_sums,
+                marks=self._marks,
             )
             self._states.let_go()
 
@@ -179,6 +182,8 @@ class TrackingOptimizer(Optimizer, ABC):
     def _drop_states(self) -> None:
         """Forgets the lists of the states; the next step makes them anew."""
         self._settle_names()
+        if self._states is not None and self._states.watched is not None:
+            self._marks = self._states.watched.marks()
         self._states = None
 
     def _current_states(self, grads: Sequence[Tensor | None] | None = None) -> States:
@@ -213,6 +218,17 @@ class TrackingOptimizer(Optimizer, ABC):
         assert states is not None
         assert held
         return states
+
+    def _written(self) -> list[int]:
+        """Which parameters others have written since the last step, or their states, if the rule has to know. Read only."""
+        if not self.rule.remembers:
+            return []
+        states = self._states
+        marks = self._marks if states is None or states.watched is None else states.watched.marks()
+        return written_since(marks, [m.param for m in self._members], self.state, (*self.rule.names, MASTER))
+
+    def _forget(self, written: Sequence[int]) -> None:
+        """Forgets the last update of these parameters, which others have written; see :attr:`Rule.remembers`."""
 
     # ---------------------------------------------------------------------------------- parameters that join, move and leave
 
@@ -267,9 +283,10 @@ class TrackingOptimizer(Optimizer, ABC):
     def __getstate__(self) -> dict[str, Any]:
         # As torch's optimizers leave it to who copies or loads: hooks, and the `step` that an LR scheduler wraps.
         self._settle_names()
+        self._forget(self._written())  # the copy cannot know it
         kept = {name: x for name, x in self.__dict__.items() if name != "step" and not name.startswith("_optimizer_")}
         # The first step of the copy makes these anew. A backend is a class that need not have a name to be pickled by.
-        anew = {"_states": None, "_backend": None, "_rank_sums": RankSums([])}
+        anew: dict[str, Any] = {"_states": None, "_backend": None, "_rank_sums": RankSums([]), "_marks": []}
         # By value: a spawned process gets the memory of tensors, and that of a copy made here would be gone before it starts.
         counts = self._counts if devices.is_fake(self._counts) else self._counts.tolist()
         return {**kept, **anew, "_counts": counts}

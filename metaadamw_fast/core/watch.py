@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from metaadamw_fast.checks import DTYPES
 
 from . import devices
 from .sharding import is_sharded, local
+
+if TYPE_CHECKING:
+    from .held import HeldTensors
 
 _version_of = attrgetter("_version")
 
@@ -68,6 +71,100 @@ class Storages:
                 storages.freed = True
 
         self._references = [weakref.ref(x.untyped_storage(), tell) for x in tensors if not devices.is_fake(x)]
+
+
+Places = Sequence[tuple[weakref.ref[Any], int, tuple[int, ...]] | None]
+
+
+class Mark(NamedTuple):
+    """What shows whether others have written a parameter or its states since a moment. It holds no memory.
+
+    Attributes:
+        param: the parameter.
+        places: where it and each of its states lies, see :func:`place_of`; None for one that is not there.
+        version: their version counters, added up.
+    """
+
+    param: weakref.ref[Tensor]
+    places: Places
+    version: int
+
+    def fits(self, places: Places) -> bool:
+        """Whether all of them still are where they were; a state may have come."""
+        pairs = zip(self.places, places, strict=True)
+        return all(x is None or (y is not None and x[0]() is y[0]() and x[1:] == y[1:]) for x, y in pairs)
+
+
+def place_of(x: Tensor) -> tuple[weakref.ref[Any], int, tuple[int, ...]] | None:
+    """The memory, the address and the strides of a tensor, of a DTensor those of its shard; None if it has no memory."""
+    x = local(x)
+    return None if devices.is_fake(x) else (weakref.ref(x.untyped_storage()), x.data_ptr(), x.stride())
+
+
+def version_of(x: Tensor) -> int:
+    """Its version counter; with that of its shard, which counts apart, if it is a DTensor."""
+    return x._version + (local(x)._version if is_sharded(x) else 0)
+
+
+class WatchedRows:
+    """Which rows others have written between two steps: by version counters, and by memory where the lists were made anew.
+
+    Args:
+        held: the tensors, which are there now and whenever a method is called.
+        marks: of the lists that these replace. A row without one is taken as it is found by the first :meth:`look`.
+    """
+
+    def __init__(self, held: HeldTensors, marks: Sequence[Mark]) -> None:
+        self._held = held
+        self._params = [weakref.ref(p) for p in held.outer[0]]
+        self._places = held.by_row(place_of)
+        self._rise: list[int] | None = None  # what an update adds to the counters of each row
+        known = {id(p): mark for mark in marks if (p := mark.param()) is not None}
+        self._versions: list[int | None] = [None] * len(self._params)
+        for r, p in enumerate(held.outer[0]):
+            mark = known.get(id(p))
+            if mark is not None:
+                self._versions[r] = mark.version if mark.fits(self._places[r]) else -1
+
+    def look(self, *, again: bool = False) -> list[int]:
+        """The rows that others have written since the last update or look; the next one finds them ``again``, if that is said."""
+        now: list[int | None] = [*self._held.row_versions()]
+        before = self._versions
+        if not again:
+            self._versions = now
+        if before == now:
+            return []
+        return [r for r, (x, y) in enumerate(zip(before, now, strict=True)) if x is not None and x != y]
+
+    def updated(self, *, as_before: bool) -> None:
+        """Says that an update followed the last look, of the same rows ``as_before``."""
+        # Not the counters of now, as `States.after_update` says.
+        seen = [x or 0 for x in self._versions]
+        if self._rise is None or not as_before:
+            self._rise = [y - x for x, y in zip(seen, self._held.row_versions(), strict=True)]
+        self._versions = [x + y for x, y in zip(seen, self._rise, strict=True)]
+
+    def marks(self) -> list[Mark]:
+        """For the lists that replace these."""
+        rows = zip(self._params, self._places, self._versions, strict=True)
+        return [Mark(p, places, version) for p, places, version in rows if version is not None]
+
+
+def written_since(marks: Iterable[Mark], params: Sequence[Tensor], state: Mapping[Any, Any], names: Sequence[str]) -> list[int]:
+    """Which of ``params`` others have written since the ``marks`` were set, or their states of these ``names``. Holds nothing."""
+    numbers = {id(p): t for t, p in enumerate(params)}
+    found = []
+    for mark in marks:
+        p = mark.param()
+        number = None if p is None else numbers.get(id(p))
+        if p is None or number is None:
+            continue
+        own = state.get(p, {})
+        tensors = [x if isinstance(x, Tensor) else None for x in (p, *map(own.get, names))]
+        places = [None if x is None else place_of(x) for x in tensors]
+        if mark.version != sum(version_of(x) for x in tensors if x is not None) or not mark.fits(places):
+            found.append(number)
+    return found
 
 
 class FrozenSums:
