@@ -20,7 +20,8 @@ def there(request):
     return request.param
 
 
-SIZES = [(), (0,), (5,), (3, BLOCK + 1), (CHUNK // 2 + 3,), (CHUNK + 1,)]
+LONG = (CHUNK // 2 + 3,)  # longer than a chunk of any GPU backend
+SIZES = [(), (0,), (5,), (3, BLOCK + 1), LONG, (7,) if EMULATED or INTERPRETED else (CHUNK + 1,)]
 DECAY = 0.75
 LAST = (1.25, 1.5, 1e-3)  # of the update before: 1 / (1 - beta1^k), 1 / sqrt(1 - beta2^k), eps
 ALL = (1 << len(SUMS)) - 1

@@ -15,11 +15,11 @@ PARTS = {
     "dtypes and sizes": (["test_gpu_ops.py", "-k", "every_dtype"], 30),
     "everything else": (["test_gpu_ops.py", "-k", "not every_dtype"], 30),
     "around the encoder": (["test_policy.py"], 100),
-    "AVGrad": (["test_avgrad_ops.py", "-k", "triton"], 40),
+    "AVGrad": (["test_avgrad_ops.py"], 40),
     "MADA": (["test_mada_triton.py"], 65),
     "online learning": (["test_online_ops.py", "-k", "fp32 or elsewhere or columns or master or vectors"], 15),
     "step counts": (["test_step_counts.py"], 18),
-    "masters": (["test_masters.py"], 60),
+    "masters": (["test_masters.py"], 50),
     "the optimizer": (["test_gpu_optimizer.py", "-k", "float32 and (clipping or lagged or enhanced)"], 3),
 }
 
