@@ -61,6 +61,7 @@ class Rule(NamedTuple):
     found: tuple[int, ...]  # how many sums, the first ones, an update can make of what it finds; several numbers are a choice
     left: tuple[int, ...]  # the sums that an update can make of what it leaves
     zeros: tuple[int, ...] = ()  # the operands that count as zeros in a launch without their list
+    plain: int = 0  # so many sums, the first ones, need nothing of the update before
     measured: int = 0  # so many rows, the last ones of the vectors, say of the update before what the sums need
     fold_measured: Any = None  # (these rows + row, T, type of the arithmetic) -> what `term` takes of them
     of_gradient: bool = False  # every sum is one of products with the gradient: 0 where there is none, whatever the others hold

@@ -46,7 +46,7 @@ class TritonLaunch(LaunchTable):
             columns: bit i asks for sum i of the rule.
             dtype: of the result, float32 or float64.
             carried: float64 [T, C], the columns that an update leaves, where none of them is asked for.
-            vectors: float64 [H, T], what the sums need of the update before; MADA's needs them but for its first column.
+            vectors: float64 [H, T], what the sums behind the first, ``rule.plain``, need of the update before.
 
         Raises:
             RuntimeError: as :meth:`tensor_stats`; vectors that are missing or of another dtype, shape, layout or device.
@@ -57,7 +57,7 @@ class TritonLaunch(LaunchTable):
         wanted = tuple(i for i in range(len(rule.sum_operands)) if columns >> i & 1)
         if any(not self.has(k) and k not in rule.zeros for i in wanted for k in rule.sum_operands[i]):
             raise RuntimeError("the launch was made without the lists of these columns")
-        if not rule.measured or wanted == (0,):
+        if not rule.measured or all(i < rule.plain for i in wanted):
             vectors = None
         elif vectors is None:
             raise RuntimeError("these columns need the vectors of the last update")

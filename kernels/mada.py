@@ -250,6 +250,7 @@ MADA = Rule(
     found=(7,),
     left=(),
     zeros=(AVERAGE_SQ, EXP_AVG_DIFF, LION_EXP_AVG, LAST_GRAD.value, OTHER_GRAD),
+    plain=1,
     measured=ROWS_OF_HALF,
     fold_measured=_fold_measured,
     of_gradient=True,

@@ -89,6 +89,7 @@ ONLINE = ADAMW._replace(
     term=_term,
     found=(5, 7, 9, 11, 13),
     zeros=(AVERAGE, MAXIMUM.value),
+    plain=5,
     measured=3,
     fold_measured=_fold_measured,
 )

@@ -26,7 +26,9 @@ from .optimizer import _NO_SUM, LEAST_DECAY_FACTOR, MetaAdamW
 from .reference import gradient_factor
 from .weighting import encoder_penalty
 
+Bounds = float | tuple[float, float]
 DEFAULT_TRACE = 0.98
+DEFAULT_RANGE: tuple[Bounds, Bounds] = ((0.0, math.log(64.0)), 0.0)
 _RATES = {"scales": 0.03, "encoder": 1e-3}
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 _SAVED = ("policy", "log_scales", "last", "count", "features", "meta_optimizer")
@@ -58,7 +60,8 @@ class OnlineLearner:
             Adam, fused, which leaves out on the device what is not finite. With one that is not fused the host waits for the device
             in each learning step.
         encoder_decay, gate_l1: as of :class:`~metaadamw_fast.MetaLearner`; for ``policy="encoder"``.
-        range: how far the logarithms of lr_scale and wd_scale may move from 0; for ``policy="scales"``. Default: (ln 64, 0).
+        range: in which the logarithms of lr_scale and wd_scale stay, for ``policy="scales"``; each a number r for [-r, r], or a
+            pair. Default: ((0, ln 64), 0), so that no learning rate falls below the one given and wd_scale is 1.
 
     What is learned is in the optimizer's checkpoint. One that was loaded before the learner was built is taken up when it is.
 
@@ -82,7 +85,7 @@ class OnlineLearner:
         encoder_decay: float = 0.0,
         gate_l1: float = 0.0,
         lr: float | None = None,
-        range: tuple[float, float] | None = None,
+        range: tuple[Bounds, Bounds] | None = None,
     ) -> None:
         unwrapped = _unwrapped(optimizer)
         if unwrapped is None:
@@ -111,20 +114,19 @@ class OnlineLearner:
         useless = [name for name, x in (of_encoder if policy == "scales" else {"range": range}).items() if x]
         if useless:
             raise ValueError(f"policy={policy!r} has no use for {', '.join(useless)}")
-        ranges = (math.log(64.0), 0.0) if range is None else range
-        if len(ranges) != 2 or not all(isinstance(x, Real) and 0.0 <= x < math.inf for x in ranges):
-            raise ValueError(f"Invalid range: {ranges!r} (two numbers from 0 on, of the logarithms of lr_scale and wd_scale)")
         self.policy, self.gradient, self.rate, self.every, self.trace = policy, gradient, rate, every, trace
         self.encoder_decay, self.gate_l1 = encoder_decay, gate_l1
-        self.range = (float(ranges[0]), float(ranges[1]))
-        self._learns_decay = gradient == "loss" and (policy == "encoder" or self.range[1] > 0) and unwrapped.variant != "released"
+        self.range = _intervals(DEFAULT_RANGE if range is None else range)
+        self._learns_decay = (
+            gradient == "loss" and (policy == "encoder" or self.range[1] != (0.0, 0.0)) and unwrapped.variant != "released"
+        )
         self._sums = learning_sums(gradient, trace, learns_decay=self._learns_decay)
         self._count, self._times_set = _steps_done(unwrapped), unwrapped.count_set[0]  # of steps, as far as the host knows
         # Of the step under way: whether something is learned, and the sums that it makes.
         self._due: Tensor | bool = False
         self._names: Sequence[str] = ()
         self._log_scales = torch.zeros(2, len(unwrapped.groups), dtype=torch.float64, device="cpu")
-        self._bounds = torch.tensor(self.range, dtype=torch.float64, device="cpu")[:, None]
+        self._bounds = torch.tensor(self.range, dtype=torch.float64, device="cpu")  # [2, 2]: of each scale the least and the most
         self._order = self._lengths = torch.empty(0, dtype=torch.long, device="cpu")
         self.meta_optimizer: torch.optim.Optimizer | None = None
         if policy == "encoder":
@@ -178,7 +180,7 @@ class OnlineLearner:
         goes = [x for x in (self._due, step.counted) if isinstance(x, Tensor)]
         if self.policy == "scales":
             moved = self._log_scales - self.rate * derivatives
-            moved = torch.maximum(torch.minimum(moved, self._bounds), -self._bounds)
+            moved = torch.maximum(torch.minimum(moved, self._bounds[:, 1:]), self._bounds[:, :1])
             for go in (derivatives.isfinite(), *goes):
                 moved = torch.where(go, moved, self._log_scales)
             self._log_scales.copy_(moved)
@@ -352,6 +354,21 @@ class OnlineLearner:
         optimizer._features = saved["features"].detach().clone().to(optimizer._features)
         if self.meta_optimizer is not None:
             self.meta_optimizer.load_state_dict(copy.deepcopy(saved["meta_optimizer"]))
+
+
+def _intervals(ranges: Any) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Of the logarithms of both scales, the least and the most.
+
+    Raises:
+        ValueError: neither numbers nor pairs, or intervals without 0, at which the logarithms begin.
+    """
+    if isinstance(ranges, Sequence) and len(ranges) == 2:
+        pairs = [(-x, x) if isinstance(x, Real) else x for x in ranges]
+        if all(isinstance(x, Sequence) and len(x) == 2 and all(isinstance(y, Real) for y in x) for x in pairs):
+            first, second = ((float(low), float(high)) for low, high in pairs)
+            if all(-math.inf < low <= 0.0 <= high < math.inf for low, high in (first, second)):
+                return first, second
+    raise ValueError(f"Invalid range: {ranges!r} (two, each a number from 0 on or a pair around 0: of ln lr_scale and ln wd_scale)")
 
 
 def _steps_done(optimizer: MetaAdamW) -> int:

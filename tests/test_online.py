@@ -13,6 +13,7 @@ from .models import noise
 
 SHAPES = {"a.weight": (3, 4), "a.bias": (3,), "b.weight": (2, 3), "c.weight": (5,)}
 RATE, DECAY = 0.05, 0.4
+FREELY = (math.log(64.0), 0.0)  # down, too
 
 
 def group_of(name, _):
@@ -27,7 +28,27 @@ def build(policy="scales", backend="reference", dtype=torch.float64, learner=(),
     opt = MetaAdamW(groups, lr=0.1, weight_decay=DECAY, grouping=group_of, backend=backend, head_init="xavier", **options)
     opt.encoder.double()
     rate = {"rate": RATE} if "rate" not in dict(learner) and "lr" not in dict(learner) else {}
-    return params, opt, OnlineLearner(opt, policy=policy, **rate, **dict(learner))
+    freely = {"range": FREELY} if policy == "scales" else {}
+    return params, opt, OnlineLearner(opt, policy=policy, **{**freely, **rate, **dict(learner)})
+
+
+def test_no_scale_falls_below_one_by_default():
+    """Its interval is what the learner's ``range`` says; a number is one around 0."""
+    ends = {}
+    for name, options in {"default": {}, "around 1": {"range": (0.2, 0.0)}, "pair": {"range": ((-0.1, 0.3), 0.0)}}.items():
+        p = nn.Parameter(torch.ones(4))
+        opt = MetaAdamW([p], lr=0.01)
+        OnlineLearner(opt, rate=0.5, **options)
+        seen = []
+        for step in range(12):
+            p.grad = torch.full((4,), 1.0 if step < 6 else -3.0)
+            opt.step()
+            seen.append(opt.lr_scale.item())
+        ends[name] = (min(seen), max(seen))
+    assert ends["default"][0] == 1
+    assert ends["default"][1] > math.exp(1.0)
+    assert ends["around 1"] == pytest.approx((math.exp(-0.2), math.exp(0.2)))
+    assert ends["pair"] == pytest.approx((math.exp(-0.1), math.exp(0.3)))
 
 
 def put_gradients(params, step, scale=1.0):
@@ -347,6 +368,7 @@ BAD = {
     "trace": ({"trace": 1.0}, "Invalid trace"),
     "another trace": ({"trace": 0.5}, "ema_decay is 0.9"),
     "range": ({"range": (1.0,)}, "Invalid range"),
+    "range without 0": ({"range": ((0.1, 1.0), 0.0)}, "Invalid range"),
     "range of an encoder": ({"policy": "encoder", "range": (1.0, 0.0)}, "no use for range"),
     "decay of scales": ({"encoder_decay": 0.1}, "no use for encoder_decay"),
 }

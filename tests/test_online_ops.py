@@ -129,7 +129,7 @@ def test_the_sums(dtypes, amsgrad, average, there):
     launch, _moved, _ = case.launch(there)
     read = launch.measure(ALL, F64, None, last)
     assert_sums(read, case, unmoved=(4,))
-    for width in FOUND:
+    for width in (FOUND[0], FOUND[-1]) if INTERPRETED else FOUND:
         launch, _moved, _ = case.launch(there)
         found = torch.full((case.count, width), -1.0, dtype=F64, device=there[1])
         launch.update_(vectors, found)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 from contextlib import contextmanager
 
@@ -23,6 +24,7 @@ from .models import noise, perceptron, same
 from .test_capture import Recording, allow
 from .test_foreign_writes import WRITES
 
+FREELY = (math.log(64.0), 0.0)  # down, too
 POLICIES = {
     "scales": {},
     "scales, loss, no trace": {"gradient": "loss", "trace": 0, "range": (2.0, 1.0)},
@@ -37,6 +39,12 @@ def name_of(name, _):
     return name
 
 
+def learner_of(opt, options):
+    """Its scales may fall, too."""
+    freely = {} if options.get("policy") == "encoder" else {"range": FREELY}
+    return OnlineLearner(opt, **{**freely, **options})
+
+
 class Run:
     """A training by gradients that depend on the step alone; each tensor is a group."""
 
@@ -44,7 +52,7 @@ class Run:
         self.model = perceptron(dtype)
         options = {"lr": 0.05, "weight_decay": 0.1, "grouping": name_of, **options}
         self.opt = MetaAdamW(self.model.named_parameters(), **options)
-        self.learner = None if learner is None else OnlineLearner(self.opt, **learner)
+        self.learner = None if learner is None else learner_of(self.opt, learner)
         self.step = 0
 
     def to(self, last):
@@ -84,7 +92,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(name, statistics, backen
             if order != "optimizer first":
                 other.opt.load_state_dict(opt)
             if order == "learner last":
-                OnlineLearner(other.opt, **POLICIES[name])
+                learner_of(other.opt, POLICIES[name])
             other.step = at
             run.assert_same(other.to(9))
         run.assert_same(copied.to(9))
@@ -117,7 +125,7 @@ def test_what_others_write_teaches_nothing_once(kind, statistics, backend):
     """Of that tensor, and of no other; behind the back of torch it is all of them."""
     params = {name: nn.Parameter(noise((6, 6), i)) for i, name in enumerate("abc")}
     opt = MetaAdamW(params.items(), grouping=name_of, statistics=statistics, backend=backend)
-    learner = OnlineLearner(opt)
+    learner = OnlineLearner(opt, range=FREELY)
     taught = []
     for step in range(6):
         if step == 3:
@@ -136,7 +144,7 @@ def test_what_others_write_teaches_nothing_once(kind, statistics, backend):
 def test_writes_to_other_states(what):
     p, q = (nn.Parameter(noise((6, 6), i).bfloat16()) for i in range(2))
     opt = MetaAdamW([("p", p), ("q", q)], grouping=name_of, amsgrad=True, master_weights=True)
-    learner = OnlineLearner(opt)
+    learner = OnlineLearner(opt, range=FREELY)
     for step in range(4):
         p.grad, q.grad = (noise(p.shape, 10 * step + i).bfloat16() for i in range(2))
         before = learner._log_scales.clone()
@@ -359,7 +367,7 @@ def test_a_checkpoint_that_waits_for_a_learner_knows_whether_steps_came_between(
     OnlineLearner(averages.opt)
     assert averages.opt.rank_sums is not None  # makes the states
     assert all(torch.equal(averages.opt.state[p]["ema_param"], p) for p in averages.model.parameters())
-    learner = OnlineLearner(late.opt, trace=0)
+    learner = OnlineLearner(late.opt, trace=0, range=FREELY)
     assert torch.equal(learner._log_scales, saved["metaadamw"]["online"]["log_scales"])
     late.to(6)
     assert torch.equal(learner._log_scales, saved["metaadamw"]["online"]["log_scales"])
