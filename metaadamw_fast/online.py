@@ -27,9 +27,9 @@ from .reference import gradient_factor
 from .weighting import encoder_penalty
 
 Bounds = float | tuple[float, float]
-DEFAULT_TRACE = 0.98
+DEFAULT_TRACE = 0.995
 DEFAULT_RANGE: tuple[Bounds, Bounds] = ((0.0, math.log(64.0)), 0.0)
-_RATES = {"scales": 0.03, "encoder": 1e-3}
+_RATES = {"scales": 0.3, "encoder": 1e-3}
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 _SAVED = ("policy", "log_scales", "last", "count", "features", "meta_optimizer")
 
@@ -50,12 +50,12 @@ class OnlineLearner:
             and a MetaLearner has nothing to learn. ``encoder``: the encoder's weights.
         gradient: ``cosine``: lr_scale moves by the cosine between the gradient and the moves before, wd_scale does not learn.
             ``loss``: by the derivative of the loss.
-        rate, lr: how far. Two names of one number: of the step in the logarithm of a scale, default 0.03, or with ``encoder`` the
+        rate, lr: how far. Two names of one number: of the step in the logarithm of a scale, default 0.3, or with ``encoder`` the
             learning rate of the meta-optimizer, default 1e-3.
         every: learn in every so many-th step only. Where the host does not know which steps a device leaves out, every so many-th
             call of ``step`` is meant.
         trace: decay of the sum of moves that the gradient is compared with; 0 takes the last move alone, and keeps no state. By
-            default 0.98, or the optimizer's ``ema_decay``, from whose average the sum is made; without one it gets this one.
+            default 0.995, or the optimizer's ``ema_decay``, from whose average the sum is made; without one it gets this one.
         make_optimizer: of the meta-optimizer, called as ``make_optimizer(params, lr=rate)``; for ``policy="encoder"``. By default
             Adam, fused, which leaves out on the device what is not finite. With one that is not fused the host waits for the device
             in each learning step.
