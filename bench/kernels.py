@@ -71,7 +71,7 @@ def triton_constants(case: Case) -> tuple[Any, dict[str, Any]]:
     kinds = (kind(*({4: 1, 2: 2}[size] for size in case.loads)),)
     if not case.is_update:
         return measure_kernel, measure_constants(ADAMW, (0, 1, 2, 3, 4) if len(case.loads) == 4 else (0, 1, 2), kinds)
-    sums = len(ADAMW.left) + (len(ADAMW.found) if case.kernel in (FOUND, BOTH) else 0)
+    sums = ADAMW.found[-1] if case.kernel in (FOUND, BOTH) else len(ADAMW.left)
     constants = update_constants(ADAMW, sums, kinds)
     if case.kernel in (UPDATE, FOUND):
         constants["rounding_seed"] = None

@@ -94,7 +94,8 @@ class TritonLaunch(LaunchTable):
         self.check_vector("vectors", vectors, (rule.vectors, self.tensors))
         sums = new_sums.shape[-1] if new_sums is not None and new_sums.dim() else 0
         found = sums in rule.found
-        self.check_vector("new_sums", new_sums, (self.tensors, sums if found else len(rule.left)))
+        width = sums if found else max(rule.found, default=0) if sums > len(rule.left) else len(rule.left)
+        self.check_vector("new_sums", new_sums, (self.tensors, width))
         if self.tensors:
             with self.device_guard():
                 update_kernel[(self.chunks,)](

@@ -23,7 +23,7 @@ def check(tmp_path, *arguments):
 
 
 def test_tables_and_the_sanitizer_script_run_through(tmp_path):
-    arguments = ["--device", "cpu", "--parts", "table", "memcheck", "--models", "148-tiny", "--seconds", "0.2"]
+    arguments = ["--device", "cpu", "--parts", "table", "memcheck", "--models", "148-tiny", "--seconds", "0.05"]
     run, report, results = check(tmp_path, *arguments)
     assert run.returncode == 0, run.stdout + run.stderr + (results / "report.md").read_text()
     names = ["table 148-tiny float32", "table 148-tiny bfloat16", "table 148-tiny MADA", "memcheck"]
@@ -51,7 +51,7 @@ def test_tables_and_the_sanitizer_script_run_through(tmp_path):
 
 
 def test_a_part_that_fails_hides_no_other(tmp_path):
-    arguments = ["--device", "cpu", "--parts", "table", "memcheck", "--models", "no-such-model", "148-tiny", "--seconds", "0.1"]
+    arguments = ["--device", "cpu", "--parts", "table", "memcheck", "--models", "no-such-model", "148-tiny", "--seconds", "0.05"]
     run, report, results = check(tmp_path, *arguments)
     assert run.returncode == 1
     status = {part["name"]: part["status"] for part in report["parts"]}

@@ -349,7 +349,7 @@ def test_checkpoints_without_a_learner():
         x.step = 3
         x.to(4)
     for p, q in zip(run.model.parameters(), plain.model.parameters(), strict=True):
-        torch.testing.assert_close(run.opt.state[p]["ema_param"], q + (p - q) * 0.02, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(run.opt.state[p]["ema_param"], q + (p - q) * (1 - run.learner.trace), rtol=1e-6, atol=1e-7)
     run.to(7).assert_same(fresh.to(7))
 
 
