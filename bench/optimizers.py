@@ -134,6 +134,22 @@ def ours_reference(workload: Workload) -> Contender:
     return ours(workload, "MetaAdamW, reference", None, backend="reference")
 
 
+def learning(
+    name: str, trace: float, every: int = 1, policy: str = "scales", rate: float = 1e-3
+) -> Callable[[Workload], Contender]:
+    """Lagged, with an OnlineLearner; against lagged without one. The average of a trace is a word read and a word written."""
+
+    def contender(workload: Workload) -> Contender:
+        from metaadamw_fast import OnlineLearner
+
+        made = ours(workload, f"MetaAdamW, {name}", 4 + (trace > 0), statistics="lagged")
+        assert made.writes is not None
+        OnlineLearner(made.optimizer, policy=policy, trace=trace, every=every, rate=rate)  # type: ignore[arg-type]
+        return replace(made, writes=made.writes + (trace > 0), rival="MetaAdamW, lagged")
+
+    return contender
+
+
 BASE = torch_fused
 CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
     "fused": torch_fused,
@@ -143,4 +159,11 @@ CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
     "ours-clip": ours_clip,
     "ours-lagged": ours_lagged,
     "reference": ours_reference,
+}
+# Not in the table of all: `python -m bench.step --optimizers ours-lagged online online-trace online-encoder`.
+LEARNERS: dict[str, Callable[[Workload], Contender]] = {
+    "online": learning("online scales", 0.0),
+    "online-trace": learning("online scales, trace", 0.995),
+    "online-encoder": learning("online encoder, every 10", 0.0, 10, "encoder"),
+    "online-encoder-each": learning("online encoder", 0.0, 1, "encoder"),
 }

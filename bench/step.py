@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench import timing
-from bench.optimizers import CONTENDERS, Contender, Workload, ours_reference
+from bench.optimizers import CONTENDERS, LEARNERS, Contender, Workload, ours_reference
 from bench.shapes import MODELS
 
 WORD = 4  # bytes: everything here is float32
@@ -144,7 +144,7 @@ def main() -> None:
     """Reads the options, measures and prints one table per model."""
     parser = argparse.ArgumentParser(description="One optimizer step, against torch.optim.AdamW(fused=True).")
     parser.add_argument("--models", nargs="+", default=["minigpt-1.7m", "gpt2-124m"], choices=list(MODELS))
-    parser.add_argument("--optimizers", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--optimizers", nargs="+", default=list(CONTENDERS), choices=[*CONTENDERS, *LEARNERS])
     parser.add_argument("--seconds", type=float, default=25.0, help="of interleaved timing per model")
     parser.add_argument("--threads", type=int, help="default: torch's own")
     parser.add_argument("--evict", action="store_true", help="start every step with cold caches")
@@ -159,7 +159,7 @@ def main() -> None:
     memory = timing.Memory()
     tables = []
     for model in options.models:
-        tables.append(measure(model, [CONTENDERS[side] for side in sides], options.seconds, memory, options.evict))
+        tables.append(measure(model, [(CONTENDERS | LEARNERS)[side] for side in sides], options.seconds, memory, options.evict))
         show(tables[-1])
     if options.json:
         run = {"machine": timing.machine(), "tables": tables}
